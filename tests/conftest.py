@@ -1,0 +1,29 @@
+"Fixtures every test may use"
+import os
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def has_gpu():
+    "True when cupy is installed and sees a device"
+    try:
+        import cupy
+        return cupy.cuda.runtime.getDeviceCount() > 0
+    except Exception: return False
+
+
+def pytest_collection_modifyitems(config, items):
+    if not any('gpu' in i.keywords for i in items) or has_gpu(): return
+    skip = pytest.mark.skip(reason='needs an NVIDIA GPU and cupy')
+    for i in items:
+        if 'gpu' in i.keywords: i.add_marker(skip)
+
+
+@pytest.fixture(scope='session')
+def shared():
+    "The folder of published headers and golden vectors (ORCD_SHARED, else ../shared), which is not part of the repository"
+    p = Path(os.environ.get('ORCD_SHARED', ROOT.parent / 'shared')) / 'models'
+    if not p.is_dir(): pytest.skip(f'{p.name}: the published headers and golden vectors are not here (set ORCD_SHARED)')
+    return p
