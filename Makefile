@@ -1,0 +1,35 @@
+# `make demo` streams a haiku through the real worker; `make test` runs every test. Each makes .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+# the CUDA extra that fits the driver, or nothing without an NVIDIA GPU
+CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA[A-Za-z ]*Version: *\([0-9]*\).*/\1/p' | head -n 1)
+EXTRA := $(if $(CUDA_MAJOR),$(if $(filter 12,$(CUDA_MAJOR)),cuda12,cuda13))
+
+.PHONY: demo test notebooks clean
+
+demo: .venv/core
+	@$(BIN)/orcd demo
+
+test: .venv/dev
+	@$(BIN)/python -m pytest -q tests
+
+notebooks: .venv/dev
+	$(BIN)/python -m pip install -q -e '.[notebooks]'
+	$(BIN)/jupyter lab nbs
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "orcd needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	@$(PYTHON) -m venv .venv
+
+.venv/core: .venv/bin/python pyproject.toml
+	@echo 'installing orcd$(if $(EXTRA), with $(EXTRA)) into .venv'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.$(if $(EXTRA),[$(EXTRA)])'
+	@touch $@
+
+.venv/dev: .venv/core
+	@echo 'installing what the tests need into .venv'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info _docs _proc

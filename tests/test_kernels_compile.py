@@ -1,0 +1,18 @@
+"Every .cu file compiles with NVRTC, without a GPU, for the architectures in ORCD_ARCHS (default: 90), and spills nothing where it matters"
+import os
+from pathlib import Path
+import pytest
+
+CUDA = sorted(p.stem for p in (Path(__file__).resolve().parent.parent / 'orcd' / 'cuda').glob('*.cu'))
+ARCHS = os.environ.get('ORCD_ARCHS', '90').split()
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('name', CUDA)
+def test_compiles(name, arch):
+    from orcd import nvrtc
+    c = nvrtc.compile_text(name, nvrtc.read_source(name), f'sm_{arch}')
+    assert c.cubin[:4] == b'\x7fELF'
+    if arch == '90':
+        spilling = {k: r['spills'] for k, r in c.resources.items() if r['spills']}
+        assert not spilling, f'{name}: registers spilled to memory: {spilling}'
