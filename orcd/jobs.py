@@ -48,7 +48,7 @@ class Outbox:
         self.waiting = False
         return [self.items.popleft() for _ in range(len(self.items))]
 
-# %% ../nbs/42_jobs.ipynb #f91bab8f
+# %% ../nbs/42_jobs.ipynb #5146c06f
 # why a job was stopped -> the error its client sees
 STOPPED = dict(
     cancelled=('CANCELLED', 'the job was cancelled'), gone=('CANCELLED', 'the client is gone'), stalled=('CANCELLED', 'the client does not read'),
@@ -67,7 +67,8 @@ class Job:
         self.id, self.seed = request.job_id, request.params.get('seed', secrets.randbits(53))    # 53 bits: survives JavaScript's numbers
         self.reason, self.deadline, self.started, self.done, self._lock = None, None, False, False, threading.Lock()
 
-    def cancel(self, why='cancelled'): self.reason = self.reason or why
+    def cancel(self, why='cancelled'):
+        if self.reason is None: self.stopped_at, self.reason = time.monotonic(), why
 
     def must_stop(self)->bool:
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline: self.cancel('timeout')
@@ -172,7 +173,7 @@ def _generate(self, job):
     matched = {} if out.stop_reason != 'STOP_SEQUENCE' else dict(stop_sequence_matched=out.stop_sequence_matched)
     return 'end', dict(tokens_out=out.tokens_out, decode_time_ms=round(out.decode_time_ms), stop_reason=out.stop_reason) | matched
 
-# %% ../nbs/42_jobs.ipynb #25a6ac09
+# %% ../nbs/42_jobs.ipynb #23fd98f3
 def _run(self, job):
     bind_contextvars(job_id=job.id, correlation_id=job.correlation_id)
     job.deadline = time.monotonic() + self.timeout
@@ -198,7 +199,12 @@ def _note(self, error):
     if isinstance(error, CUDAError) and error.sticky: self._die(error)
 
 def _die(self, error):
-    self.fatal, self.healthy = error, False
+    with self.cond:
+        self.fatal, self.healthy = error, False
+        waiting, self.waiting = list(self.waiting), deque()
+        for job in waiting: del self.active[job.id]
+        self.cond.notify_all()
+    for job in waiting: job.fail(public_error(error))
     if self.on_fatal: self.on_fatal(error)
 
 Jobs._generate, Jobs._run, Jobs._note, Jobs._die = _generate, _run, _note, _die

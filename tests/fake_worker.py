@@ -1,0 +1,85 @@
+"A real worker process around a scripted model: `python tests/fake_worker.py '{...settings...}'`; the script is in the prompt"
+import json, os, sys, time
+from types import SimpleNamespace as NS
+
+from orcd.errors import Cancelled, CUDAError, InsufficientVRAM, OutOfVRAM
+from orcd.worker import Settings, serve
+
+
+class Tokenizer:
+    "One token a word"
+    kind, vocab_size = 'gguf-bpe', 1000
+    def encode(self, text, add_special=True, parse_special=True): return list(range(len(text.split(' '))))
+    def encode_chat(self, messages): return [1] * sum(len(m['content'].split(' ')) + 2 for m in messages)
+
+
+class Output:
+    "What `generate` returns. A prompt is a script: `prefill:2 tokens:100@0.01 oom sticky bug hang words…`"
+    def __init__(self, prompt, max_tokens, cancelled, seed):
+        self.prompt, self.max_tokens, self.cancelled, self.seed = prompt, max_tokens, cancelled, seed
+        self.text, self.tokens_out, self.decode_time_ms, self.stop_reason, self.stop_sequence_matched = '', 0, 0.0, None, None
+
+    def wait(self, seconds):
+        "Like a chunked prefill: looks at the flag now and then"
+        end = time.monotonic() + seconds
+        while True:
+            if self.cancelled(): raise Cancelled()
+            left = end - time.monotonic()
+            if left <= 0: return
+            time.sleep(min(left, .01))
+
+    def one(self, text):
+        if self.cancelled(): raise Cancelled()
+        self.tokens_out += 1
+        return NS(id=self.tokens_out, text=text, logprob=-1.0)
+
+    def __iter__(self):
+        began = time.monotonic()
+        for word in self.prompt.split(' '):
+            name, _, arg = word.partition(':')
+            if name == 'prefill': self.wait(float(arg))
+            elif name == 'tokens':
+                n, _, gap = arg.partition('@')
+                for i in range(int(n)):
+                    if self.tokens_out >= self.max_tokens: break
+                    yield self.one(f'w{i} ')
+                    if gap: time.sleep(float(gap))
+            elif name == 'oom': raise OutOfVRAM('no room for the KV cache of this job')
+            elif name == 'sticky': raise CUDAError('an illegal memory access was encountered', sticky=True)
+            elif name == 'cuda': raise CUDAError('launch failure')
+            elif name == 'bug': raise ZeroDivisionError('/home/secret/' + self.prompt)
+            elif name == 'hang': time.sleep(float(arg or 1e6))
+            elif name == 'seed': yield self.one(str(self.seed))
+            elif name == 'half': yield self.one('')
+            else: yield self.one(word + ' ')
+            if self.tokens_out >= self.max_tokens: break
+        self.decode_time_ms = (time.monotonic() - began) * 1e3
+        self.stop_reason = 'MAX_TOKENS' if self.tokens_out >= self.max_tokens else 'EOS'
+
+
+class Engine:
+    kind, n_ctx = 'reference', 4096
+    def info(self): return dict(gpu_device=0, sm=90, name='fake', cuda_runtime_version='13.0', resident=True, vram_bytes_used=1234)
+
+
+class Model:
+    config, tokenizer, engine = NS(name='fake', quant_kind='Q4_K_M'), Tokenizer(), Engine()
+    def generate(self, prompt, *, max_tokens=2048, seed=None, cancelled=None, stop=(), **params):
+        if not isinstance(prompt, str): prompt = prompt[-1]['content']
+        return Output(prompt, max_tokens, cancelled or (lambda: False), seed)
+    def close(self): print('closed', flush=True)
+
+
+def load(settings, progress):
+    script = os.environ.get('FAKE_LOAD', '')
+    if script == 'vram': raise InsufficientVRAM('needs more', 10**12, 10**9, 512)
+    n = 100 if script == 'slow' else 8
+    for i in range(n + 1):
+        progress(i, n)
+        if script == 'slow': time.sleep(.05)
+    return Model()
+
+
+if __name__ == '__main__':
+    settings = Settings(**dict(model='fake.gguf', port=0) | json.loads(sys.argv[1] if len(sys.argv) > 1 else '{}'))
+    sys.exit(serve(settings, load))
