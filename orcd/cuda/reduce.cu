@@ -1,4 +1,5 @@
 // Sums over a warp and over a block, always added in the same order
+#define NEG_INF __int_as_float(0xff800000)
 __device__ __forceinline__ float warp_sum(float v) {
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
     return v;

@@ -1,0 +1,2 @@
+#define HEAD_DIM 48
+#include "attention.cu"
