@@ -173,16 +173,23 @@ def trace(
     arch.layer(ops, ops.start(), w, i)
     return ops.steps
 
-# %% ../nbs/09_arch.ipynb #f6166a97
+# %% ../nbs/09_arch.ipynb #2f352595
 COLOR = dict(x='#dddddd', rms_norm='#cfe8cf', head_norm='#cfe8cf', linear='#cfdcf2', expert_linear='#cfdcf2', expert_sum='#cfdcf2', route='#f2dccf',
     attention='#f2cfcf', rope='#f2eccf', split='#eeeeee', swiglu='#e3cff2', swiglu_oai='#e3cff2')
 
 def _places(steps):
-    "(x, depth) of every box: depth is the longest way from the input, boxes of one depth stand side by side"
-    depth, rows = [], {}
-    for s in steps: depth.append(1 + max((depth[j] for j in (*s.inputs, *([] if s.residual is None else [s.residual]))), default=-1))
-    for j, d in enumerate(depth): rows.setdefault(d, []).append(j)
-    return {j: (n - (len(row) - 1)/2, d) for d, row in rows.items() for n, j in enumerate(row)}
+    "(x, depth) of every box: as deep as its longest way from the input, below what it reads unless boxes would collide"
+    depth, rows, x = [], {}, {}
+    for j, s in enumerate(steps):
+        depth.append(1 + max((depth[k] for k in (*s.inputs, *([] if s.residual is None else [s.residual]))), default=-1))
+        rows.setdefault(depth[j], []).append(j)
+    for row in rows.values():
+        want = {j: sum(x[k] for k in steps[j].inputs)/max(len(steps[j].inputs), 1) for j in row}
+        row.sort(key=want.get)
+        collide = any(want[k] - want[j] < .9 for j, k in zip(row, row[1:]))
+        middle = sum(want.values())/len(row) - (len(row) - 1)/2
+        x |= {j: middle + n for n, j in enumerate(row)} if collide else want
+    return {j: (x[j], depth[j]) for j in range(len(steps))}
 
 def draw(
     steps,    # from `trace`
@@ -193,12 +200,12 @@ def draw(
     from matplotlib import pyplot as plt
     at = _places(steps)
     wide, deep = max(abs(x) for x, _ in at.values()) + .5, max(d for _, d in at.values())
-    if ax is None: _, ax = plt.subplots(figsize=(2.2*max(2*wide, 2) + .6, .52*(deep + 1)), dpi=64, layout='constrained')
+    if ax is None: _, ax = plt.subplots(figsize=(2.2*max(2*wide, 2) + .6, .52*(deep + 1)), dpi=46, layout='constrained')
     arrow = dict(arrowstyle='->', color='#555555', lw=.9)
     for j, s in enumerate(steps):
         (x, y), n = at[j], f'{s.shape[0]} x {s.shape[1]}' if s.shape[0] > 1 else s.shape[1]
-        name = 'x' if s.op == 'x' else f'{s.op}  {s.label}'
-        ax.text(x, y, f'{name}  → {n}', ha='center', va='center', size=8, bbox=dict(boxstyle='round', fc=COLOR[s.op], ec='#888888'))
+        name = ' '.join(filter(None, (s.op, s.label)))
+        ax.text(x, y, f'{name} → {n}', ha='center', va='center', size=8, bbox=dict(boxstyle='round', fc=COLOR[s.op], ec='#888888'))
         for k in s.inputs: ax.annotate('', (x, y - .28), (at[k][0], at[k][1] + .28), arrowprops=arrow)
         if s.residual is not None:
             side, top = wide + .12, at[s.residual][1]
