@@ -6,7 +6,7 @@ Docs: https://orcd-dev.github.io/orcd/gguf.html.md"""
 
 # %% auto #0
 __all__ = ['NUMBER', 'INTEGERS', 'MAX_HEADER', 'MAX_STRINGS', 'MAX_ENTRIES', 'MAX_KEY', 'MAX_NAME', 'MAX_DIMS', 'MAX_ALIGNMENT',
-           'GGUFType', 'read_at', 'Metadata', 'TensorInfo', 'GGUF', 'types_table']
+           'GGUFType', 'read_at', 'short', 'Metadata', 'TensorInfo', 'GGUF', 'types_table']
 
 # %% ../nbs/02_gguf.ipynb #4eff1750
 import html, mmap, os, stat, struct
@@ -34,16 +34,19 @@ NUMBER = {GGUFType.UINT8: '<u1', GGUFType.INT8: '<i1', GGUFType.UINT16: '<u2', G
     GGUFType.FLOAT32: '<f4', GGUFType.BOOL: '<u1', GGUFType.UINT64: '<u8', GGUFType.INT64: '<i8', GGUFType.FLOAT64: '<f8'}
 INTEGERS = {t for t, s in NUMBER.items() if s[1] in 'ui' and t != GGUFType.BOOL}
 
-# %% ../nbs/02_gguf.ipynb #dca1819a
+# %% ../nbs/02_gguf.ipynb #04d77e3f
 MAX_HEADER  = 256 << 20  # bytes of metadata and tensor table; the largest vocabularies take 30 MB
 MAX_STRINGS = 4 << 20    # strings in arrays, all together
-MAX_ENTRIES = 1 << 16    # metadata pairs; tensors
+MAX_ENTRIES = 1 << 14    # metadata pairs; tensors. The largest models have some 1,200 tensors
 MAX_KEY, MAX_NAME, MAX_DIMS, MAX_ALIGNMENT = 65535, 63, 4, 1 << 16
 
-# %% ../nbs/02_gguf.ipynb #061d994b
+# %% ../nbs/02_gguf.ipynb #0b9f661a
 class _Cursor:
     "Reads a file's header from front to back"
-    def __init__(self, fd, size, path): self.fd, self.size, self.path, self.pos, self.base, self.window = fd, size, path, 0, 0, b''
+    def __init__(self, fd, size, path):
+        self.fd, self.size, self.path = fd, size, path
+        self.pos, self.base, self.window = 0, 0, b''  # next byte; the window and where it begins
+        self.where = {}                                # key -> byte of its metadata entry, for messages
 
     @property
     def left(self): return min(self.size, MAX_HEADER) - self.pos
@@ -74,7 +77,7 @@ def read_at(fd, pos, n, path):
         data += more
     return data
 
-# %% ../nbs/02_gguf.ipynb #8f91ee4c
+# %% ../nbs/02_gguf.ipynb #abc5d98c
 def _number(c, t, what): return struct.unpack('<' + _code[t], c.take(_width[t], what))[0]
 
 _code = {t: np.dtype(s).char for t, s in NUMBER.items()}
@@ -85,10 +88,20 @@ def _text(c, what, limit):
     "A string of 1 to `limit` bytes"
     at, n = c.pos, _number(c, GGUFType.UINT64, f'the length of {what}')
     if not 1 <= n <= limit: c.fail(f'{what} is {n} bytes long; 1 to {limit} are allowed', at)
-    try: return c.take(n, what).decode()
+    try: s = c.take(n, what).decode()
     except UnicodeDecodeError: c.fail(f'{what} is not valid UTF-8', at)
+    if not s.isprintable(): c.fail(f'{what} contains control characters: {short(s)}', at)
+    return s
 
-# %% ../nbs/02_gguf.ipynb #291926b1
+def short(
+    s, # anything
+)->str:
+    "One line of at most 80 printable characters"
+    s = str(s)
+    s = s if len(s) <= 80 else s[:79] + '…'
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in s)
+
+# %% ../nbs/02_gguf.ipynb #59e35cfc
 _u64 = struct.Struct('<Q').unpack_from
 
 def _skip_strings(c, n, what):
@@ -99,12 +112,13 @@ def _skip_strings(c, n, what):
         i, window = c.pos - 8 - c.base, c.window
         last = len(window) - 8
         while n and i <= last:
+            at = i
             i += 8 + _u64(window, i)[0]
             n -= 1
-        c.pos = min(c.base + i, c.size + 1)
-        if c.left < 0: c.pos, _ = c.base, c.fail(f'{what} runs over the end of the file or of the largest header: corrupt lengths', c.base)
+        c.pos = c.base + i
+        if c.left < 0: c.fail(f'a string of {what} claims {i - at - 8} bytes, more than are left: the file is cut off or corrupt', c.base + at)
 
-# %% ../nbs/02_gguf.ipynb #fd4eb6d8
+# %% ../nbs/02_gguf.ipynb #1a55499d
 @dataclass(frozen=True)
 class _Lazy:
     "Where a value lies: an array, or a long string, that is decoded when it is asked for"
@@ -114,7 +128,7 @@ class _Lazy:
     end:int
 
 def _array(c, key, strings):
-    "Walk over an array; `strings` is how many strings in arrays the file had so far"
+    "Walk over an array; the file had `strings` strings in arrays before it"
     at = c.pos
     t, n = _number(c, GGUFType.UINT32, f'the element type of {key}'), _number(c, GGUFType.UINT64, f'the length of {key}')
     if t == GGUFType.ARRAY: c.fail(f'{key} is an array of arrays; no model file needs that', at)
@@ -149,7 +163,7 @@ class Metadata(Mapping):
 
     def __repr__(self): return f'Metadata({len(self)} keys: {", ".join(list(self)[:4])}, …)'
 
-# %% ../nbs/02_gguf.ipynb #9c518794
+# %% ../nbs/02_gguf.ipynb #6aa7253d
 def _decode(data, lazy, key):
     "The value of a lazy entry from its bytes"
     t, n = lazy.type, lazy.n
@@ -158,7 +172,7 @@ def _decode(data, lazy, key):
         if t != GGUFType.STRING:
             a = np.frombuffer(data, NUMBER[t], n)
             if t != GGUFType.BOOL: return a
-            if n and a.max() > 1: raise GGUFError(f'{key} holds a boolean that is neither 0 nor 1', offset=lazy.start)
+            if n and a.max() > 1: raise GGUFError(f'{short(key)} holds a boolean that is neither 0 nor 1', offset=lazy.start)
             return a.astype(bool)
         out, i = [], 0
         for _ in range(n):
@@ -166,11 +180,12 @@ def _decode(data, lazy, key):
             i = j + _u64(data, i)[0]
             out.append(data[j:i].decode())
         return out
-    except UnicodeDecodeError: raise GGUFError(f'{key} holds text that is not valid UTF-8', offset=lazy.start) from None
+    except UnicodeDecodeError: raise GGUFError(f'{short(key)} holds text that is not valid UTF-8', offset=lazy.start) from None
 
-# %% ../nbs/02_gguf.ipynb #c8944a6f
+# %% ../nbs/02_gguf.ipynb #33053cc1
 def _value(c, key, strings):
     "The next metadata value and its kind"
+    key = short(key)
     t = _number(c, GGUFType.UINT32, f'the type of {key}')
     if t == GGUFType.ARRAY:
         v = _array(c, key, strings)
@@ -190,14 +205,15 @@ def _value(c, key, strings):
         v = bool(v)
     return v, (GGUFType(t), None, None)
 
-# %% ../nbs/02_gguf.ipynb #954e7590
+# %% ../nbs/02_gguf.ipynb #4305497b
 def _metadata(c, n):
     "The metadata section: two dicts, key -> value and key -> kind"
     values, types, strings = {}, {}, 0
     for i in range(n):
         at = c.pos
         key = _text(c, f'the key of metadata entry {i}', MAX_KEY)
-        if key in values: c.fail(f'the key {key} appears twice', at)
+        if key in values: c.fail(f'the key {short(key)} appears twice', at)
+        c.where[key] = at
         values[key], types[key] = _value(c, key, strings)
         if types[key][1] == GGUFType.STRING: strings += types[key][2]
     return values, types
@@ -222,7 +238,7 @@ class TensorInfo:
     @property
     def n_bytes(self): return self.rows*self.row_bytes
 
-# %% ../nbs/02_gguf.ipynb #7c82b59e
+# %% ../nbs/02_gguf.ipynb #92b31e16
 def _tensor(c, i, alignment):
     "The next entry of the tensor table; its offset still counts from the start of the data"
     at = c.pos
@@ -232,7 +248,8 @@ def _tensor(c, i, alignment):
     dims = tuple(_number(c, GGUFType.UINT64, f'the dimensions of {name}') for _ in range(n))
     type_at = c.pos
     t, offset = _number(c, GGUFType.UINT32, f'the type of {name}'), _number(c, GGUFType.UINT64, f'the offset of {name}')
-    if min(dims) < 1 or prod(dims) >= 1 << 48: c.fail(f'{name} has impossible dimensions {list(dims)}', at)
+    if min(dims) < 1 or prod(dims) >= 1 << 48: # 48 bits: far above every model, far below every overflow
+        c.fail(f'{name} has impossible dimensions {list(dims)}', at)
     try:
         info = TensorInfo(name, ggml_type(t), dims, offset)
         info.row_bytes
@@ -252,7 +269,7 @@ def _place(c, tensors, alignment):
             c.fail(f'{t.name} ends at byte {end} but the file has {c.size}: it is cut off, download it again', start + t.offset)
     return {t.name: TensorInfo(t.name, t.type, t.dims, start + t.offset) for t in tensors}, start, c.size > start
 
-# %% ../nbs/02_gguf.ipynb #76d6542f
+# %% ../nbs/02_gguf.ipynb #e6c969bb
 def _check_vocabulary(c, values, types):
     "Do the arrays of the vocabulary fit together?"
     prefix, n = 'tokenizer.ggml.', None
@@ -261,32 +278,34 @@ def _check_vocabulary(c, values, types):
         kind = types.get(prefix + name)
         if kind is None: continue
         if kind[0] != GGUFType.ARRAY or kind[1] not in elements:
-            c.fail(f'{prefix}{name} must be an array of {" or ".join(sorted(map(str, elements)))}, not {kind[1] or kind[0]}', 0)
+            c.fail(f'{prefix}{name} must be an array of {" or ".join(sorted(map(str, elements)))}, not {kind[0] if kind[1] is None else f"array of {kind[1]}"}', c.where[prefix + name])
         if name == 'tokens': n = kind[2]
-        elif name != 'merges' and n is not None and kind[2] != n: c.fail(f'{prefix}{name} has {kind[2]} entries for {n} tokens', 0)
+        elif name != 'merges' and n is not None and kind[2] != n: c.fail(f'{prefix}{name} has {kind[2]} entries for {n} tokens', c.where[prefix + name])
     for key in types:
         if not (key.startswith(prefix) and key.endswith('_token_id')): continue
-        if types[key][0] not in INTEGERS: c.fail(f'{key} must be an integer, not {types[key][0]}', 0)
-        if n is not None and not 0 <= values[key] < n: c.fail(f'{key} is {values[key]}, outside the vocabulary of {n} tokens', 0)
+        if types[key][0] not in INTEGERS: c.fail(f'{short(key)} must be an integer, not {types[key][0]}', c.where[key])
+        if n is not None and not 0 <= values[key] < n: c.fail(f'{short(key)} is {values[key]}, outside the vocabulary of {n} tokens', c.where[key])
 
-# %% ../nbs/02_gguf.ipynb #20ba2fd7
+# %% ../nbs/02_gguf.ipynb #37c37a82
 def _check_split(c, values, types):
     "A model in several files: say which part is missing, or how to join them"
+    for k in ('split.count', 'split.no'):
+        if k in types and types[k][0] not in INTEGERS: c.fail(f'{k} must be an integer, not {types[k][0]}', c.where[k])
     n, i = values.get('split.count', 0), values.get('split.no', 0)
-    if any(types[k][0] not in INTEGERS for k in ('split.count', 'split.no') if k in types): c.fail('split.count and split.no must be integers', 0)
-    if not 1 < n <= 99999: return
+    if not 1 < n <= 65535: return
     stem = Path(c.path).name.removesuffix('.gguf').removesuffix(f'-{i+1:05}-of-{n:05}')
     parts = [f'{stem}-{j+1:05}-of-{n:05}.gguf' for j in range(n)]
     missing = next((p for j, p in enumerate(parts) if j != i and not (Path(c.path).parent/p).exists()), None)
     fix = f'missing: {missing}' if missing else 'all parts are here'
-    c.fail(f'this is part {i+1} of {n} of a split model; {fix}; join the parts with `llama-gguf-split --merge {parts[0]} {stem}.gguf`', 0)
+    c.fail(f'this is part {i+1} of {n} of a split model; {fix}; join the parts with `llama-gguf-split --merge {parts[0]} {stem}.gguf`', c.where['split.count'])
 
-# %% ../nbs/02_gguf.ipynb #507cffa1
+# %% ../nbs/02_gguf.ipynb #d6db00f7
 def _alignment(c, values, types):
     "The alignment of the data, 32 unless the file says otherwise"
     a = values.get('general.alignment', 32)
-    if 'general.alignment' in types and types['general.alignment'][0] != GGUFType.UINT32 or not 1 <= a <= MAX_ALIGNMENT or a & a - 1:
-        c.fail(f'general.alignment must be a uint32, a power of two up to {MAX_ALIGNMENT}, not {a!r:.40}', 0)
+    if types.get('general.alignment', (GGUFType.UINT32,))[0] != GGUFType.UINT32 or not 1 <= a <= MAX_ALIGNMENT or a & a - 1:
+        shown = short(a) if types['general.alignment'][0] == GGUFType.UINT32 else types['general.alignment'][0]
+        c.fail(f'general.alignment must be a uint32, a power of two up to {MAX_ALIGNMENT}, not {shown}', c.where['general.alignment'])
     return a
 
 def _preamble(c):
@@ -319,7 +338,7 @@ def _open(path):
     refuse(os.fstat(f.fileno()))
     return f
 
-# %% ../nbs/02_gguf.ipynb #7870d761
+# %% ../nbs/02_gguf.ipynb #26f22968
 class _Header:
     "Opens a file, reads its header, closes it"
     def __init__(self,
@@ -347,8 +366,15 @@ class _Header:
 
     def _read(self, pos, n):
         "Bytes of the header, for lazy metadata"
-        if self._file is None: raise GGUFError('the file is closed', self.path)
+        self._check_file()
         return read_at(self._file.fileno(), pos, n, self.path)
+
+    def _check_file(self):
+        "Is the open file still what it was? Costs a microsecond."
+        if self._file is None: raise GGUFError('the file is closed', self.path)
+        now, was = os.fstat(self._file.fileno()), self._stat
+        if now.st_size < was.st_size: raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
+        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns): raise GGUFError('the file was written to while it was in use', self.path)
 
     def close(self):
         "Give mapping and file back. Views that are still in use keep the mapping alive until they go."
@@ -362,21 +388,18 @@ class _Header:
     def __exit__(self, *_): self.close()
     def __del__(self): self.close()
 
-# %% ../nbs/02_gguf.ipynb #e0bbfc94
+# %% ../nbs/02_gguf.ipynb #4ba37595
 class GGUF(_Header):
     "A GGUF file, memory-mapped: `metadata`, `tensors`, and the bytes of each tensor"
     def check_unchanged(self):
         "Raise `GGUFError` when the file shrank, was written to or was replaced since it was opened"
-        if self._file is None: raise GGUFError('the file is closed', self.path)
-        now, was = os.fstat(self._file.fileno()), self._stat
-        if now.st_size < was.st_size: raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
-        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns): raise GGUFError('the file was written to while it was in use', self.path)
-        try: there = os.path.samestat(os.stat(self.path), was)
+        self._check_file()
+        try: there = os.path.samestat(os.stat(self.path), self._stat)
         except OSError: there = False
         if not there: raise GGUFError('the file was replaced or deleted while it was in use', self.path)
 
     def _tensor(self, name):
-        if name not in self.tensors: raise GGUFError(f'there is no tensor {name!r}; the file has {len(self.tensors)} tensors', self.path)
+        if name not in self.tensors: raise GGUFError(f'there is no tensor {short(name)!r}; the file has {len(self.tensors)} tensors', self.path)
         return self.tensors[name]
 
     def blocks(self,
@@ -385,8 +408,7 @@ class GGUF(_Header):
         "The raw bytes of a tensor: a view on the mapping, no copy"
         t = self._tensor(name)
         if not self.has_data: raise GGUFError(f'the file is a header without tensor data; {name} cannot be read', self.path)
-        if self._file is None: raise GGUFError('the file is closed', self.path)
-        if os.fstat(self._file.fileno()).st_size < self.file_size: self.check_unchanged()
+        self._check_file()
         if self._map is None: self._map = mmap.mmap(self._file.fileno(), self.file_size, access=mmap.ACCESS_READ)
         return np.frombuffer(self._map, np.uint8, t.n_bytes, t.offset).reshape(t.rows, t.row_bytes)
 
@@ -397,7 +419,7 @@ class GGUF(_Header):
         t = self._tensor(name)
         return dequantize(self.blocks(name), t.type).reshape(t.shape)
 
-# %% ../nbs/02_gguf.ipynb #5bc8003d
+# %% ../nbs/02_gguf.ipynb #c5161993
 def _size(n):
     "Bytes for people"
     for unit in ('B', 'kB', 'MB'):
@@ -408,7 +430,8 @@ def _size(n):
 def _describe(g):
     "Name, architecture and sizes of a file in one line"
     kind = '' if g.has_data else ', header only'
-    return f'{Path(g.path).name}: {g.metadata.get("general.architecture", "no architecture")}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
+    arch = short(g.metadata.get('general.architecture', 'no architecture'))
+    return f'{Path(g.path).name}: {arch}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
 
 def types_table(
     g:GGUF,

@@ -1,0 +1,324 @@
+"The GGUF reader against the gguf package's, against published headers and against liars"
+import json, os, struct, subprocess, sys, time
+from collections import Counter
+from pathlib import Path
+import numpy as np, pytest
+from orcd.errors import GGUFError, OrcdError
+from orcd.gguf import GGUF, GGUFType, MAX_STRINGS
+from gguf_files import *
+
+gguf = pytest.importorskip('gguf')
+PUBLISHED = ['qwen2.5-0.5b-instruct-q4_k_m', 'phi-3-mini-4k-instruct-q4', 'gpt-oss-20b-mxfp4']
+
+
+def write(folder, data, name='x.gguf'):
+    p = Path(folder) / name
+    p.write_bytes(data)
+    return p
+
+
+def refused(path, *words):
+    "Opening fails with one line that says all of these words"
+    with pytest.raises(GGUFError) as e: GGUF(path)
+    text = str(e.value)
+    assert '\n' not in text and all(w in text for w in words), text
+    assert text.startswith(str(path)) and e.value.code == 'MODEL_LOAD_FAILED' and isinstance(e.value, OrcdError)
+    return text
+
+
+# --- beside the gguf package -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('alignment', [None, 64, 4096])
+def test_same_as_gguf_py(tmp_path, alignment):
+    small(tmp_path / 'x.gguf', alignment=alignment)
+    theirs = gguf.GGUFReader(tmp_path / 'x.gguf')
+    with GGUF(tmp_path / 'x.gguf') as g:
+        keys = {k: f for k, f in theirs.fields.items() if not k.startswith('GGUF.')}
+        assert list(g.metadata) == list(keys) and g.alignment == (alignment or 32) and g.data_offset == theirs.data_offset
+        for k, f in keys.items():
+            kind, value, want = g.metadata.kind(k), g.metadata[k], f.contents()
+            assert kind[0] == int(f.types[0]) and kind[1] == (int(f.types[1]) if len(f.types) > 1 else None), k
+            if isinstance(value, np.ndarray): value = value.tolist()
+            assert value == want and type(value) is type(want), k
+        assert list(g.tensors) == [t.name for t in theirs.tensors]
+        for t in theirs.tensors:
+            o = g.tensors[t.name]
+            assert o.type == int(t.tensor_type) and o.type.name == t.tensor_type.name
+            assert o.dims == tuple(t.shape.tolist()) and o.shape == o.dims[::-1]
+            assert (o.n_bytes, o.offset, o.n_elements) == (t.n_bytes, t.data_offset, t.n_elements)
+            assert g.blocks(t.name).tobytes() == t.data.tobytes()
+            want = gguf.quants.dequantize(t.data, t.tensor_type).reshape(o.shape)
+            got = g.dequantize(t.name)
+            assert got.dtype == np.float32 and got.shape == o.shape and np.array_equal(got, want)
+
+
+def test_arrays_are_lazy_and_survive_close(tmp_path):
+    small(tmp_path / 'x.gguf')
+    g = GGUF(tmp_path / 'x.gguf')
+    assert g.metadata.kind('tokenizer.ggml.tokens') == (GGUFType.ARRAY, GGUFType.STRING, 50)
+    tokens, blocks = g.metadata['tokenizer.ggml.tokens'], g.blocks('t.Q8_0')
+    assert g.metadata['tokenizer.ggml.tokens'] is tokens
+    assert not blocks.flags.writeable and blocks.base is not None
+    copy = blocks.copy()
+    g.close(); g.close()
+    assert np.array_equal(blocks, copy) and tokens[7] == 'tok7'      # the view keeps the mapping
+    for f in (lambda: g.metadata['a.ints'], lambda: g.blocks('t.Q8_0'), g.check_unchanged):
+        with pytest.raises(GGUFError, match='closed'): f()
+    with pytest.raises(KeyError): g.metadata['nothing']
+    assert g.metadata.get('nothing', 5) == 5 and 'nothing' not in g.metadata and g.metadata.kind('nothing') == (None, None, None)
+
+
+def test_repr_shows_no_folder(tmp_path):
+    small(tmp_path / 'x.gguf')
+    with GGUF(tmp_path / 'x.gguf') as g:
+        assert repr(g).startswith('GGUF(x.gguf: qwen2, 14 tensors') and str(tmp_path) not in repr(g) + g._repr_html_()
+        assert '<td>Q8_0</td><td>2</td>' in g._repr_html_()
+
+
+# --- published headers -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def headers(shared, tmp_path_factory):
+    "Header-only files of the published models"
+    folder = tmp_path_factory.mktemp('headers')
+    for n in PUBLISHED: subprocess.run([sys.executable, shared / 'full_shape.py', n, folder / f'{n}.gguf', '--header-only'], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_header(shared, headers, name):
+    want = json.loads((shared / f'{name}.json').read_text())
+    with GGUF(headers / f'{name}.gguf') as g:
+        assert len(g.tensors) == want['n_tensors'] and len(g.metadata) == want['n_kv'] == len(want['kv'])
+        assert g.data_offset == want['data_offset'] == g.file_size and g.alignment == want['alignment'] and not g.has_data
+        assert dict(Counter(t.type.name for t in g.tensors.values())) == want['type_counts']
+        last = max(g.tensors.values(), key=lambda t: t.offset)
+        assert last.offset + last.n_bytes == want['file_bytes']
+        assert sum(t.n_elements for t in g.tensors.values()) == want['arch']['params']
+        by_name = {t['pattern'].replace('{N}', str(i)).replace('{i}', str(i)): t for t in want['tensors'] for i in (t['layers'] or [''])}
+        for n, t in by_name.items():
+            if n in g.tensors: assert (list(g.tensors[n].dims), g.tensors[n].type.name) == (t['ne'], t['type']), n
+        assert any(n in g.tensors for n in by_name)
+        with pytest.raises(GGUFError, match='header without tensor data'): g.blocks('token_embd.weight')
+        check_values(g, want['kv'])
+
+
+def check_values(g, pairs):
+    "Every scalar of the manifest"
+    scalars = 0
+    for kv in pairs:
+        assert kv['key'] in g.metadata
+        if kv['type'].startswith('arr') or not isinstance(kv.get('value'), (str, int, float, bool)): continue
+        value = g.metadata[kv['key']]
+        if isinstance(value, float): assert value == pytest.approx(kv['value'], rel=1e-6), kv['key']
+        elif isinstance(value, str) and kv['value'] != value: assert len(value) > 60, kv['key']      # templates are told in words
+        else: assert value == kv['value'], kv['key']
+        scalars += 1
+    assert scalars > 10
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_header_like_gguf_py(headers, name):
+    "Vocabulary, merges and types, element for element, against a plain struct loop"
+    data = (headers / f'{name}.gguf').read_bytes()
+    with GGUF(headers / f'{name}.gguf') as g:
+        for key in ('tokenizer.ggml.tokens', 'tokenizer.ggml.merges'):
+            if key not in g.metadata: continue
+            p = data.index(string(key)) + 8 + len(key)
+            assert struct.unpack_from('<II', data, p) == (ARR, STR)
+            n, = struct.unpack_from('<Q', data, p + 8); p += 16
+            want = []
+            for _ in range(n):
+                k, = struct.unpack_from('<Q', data, p)
+                want.append(data[p + 8:p + 8 + k].decode()); p += 8 + k
+            assert g.metadata[key] == want
+        assert len(g.metadata['tokenizer.ggml.token_type']) == len(g.metadata['tokenizer.ggml.tokens'])
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_header_opens_fast(headers, name):
+    "Under 0.2 s of processor time; the best of five, since the machine has other work"
+    def once():
+        t = time.process_time()
+        GGUF(headers / f'{name}.gguf').close()
+        return time.process_time() - t
+    assert min(once() for _ in range(5)) < .2
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+ONE = pair('general.architecture', STR, 'qwen2')
+F = lambda name='w', dims=(32,), t=0, offset=0: tensor(name, dims, t, offset)
+DATA = bytes(128)
+TOKENS = lambda n: pair('tokenizer.ggml.tokens', ARR, array(STR, [f't{i}' for i in range(n)]))
+
+LIARS = {
+    'empty': (b'', 'the magic needs 4 bytes'),
+    'not_gguf': (b'PK\3\4' + bytes(100), 'not a GGUF file'),
+    'older_format': (b'tjgg' + bytes(100), 'before GGUF'),
+    'short': (b'GGUF' + u32(3) + u64(0), 'the counts', 'cut off'),
+    'version_1': (raw(version=1), 'version 1', 'only version 3'),
+    'version_2': (raw(version=2), 'version 2', 'only version 3'),
+    'version_4': (raw(version=4), 'version 4', 'only version 3'),
+    'big_endian': (b'GGUF' + b'\0\0\0\3' + bytes(16), 'big-endian'),
+    'many_tensors': (raw(n_tensors=1 << 62), 'tensors', 'are allowed'),
+    'many_pairs': (raw(n_pairs=1 << 62), 'metadata pairs', 'are allowed'),
+    'more_pairs_than_bytes': (raw([ONE], n_pairs=1000), 'a list of 1000 metadata pairs'),
+    'pairs_missing': (raw([ONE], n_pairs=2), 'cut off'),
+    'empty_key': (raw([pair('', U32, 1)]), 'the key of metadata entry 0', '0 bytes'),
+    'long_key': (raw([pair('k' * 70_000, U32, 1)]), 'the key of metadata entry 0 is 70000 bytes'),
+    'key_not_utf8': (raw([pair(b'\xff\xfe', U32, 1)]), 'not valid UTF-8'),
+    'key_with_newline': (raw([pair('a\nb', U32, 1)]), 'control characters', 'a\\nb'),
+    'same_key': (raw([ONE, ONE]), 'general.architecture appears twice'),
+    'unknown_type': (raw([string('k') + u32(13) + bytes(8)]), 'k has unknown type 13'),
+    'bool_2': (raw([pair('k', BOOL, 2)]), 'boolean with the value 2'),
+    'text_not_utf8': (raw([pair('k', STR, b'\xc3\x28')]), 'k holds text that is not valid UTF-8'),
+    'text_too_long': (raw([string('k') + u32(STR) + u64(1 << 63)]), 'k needs'),
+    'nested_array': (raw([string('k') + u32(ARR) + u32(ARR) + u64(1)]), 'array of arrays'),
+    'array_unknown_type': (raw([string('k') + u32(ARR) + u32(77) + u64(1)]), 'elements of unknown type 77'),
+    'array_too_long': (raw([string('k') + u32(ARR) + u32(U64) + u64(1 << 61)]), 'k needs'),
+    'strings_too_many': (raw([string('k') + u32(ARR) + u32(STR) + u64(1 << 60)]), 'strings', 'are allowed'),
+    'strings_more_than_bytes': (raw([string('k') + u32(ARR) + u32(STR) + u64(MAX_STRINGS)]), 'k needs'),
+    'string_in_array_too_long': (raw([string('k') + u32(ARR) + u32(STR) + u64(2) + u64(1 << 64 - 1) + bytes(64)]), 'a string of k claims'),
+    'alignment_0': (raw([pair('general.alignment', U32, 0)]), 'general.alignment', 'power of two'),
+    'alignment_48': (raw([pair('general.alignment', U32, 48)]), 'general.alignment', 'not 48'),
+    'alignment_huge': (raw([pair('general.alignment', U32, 1 << 31)]), 'general.alignment'),
+    'alignment_text': (raw([pair('general.alignment', STR, '32')]), 'general.alignment must be a uint32'),
+    'empty_name': (raw([], [F('')], DATA), 'the name of tensor 0'),
+    'long_name': (raw([], [F('n' * 64)], DATA), 'the name of tensor 0 is 64 bytes'),
+    'same_name': (raw([], [F(), F(offset=128)], DATA * 2), 'the tensor w appears twice'),
+    'no_dims': (raw([], [F(dims=())], DATA), '0 dimensions'),
+    'five_dims': (raw([], [F(dims=(2, 2, 2, 2, 2))], DATA), '5 dimensions'),
+    'zero_dim': (raw([], [F(dims=(32, 0))], DATA), 'impossible dimensions'),
+    'overflowing_dims': (raw([], [F(dims=(1 << 32, 1 << 32))], DATA), 'impossible dimensions'),
+    'wrapping_dims': (raw([], [F(dims=(1 << 63, 2))], DATA), 'impossible dimensions'),
+    'type_gone': (raw([], [F(t=4)], DATA), "w: tensor type 4 (Q4_2, or another program's own MXFP4) is not supported"),
+    'type_unknown': (raw([], [F(t=250)], DATA), 'w: tensor type 250 is not supported'),
+    'type_unsupported': (raw([], [F(t=10, dims=(256,))], DATA), 'Q2_K', 'supported: F32'),
+    'half_block': (raw([], [F(t=2, dims=(48,))], DATA), 'no whole number of Q4_0 blocks'),
+    'unaligned': (raw([], [F(offset=16)], DATA * 2), 'no multiple of the alignment 32'),
+    'outside': (raw([], [F(dims=(1024,))], DATA), 'w ends at byte', 'download it again'),
+    'far_outside': (raw([], [F(offset=(1 << 64) - 32)], DATA), 'w ends at byte'),
+    'overlap': (raw([], [F(dims=(64,)), F('v', offset=128)], DATA * 3), 'v overlaps'),
+    'table_cut': (raw([], [F()])[:-4], 'cut off'),
+    'scores_short': (raw([TOKENS(3), pair('tokenizer.ggml.scores', ARR, array(F32, [1.]))]), 'tokenizer.ggml.scores has 1 entries for 3 tokens'),
+    'types_wrong': (raw([TOKENS(1), pair('tokenizer.ggml.token_type', ARR, array(F32, [1.]))]), 'token_type must be an array of', 'not array of float32'),
+    'tokens_numbers': (raw([pair('tokenizer.ggml.tokens', ARR, array(U32, [1]))]), 'tokenizer.ggml.tokens must be an array of string'),
+    'tokens_scalar': (raw([pair('tokenizer.ggml.tokens', U32, 1)]), 'tokenizer.ggml.tokens must be an array of string, not uint32'),
+    'eos_outside': (raw([TOKENS(3), pair('tokenizer.ggml.eos_token_id', U32, 3)]), 'eos_token_id is 3, outside the vocabulary of 3'),
+    'eos_negative': (raw([TOKENS(3), pair('tokenizer.ggml.eos_token_id', I32, -1)]), 'eos_token_id is -1'),
+    'eos_text': (raw([TOKENS(3), pair('tokenizer.ggml.eos_token_id', STR, '1')]), 'eos_token_id must be an integer, not string'),
+    'split_text': (raw([pair('split.count', STR, '3')]), 'split.count must be an integer'),
+}
+
+
+@pytest.mark.parametrize('case', LIARS)
+def test_liars(tmp_path, case):
+    data, *words = LIARS[case]
+    t = time.process_time()
+    refused(write(tmp_path, data), *words)
+    assert time.process_time() - t < .2
+
+
+def test_truth_beside_the_lies(tmp_path):
+    "The builder's well-formed files open: what is refused above is refused for the one thing that is wrong"
+    g = GGUF(write(tmp_path, raw([ONE, TOKENS(3), pair('tokenizer.ggml.eos_token_id', U32, 2)], [F(), F('v', offset=128)], DATA * 2)))
+    assert list(g.tensors) == ['w', 'v'] and g.has_data and not g.dequantize('v').any()
+    assert GGUF(write(tmp_path, raw())).tensors == {}
+    assert GGUF(write(tmp_path, raw([pair('k', ARR, array(STR, []))]))).metadata['k'] == []
+    assert GGUF(write(tmp_path, raw([pair('general.alignment', U32, 1)], [F(offset=3)], bytes(131), align=1))).dequantize('w').shape == (32,)
+
+
+def test_lazy_values_are_checked_when_asked_for(tmp_path):
+    g = GGUF(write(tmp_path, raw([pair('t', ARR, array(STR, [b'ok', b'\xff'])), pair('b', ARR, array(BOOL, [1, 2]))])))
+    for key, words in (('t', 't holds text that is not valid UTF-8'), ('b', 'b holds a boolean')):
+        with pytest.raises(GGUFError, match=words): g.metadata[key]
+
+
+def test_strings_across_windows(tmp_path):
+    "Strings around and across the 1 MiB window, at every phase of the length field"
+    for shift in range(0, 20, 3):
+        texts = ['x' * (1 << 20) , 'y' * ((1 << 20) - 60 + shift), 'z', '', 'ü' * 700_000, 'end']
+        g = GGUF(write(tmp_path, raw([pair('a' * (1 + shift), ARR, array(STR, texts)), pair('after', U32, 7)])))
+        assert g.metadata['a' * (1 + shift)] == texts and g.metadata['after'] == 7
+
+
+# --- files that are not files, or do not stay what they were -----------------------------------------------------------
+
+def test_not_a_regular_file(tmp_path):
+    refused(tmp_path, 'directory')
+    refused(tmp_path / 'missing.gguf', 'no such file')
+    refused('/dev/zero', 'not a regular file')
+    os.mkfifo(tmp_path / 'fifo')
+    t = time.monotonic()
+    refused(tmp_path / 'fifo', 'not a regular file')
+    assert time.monotonic() - t < 1
+    refused('a\0b', 'cannot be opened')
+    write(tmp_path, raw()).chmod(0)
+    if os.geteuid(): refused(tmp_path / 'x.gguf', 'cannot be opened')
+
+
+def test_split(tmp_path):
+    part = lambda i: raw([pair('split.no', U16, i), pair('split.count', U16, 3)])
+    p = write(tmp_path, part(1), 'm-00002-of-00003.gguf')
+    refused(p, 'part 2 of 3', 'missing: m-00001-of-00003.gguf', 'llama-gguf-split --merge m-00001-of-00003.gguf m.gguf')
+    write(tmp_path, part(0), 'm-00001-of-00003.gguf')
+    refused(p, 'missing: m-00003-of-00003.gguf')
+    write(tmp_path, part(2), 'm-00003-of-00003.gguf')
+    refused(p, 'all parts are here', 'llama-gguf-split --merge')
+    assert GGUF(write(tmp_path, raw([pair('split.count', U16, 1)]))).metadata['split.count'] == 1
+
+
+@pytest.mark.parametrize('how', ['shrunk', 'written', 'replaced', 'deleted'])
+def test_changed_while_open(tmp_path, how):
+    p = tmp_path / 'x.gguf'
+    small(p)
+    g = GGUF(p)
+    g.check_unchanged(); g.blocks('t.F32')
+    if how == 'shrunk': os.truncate(p, 1000)
+    elif how == 'written': os.utime(p, ns=(1, 1))
+    elif how == 'replaced': small(tmp_path / 'y.gguf'); os.replace(tmp_path / 'y.gguf', p)
+    else: p.unlink()
+    with pytest.raises(GGUFError, match={'shrunk': 'shrank', 'written': 'written to'}.get(how, 'replaced or deleted')): g.check_unchanged()
+    if how in ('shrunk', 'written'):
+        for f in (lambda: g.blocks('t.F32'), lambda: g.metadata['a.texts']):
+            with pytest.raises(GGUFError): f()
+
+
+def test_header_only(tmp_path):
+    p = tmp_path / 'x.gguf'
+    small(p)
+    full = GGUF(p)
+    h = GGUF(write(tmp_path, p.read_bytes()[:full.data_offset], 'h.gguf'))
+    assert full.has_data and not h.has_data and h.tensors == full.tensors
+    with pytest.raises(GGUFError, match='header without tensor data'): h.dequantize('t.F32')
+    cut = p.read_bytes()[:full.data_offset + 1]
+    refused(write(tmp_path, cut, 'c.gguf'), 'cut off')
+
+
+# --- thousands of broken files -----------------------------------------------------------------------------------------
+
+def test_fuzz(tmp_path):
+    "Mutated files, in a process of its own, so that its memory can be measured: see gguf_fuzz.py"
+    r = subprocess.run([sys.executable, Path(__file__).parent / 'gguf_fuzz.py', tmp_path], capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
+    said = json.loads(r.stdout)
+    assert said['files'] > 5000 and said['refused'] > 1000 and said['accepted'] > 100, said
+    assert said['slowest_s'] < 1 and said['peak_mb'] < 300, said
+
+
+def test_expensive_liars(tmp_path):
+    "Files that are large as well as wrong: as many entries as the limits allow, and holes where data should be"
+    p = tmp_path / 'x.gguf'
+    def costs(*words):
+        t = time.process_time()
+        refused(p, *words)
+        assert time.process_time() - t < 1
+    p.write_bytes(raw([string('k') + u32(ARR) + u32(STR) + u64(MAX_STRINGS) + bytes(8 * MAX_STRINGS)], n_pairs=2))
+    costs('cut off')
+    for t, n in ((U8, 1 << 30), (F64, 1 << 28)):
+        p.write_bytes(raw([string('k') + u32(ARR) + u32(t) + u64(n)]))
+        os.truncate(p, 1 << 33)
+        costs('more than 256 MiB of metadata')
+    p.write_bytes(raw([pair(f'{i}', U8, 1) for i in range(16_000)], [F(f'{i}', (1,), 0, 0) for i in range(16_000)], DATA))
+    costs('overlaps')
