@@ -1,0 +1,69 @@
+"Files with the published headers and random weights: load, VRAM, logits against PyTorch, speed"
+import os, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+MODELS = {'qwen2.5-0.5b-instruct-q4_k_m': 300, 'phi-3-mini-4k-instruct-q4': 150, 'gpt-oss-20b-mxfp4': 150} # tokens a second at the least
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def path(request, shared):
+    p = Path(os.environ.get('ORCD_FULL_SHAPE', '/dev/shm')) / f'{request.param}.gguf'
+    if not p.exists(): subprocess.run([sys.executable, str(shared / 'full_shape.py'), request.param, str(p)], check=True)
+    return p
+
+
+def test_full_shape(path):
+    import cupy as cp
+    import orcd
+    from orcd.engine import CudaEngine
+    from orcd.sampling import SamplingParams
+    cp.cuda.runtime.free(0)
+    before = cp.cuda.runtime.memGetInfo()[0]
+    with orcd.GGUF(path) as g:
+        start = time.perf_counter()
+        n_ctx = 4096 if 'phi' in path.name else 8192
+        engine = CudaEngine(g, n_ctx=n_ctx, chunk_bytes=4 << 20)
+        load = time.perf_counter() - start
+        taken = before - cp.cuda.runtime.memGetInfo()[0]
+        p = engine.plan
+        print(f'\n{path.stem}: load {load:.2f} s, VRAM {taken / 2**20:.0f} MiB = weights {p.weights >> 20} + KV {p.kv_cache >> 20} + workspace {p.workspace >> 20} (+ kernels); chunk {p.chunk}')
+        assert engine.resident
+        assert taken < 1.05 * p.total + (96 << 20)
+        ids = np.random.default_rng(0).integers(0, 100_000 if 'phi' not in path.name else 32000, 64).tolist()
+        logits, residuals = engine.logits(ids), engine.residuals(ids)
+        engine.prefill(ids)
+        tokens = [i for i, _ in engine.decode(SamplingParams(temperature=0), 16)]
+        assert tokens[0] == int(logits[-1].argmax())
+        for context in (128, n_ctx // 2):
+            engine.prefill((ids * (context // 64 + 1))[:context])
+            n, t = 256, time.perf_counter()
+            first = None
+            for k, _ in enumerate(engine.decode(SamplingParams(temperature=0), n)):
+                if k == 15: first = time.perf_counter()
+            rate = (n - 16) / (time.perf_counter() - first)
+            print(f'decode at {context}: {rate:.0f} tok/s, weights read at {rate * p.weights / 1e9:.0f} GB/s (all weights counted)')
+            if context == 128: assert rate >= MODELS[path.stem]
+        for n in (512, n_ctx // 2):
+            prompt = (ids * (n // 64 + 1))[:n]
+            engine.prefill(prompt); engine.stream.synchronize()
+            t = time.perf_counter(); engine.prefill(prompt); engine.stream.synchronize(); t = time.perf_counter() - t
+            print(f'prefill {n}: {n / t:.0f} tok/s')
+        engine.prefill(ids)
+        assert [i for i, _ in engine.decode(SamplingParams(temperature=0), 16)] == tokens
+        engine.close()
+    after = cp.cuda.runtime.memGetInfo()[0]
+    print(f'VRAM not given back after close: {(before - after) / 2**20:.1f} MiB (loaded kernels)')
+    from torch_oracle import Oracle
+    import torch
+    want_residuals, want = Oracle(str(path)).run(ids)
+    for i, (a, b) in enumerate(zip(residuals, want_residuals)):
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        if i % 8 == 0 or i == len(residuals) - 1: print(f'residual after {i} layers: relative error {error:.1e}')
+        assert error < 5e-3, f'layer {i - 1}'
+    worst = np.abs(logits - want).max() / want.std()
+    print(f'logits of 64 positions: max |diff| / std {worst:.2e}; same argmax {(logits.argmax(1) == want.argmax(1)).mean():.0%}')
+    assert worst < 2e-2
+    torch.cuda.empty_cache()
