@@ -13,7 +13,7 @@ A script is a list. Its items, in order, stand for the tokens that the engine dr
 
 After its end the engine goes on with the token `then` for ever. Ids 0-255 are the bytes, `EOS` ends a turn, and `PIECES` are tokens of more than one byte, among them
 halves of a character."""
-import threading, time
+import codecs, threading, time
 from types import SimpleNamespace
 import numpy as np
 from orcd.errors import Cancelled, OrcdError
@@ -32,9 +32,8 @@ def piece(b): "Id of a longer token"; return FIRST_PIECE + PIECES.index(b)
 
 class FakeStream:
     "Incremental UTF-8: bytes of a split character wait for the rest; bytes that cannot become one turn into U+FFFD"
-    def __init__(self):
-        import codecs
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    analysis = ''
+    def __init__(self): self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
     def push(self, i): return self.decoder.decode(_bytes[i])
     def flush(self): return self.decoder.decode(b'', True)
 
@@ -44,7 +43,8 @@ class FakeTokenizer:
     bos_id, eos_id, add_bos = None, EOS, False
     def encode(self, text, add_special=True, parse_special=True): return list(text.encode())
     def decode(self, ids, skip_special=False): return b''.join(_bytes[i] for i in ids).decode('utf-8', 'replace')
-    def stream(self, **kw): return FakeStream()
+    def stream(self, skip_special=False, after=()): return FakeStream()
+    def parse_reply(self, after=()): return FakeStream()
     def chat(self, messages, add_generation_prompt=True): return ''.join(f"{m['role']}: {m['content']}\n" for m in messages)
     def encode_chat(self, messages, add_generation_prompt=True):
         out = []
