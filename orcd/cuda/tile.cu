@@ -1,0 +1,167 @@
+// The tensor-core tile: 128 rows of x times 64 rows of W, in steps (spans) of 64 along the row
+#ifndef ORCD_TILE
+#define ORCD_TILE
+#include "blocks.cu"
+enum { BM = 128, BN = 64, BK = 64 };
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// Where 16-byte chunk c of a row of 64 halves lies: the exclusive or spreads a column over all banks
+__device__ __forceinline__ int chunk(int row, int c) { return row * BK + ((c ^ (row & 7)) << 3); }
+
+// 16 bytes from global to shared memory, zeros when !valid
+__device__ __forceinline__ void copy16(u16* to, const u16* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
+#else
+    *(uint4*)to = valid ? *(const uint4*)from : uint4{0, 0, 0, 0};
+#endif
+}
+__device__ __forceinline__ void copies_done() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Four 8x8 matrices of halves, one register of each per lane
+__device__ __forceinline__ void ldmatrix(u32 (&r)[4], const u16* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
+}
+// c (16x8, float) += a (16x16, half) * b (16x8, half)
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    for (int h = 0; h < 2; h++) asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2 * h]), "r"(a[2 * h + 1]), "r"(h ? b1 : b0));
+#endif
+}
+
+// An octet as halves: q[0..1] are its four a weights without their scale, q[2..3] its b weights
+struct Halves { u32 q[4]; float da, db, ma, mb; };
+
+// Bytes 0, 1 (or 2, 3) of v minus bias as two halves: 0x64xx is the half 1024 + xx, so this is exact
+template<int BIAS> __device__ __forceinline__ u32 byte_halves(u32 v, u32 select) {
+    u32 r, b = (0x6400 + BIAS) * 0x10001;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(__byte_perm(v, 0x64646464, select)), "r"(b));
+    return r;
+}
+
+// An octet on its way from global to shared memory: it waits in registers as bytes, a scale of zero when there is none
+template<int T> struct Fetch {
+    Octet o;
+    __device__ __forceinline__ void get(const u8* row, int span, int u, int n, bool valid) {
+        if (valid && 64 * span + octet_start<T>(u) < n) o = Type<T>::octet(row, span, u); else o = {0, 0, 0, 0, 0, 0};
+    }
+    __device__ __forceinline__ Halves halves() {
+        constexpr int B = Type<T>::bias;
+        return {{byte_halves<B>(o.a, 0x4140), byte_halves<B>(o.a, 0x4342), byte_halves<B>(o.b, 0x4140), byte_halves<B>(o.b, 0x4342)}, o.da, o.db, o.ma, o.mb};
+    }
+};
+template<> struct Fetch<F16> {      // are halves already
+    u32 q[4];
+    __device__ __forceinline__ void get(const u8* row, int span, int u, int n, bool valid) {
+        const u16* p = (const u16*)row;
+        int i = 64 * span + 4 * u;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int k = i + 2 * (j & 1) + 32 * (j / 2);
+            q[j] = (valid && k < n ? p[k] : 0) | (valid && k + 1 < n ? p[k + 1] : 0) << 16;
+        }
+    }
+    __device__ __forceinline__ Halves halves() { return {{q[0], q[1], q[2], q[3]}, 1, 1, 0, 0}; }
+};
+
+struct Shared {
+    u16 x[2][BM * BK], w[BN * BK];
+    float d[4][BN], m[4][BN];       // scale and minimum of each group of 32 (16) weights
+    int xrow[BM], yrow[BM];         // rows of x and out that this tile's rows stand for, -1: none
+};
+
+// x: halves (ldx a row), xinv: 1/scale of each row, xsum: sums of 32 halves (ldx/32 a row). w: first row of W of this tile, rows: how many are left.
+// The scale of a block multiplies the accumulators of that block in FP32; integers times halves are summed exactly as the tensor core sums them.
+template<int T> __device__ __forceinline__ void tile(Shared& s, const u8* w, int rows, const u16* x, const float* xinv, const float* xsum, int ldx, int n_in,
+    float* out, long long ldo, const float* bias, const float* residual, long long ldr) {
+    constexpr int GROUP = Type<T>::group;
+    const long long w_row = row_bytes<T>(n_in);
+    const int tid = threadIdx.x, lane = tid & 31, wm = tid / 32 / 2 * 32, wn = tid / 32 % 2 * 32, spans = (n_in + BK - 1) / BK;
+    auto load_x = [&](int span) {
+        for (int j = 0; j < 4; j++) {
+            int r = (tid + 256 * j) / 8, c = tid & 7, t = s.xrow[r];
+            copy16(&s.x[span & 1][chunk(r, c)], x + (long long)max(t, 0) * ldx + span * BK + 8 * c, t >= 0);
+        }
+    };
+    Fetch<T> f[2];
+    auto load_w = [&](int span) {
+        for (int j = 0; j < 2; j++) { int r = tid / 8 + 32 * j; f[j].get(w + r * w_row, span, tid & 7, n_in, r < rows); }
+    };
+    auto store_w = [&]() {
+        for (int j = 0; j < 2; j++) {
+            Halves h = f[j].halves();
+            int r = tid / 8 + 32 * j, i = octet_start<T>(tid & 7), k = i + Type<T>::delta;
+            *(uint2*)&s.w[chunk(r, i / 8) + (i & 7)] = {h.q[0], h.q[1]};
+            *(uint2*)&s.w[chunk(r, k / 8) + (k & 7)] = {h.q[2], h.q[3]};
+            if (i % GROUP == 0) { s.d[i / GROUP][r] = h.da; s.m[i / GROUP][r] = h.ma; }
+            if (k % GROUP == 0) { s.d[k / GROUP][r] = h.db; s.m[k / GROUP][r] = h.mb; }
+        }
+    };
+    float acc[2][4][4] = {};
+    auto x_row = [&](int i, int e) { return s.xrow[wm + 16 * i + 8 * e + lane / 4]; };     // the four rows whose sums this lane holds
+    auto inverse = [&](int i, int e) { int t = x_row(i, e); return t < 0 ? 0 : xinv[t]; };
+    const bool busy = s.xrow[wm] >= 0;      // rows are filled from the first, so an empty first row means none
+    load_x(0); load_w(0);
+    for (int span = 0; span < spans; span++) {
+        store_w(); copies_done(); __syncthreads();
+        if (span + 1 < spans) { load_x(span + 1); load_w(span + 1); }
+        if (busy) {
+#pragma unroll
+            for (int g = 0; g < BK / GROUP; g++) {
+                float c[2][4][4] = {};
+#pragma unroll
+                for (int k = g * GROUP / 16; k < (g + 1) * GROUP / 16; k++) {
+                    u32 a[2][4], b[2][4];
+                    for (int i = 0; i < 2; i++) ldmatrix(a[i], &s.x[span & 1][chunk(wm + 16 * i + (lane & 15), 2 * k + lane / 16)]);
+                    for (int i = 0; i < 2; i++) ldmatrix(b[i], &s.w[chunk(wn + 16 * i + lane / 16 * 8 + (lane & 7), 2 * k + (lane / 8 & 1))]);
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+#pragma unroll
+                        for (int j = 0; j < 4; j++) mma(c[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float sum[2] = {0, 0}, inv[2] = {1, 1};
+                    for (int e = 0; e < 2; e++) {
+                        if (Type<T>::mins) sum[e] = xsum[(long long)max(x_row(i, e), 0) * (ldx / 32) + 2 * span + g];
+                        if (T == MXFP4) inv[e] = inverse(i, e);         // before a block scale that may be 2^126
+                    }
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        int o = wn + 8 * j + 2 * (lane & 3);
+                        float2 d = *(const float2*)&s.d[g][o], m = *(const float2*)&s.m[g][o];
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            float v = T == MXFP4 ? c[i][j][e] * inv[e / 2] : c[i][j][e];
+                            acc[i][j][e] = fmaf(v, e & 1 ? d.y : d.x, acc[i][j][e]);
+                            if (Type<T>::mins) acc[i][j][e] = fmaf(sum[e / 2], e & 1 ? m.y : m.x, acc[i][j][e]);
+                        }
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int t = s.yrow[wm + 16 * i + 8 * (e / 2) + lane / 4], o = wn + 8 * j + 2 * (lane & 3) + (e & 1);
+                if (t < 0 || o >= rows) continue;
+                float y = T == MXFP4 ? acc[i][j][e] : acc[i][j][e] * inverse(i, e / 2);
+                if (bias) y += bias[o];
+                if (residual) y += residual[t * ldr + o];
+                out[t * ldo + o] = y;
+            }
+}
+#endif
