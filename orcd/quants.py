@@ -14,7 +14,7 @@ import numpy as np
 from .blocks import GGMLType, E2M1, dequantize, ggml_type, half_scale
 from .errors import GGUFError
 
-# %% ../nbs/03_quants.ipynb #4549d595
+# %% ../nbs/03_quants.ipynb #ba4fdf4a
 _all_ = ['dequantize', 'GGMLType'] # both directions from one module
 _encoders = {}
 
@@ -32,8 +32,9 @@ def _make(t, n, **fields):
     return b
 
 def _inverse(d):
-    "1/d, and 0 for 0"
-    with np.errstate(divide='ignore'): return np.where(d == 0, np.float32(0), 1/d)
+    "1/d, and 0 for what is too small to be divided by: zero in half precision anyway"
+    with np.errstate(divide='ignore', over='ignore'): i = 1/d
+    return np.where(np.isfinite(i), i, np.float32(0))
 
 # %% ../nbs/03_quants.ipynb #1bc888de
 def pack_nibbles(
@@ -121,7 +122,7 @@ def _mxfp4(x):
         best[keep], error = _make(GGMLType.MXFP4, len(x), e=e, qs=pack_nibbles(q))[keep], np.minimum(err, error)
     return best
 
-# %% ../nbs/03_quants.ipynb #e1c8a80d
+# %% ../nbs/03_quants.ipynb #7b6cf594
 def _dot(a, b): return np.einsum('...i,...i->...', a, b)
 
 def _least_squares(x, q):
@@ -130,9 +131,11 @@ def _least_squares(x, q):
     det = n*sqq - sq*sq
     s = np.where(det > 0, (n*sxq - sx*sq)/np.where(det > 0, det, 1), 0)
     m = (s*sq - sx)/n
-    alone = (m < 0) | (s <= 0)
-    s = np.where(alone, np.maximum(sxq, 0)/np.where(sqq > 0, sqq, 1), s)
-    return s, np.where(alone, 0, m)
+    b, c = np.maximum(sxq, 0), np.maximum(-sx, 0)
+    sqq = np.maximum(sqq, 1)
+    line = b*b/sqq >= c*c/n
+    good = (s > 0) & (m >= 0)
+    return np.where(good, s, np.where(line, b/sqq, 0)), np.where(good, m, np.where(line, 0, c/n))
 
 def _fit_affine(x, top, stretch=np.linspace(-1.2, 1.2, 25)):
     "Search s, m for each sub-block of x (..., n): round with many scales, refit, keep the best"
@@ -147,8 +150,13 @@ def _fit_affine(x, top, stretch=np.linspace(-1.2, 1.2, 25)):
         best = [np.where(err < best[2], new, old) for new, old in zip((s, m, err), best)]
     return best[0], best[1]
 
-# %% ../nbs/03_quants.ipynb #495ea1b6
+# %% ../nbs/03_quants.ipynb #bba78d45
 def _half(x): return x.astype(np.float16).astype(np.float32)
+
+def _half_above(x):
+    "Half precision, rounded away from zero: a shared scale that is too small would clip the largest sub-block"
+    h = x.astype(np.float16)
+    return np.where(abs(h) < abs(x), np.nextafter(h, np.copysign(np.float16(np.inf), h)), h).astype(np.float32)
 
 def _round_affine(x, s, m, top):
     "The integers q (float) of x = s q - m, and the squared error of each sub-block"
@@ -165,7 +173,7 @@ def _best_neighbours(x, d, dmin, k, l, top):
             k, l, err = np.where(e < err, k1, k), np.where(e < err, l1, l), np.minimum(e, err)
     return k, l, err.sum(1)
 
-# %% ../nbs/03_quants.ipynb #fd430648
+# %% ../nbs/03_quants.ipynb #768ea0db
 def _shared_scales(x, k, l, q):
     "Least squares for d, dmin (n,) of x = d (k q) - dmin l, over whole blocks"
     u, v = (k[..., None]*q).reshape(len(x), -1), np.broadcast_to(l[..., None], x.shape).reshape(len(x), -1)
@@ -181,7 +189,7 @@ def _shared_scales(x, k, l, q):
 def _search_affine(x, top, rounds=2):
     "d, dmin, k, l, q for blocks x (n, 8, 32)"
     s, m = _fit_affine(x, top)
-    d, dmin = _half(s.max(1)/63), _half(m.max(1)/63)
+    d, dmin = _half_above(s.max(1)/63), _half_above(m.max(1)/63)
     k, l = (np.clip(np.rint(a*_inverse(b)[:, None]), 0, 63) for a, b in ((s, d), (m, dmin)))
     k, l, err = _best_neighbours(x, d, dmin, k, l, top)
     for _ in range(rounds):
@@ -233,7 +241,7 @@ def _round_symmetric(x, s, half):
     q = np.clip(np.rint(x*_inverse(s)[..., None]), -half, half - 1)
     return q, np.square(s[..., None]*q - x).sum(-1)
 
-# %% ../nbs/03_quants.ipynb #bf38d171
+# %% ../nbs/03_quants.ipynb #31fc628d
 def _search_symmetric(x, rounds=2):
     "d, k, q for blocks x (n, 16, 16)"
     def neighbours(d, k0):
@@ -244,7 +252,7 @@ def _search_symmetric(x, rounds=2):
             k, err = np.where(e < err, k1, k), np.minimum(e, err)
         return k, err.sum(1)
     s = _fit_symmetric(x, 32)
-    d = _half(np.take_along_axis(s, abs(s).argmax(1)[:, None], 1)[:, 0]/-128)
+    d = _half_above(np.take_along_axis(s, abs(s).argmax(1)[:, None], 1)[:, 0]/-128)
     k, err = neighbours(d, np.clip(np.rint(s*_inverse(d)[:, None]), -128, 127))
     for _ in range(rounds):
         u = (k[..., None]*_round_symmetric(x, d[:, None]*k, 32)[0]).reshape(len(x), -1)
@@ -262,14 +270,14 @@ def _q6_k(x):
     ql = pack_nibbles((q & 15).reshape(-1, 2, 128))
     return _make(GGMLType.Q6_K, len(x), ql=ql.reshape(-1, 128), qh=qh.reshape(-1, 64), scales=k.astype(np.int8).view(np.uint8), d=d)
 
-# %% ../nbs/03_quants.ipynb #a735c492
+# %% ../nbs/03_quants.ipynb #57c94c0a
 def quantize(
     x,    # float array (rows, n), or (..., n)
     type, # a `GGMLType`, its id or its name
 ):        # uint8 (rows, bytes per row)
     "Encode weights as blocks. `n` must be a whole number of blocks."
+    if np.ndim(x) < 1: raise GGUFError('quantize wants rows of weights, got a scalar')
     t, x = ggml_type(type), np.ascontiguousarray(x, np.float32)
-    if x.ndim < 1: raise GGUFError('quantize wants rows of weights, got a scalar')
     n_bytes = t.row_bytes(x.shape[-1])
     limit = np.finfo(np.float16 if t not in (GGMLType.F32, GGMLType.BF16, GGMLType.MXFP4) else np.float32).max
     if not (abs(x) <= limit).all(): raise GGUFError(f'weights for {t} must be finite and at most {limit:.6g} in magnitude')

@@ -24,7 +24,7 @@ def raw(pairs=(), tensors=(), data=b'', align=32, version=3, n_tensors=None, n_p
     return head + b'\0' * (-len(head) % align if data else 0) + data
 
 
-def small(path, seed=0, alignment=None):
+def small(path, seed=0, alignment=None, long=100_000):
     "A file with every metadata type and tensors of every type, by gguf's writer. Returns {name: (type name, float32 weights or None)}"
     import gguf
     from orcd.quants import quantize
@@ -34,7 +34,7 @@ def small(path, seed=0, alignment=None):
         info = np.iinfo(t)
         getattr(w, f'add_{t}')(f'a.{t}.low', int(info.min)); getattr(w, f'add_{t}')(f'a.{t}.high', int(info.max))
     w.add_float32('a.float32', 1.5); w.add_float64('a.float64', -1e300); w.add_bool('a.true', True); w.add_bool('a.false', False)
-    w.add_string('a.text', 'Grüße, 世界 🙂'); w.add_string('a.long', 'x' * 100_000)
+    w.add_string('a.text', 'Grüße, 世界 🙂'); w.add_string('a.long', 'x' * long)
     w.add_array('a.ints', [-3, 0, 7]); w.add_array('a.floats', [.5, -2.25]); w.add_array('a.bools', [True, False, True])
     w.add_array('a.texts', ['', 'a', 'ü', '🙂' * 5])
     n = 50
