@@ -1,0 +1,93 @@
+"""Small random GGUF models of every architecture, written with gguf-py: what the tests of both engines run on.
+
+    make_model('/tmp/x.gguf', 'gpt-oss', types={'exps': 'MXFP4', '': 'Q8_0'}, head_dim=64, window=8)
+
+Each has a `no_vocab` tokenizer (prompts are token ids). A row that is no whole number of blocks of the wanted type falls back to Q8_0, then to F32.
+"""
+from pathlib import Path
+import gguf
+import numpy as np
+from orcd.blocks import ggml_type
+from orcd.quants import quantize
+
+ARCHES = 'qwen2', 'phi3', 'gpt-oss', 'llama', 'qwen3'
+
+
+def shapes(arch, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_expert, n_ff_exp, tied, rope_freqs, n_rot):
+    "Tensor name -> shape, (out, in)"
+    q, kv = n_head * head_dim, n_head_kv * head_dim
+    out = {'token_embd.weight': (n_vocab, n_embd), 'output_norm.weight': (n_embd,)}
+    if not tied: out['output.weight'] = (n_vocab, n_embd)
+    if rope_freqs: out['rope_freqs.weight'] = (n_rot // 2,)
+    attn = {'attn_norm.weight': (n_embd,), 'attn_output.weight': (n_embd, q)}
+    fused = {'attn_qkv.weight': (q + 2*kv, n_embd)}
+    apart = {'attn_q.weight': (q, n_embd), 'attn_k.weight': (kv, n_embd), 'attn_v.weight': (kv, n_embd)}
+    biases = {'attn_q.bias': (q,), 'attn_k.bias': (kv,), 'attn_v.bias': (kv,)}
+    gated = {'ffn_norm.weight': (n_embd,), 'ffn_gate.weight': (n_ff, n_embd), 'ffn_up.weight': (n_ff, n_embd), 'ffn_down.weight': (n_embd, n_ff)}
+    layer = {
+        'qwen2': attn | apart | biases | gated,
+        'llama': attn | apart | gated,
+        'qwen3': attn | apart | gated | {'attn_q_norm.weight': (head_dim,), 'attn_k_norm.weight': (head_dim,)},
+        'phi3': attn | fused | {'ffn_norm.weight': (n_embd,), 'ffn_up.weight': (2*n_ff, n_embd), 'ffn_down.weight': (n_embd, n_ff)},
+        'gpt-oss': attn | apart | biases | {
+            'attn_output.bias': (n_embd,), 'attn_sinks.weight': (n_head,), 'post_attention_norm.weight': (n_embd,),
+            'ffn_gate_inp.weight': (n_expert, n_embd), 'ffn_gate_inp.bias': (n_expert,),
+            'ffn_gate_exps.weight': (n_expert, n_ff_exp, n_embd), 'ffn_gate_exps.bias': (n_expert, n_ff_exp),
+            'ffn_up_exps.weight': (n_expert, n_ff_exp, n_embd), 'ffn_up_exps.bias': (n_expert, n_ff_exp),
+            'ffn_down_exps.weight': (n_expert, n_embd, n_ff_exp), 'ffn_down_exps.bias': (n_expert, n_embd)},
+    }[arch]
+    for i in range(n_layer): out |= {f'blk.{i}.{k}': s for k, s in layer.items()}
+    return out
+
+
+def keep_f32(name): return name.endswith('.bias') or 'norm' in name or 'sinks' in name or 'gate_inp' in name or 'rope_freqs' in name
+
+
+def type_of(name, shape, types):
+    "The type for a tensor: of the first part of `types` that occurs in its name; falls back when rows are no whole blocks"
+    if keep_f32(name): return ggml_type('F32')
+    want = types if isinstance(types, str) else next((t for part, t in types.items() if part in name), 'F32')
+    return next(t for t in map(ggml_type, (want, 'Q8_0', 'F32')) if shape[-1] % t.block_size == 0)
+
+
+def weight(rng, name, shape, gain):
+    "Random float32 weights that keep the stream at a sane scale, and everything else far from its neutral value"
+    if 'rope_freqs' in name: return np.linspace(1, 8, shape[0]).astype(np.float32)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    if 'norm' in name: return 1 + .3*x
+    if 'sinks' in name: return 2*x
+    if name.endswith('.bias'): return .5*x
+    if 'token_embd' in name: return x
+    return x * np.float32(gain / np.sqrt(shape[-1]))
+
+
+def make_model(path, arch='qwen2', *, types='F32', seed=0, n_layer=2, n_embd=64, n_head=4, n_head_kv=2, head_dim=16, n_ff=96, n_vocab=160,
+               context_length=512, window=None, n_expert=4, n_expert_used=2, n_ff_exp=64, tied=False, rope_freqs=False, n_rot=None, rms_eps=1e-5,
+               rope_theta=10000., yarn=None, gain=1.5, keys=(), change=(), leave_out=()):
+    """Write a model and return its path.
+    types: one type name, or {part of a tensor's name: type}; window: sliding window (gpt-oss: 8 by default, even layers);
+    yarn: (factor, original context), for gpt-oss (32, 64) by default; keys: extra metadata {key: value};
+    change: {tensor: float32 array} instead of the random one; leave_out: tensors not to write."""
+    rng, path = np.random.default_rng(seed), Path(path)
+    n_rot = n_rot or head_dim
+    if arch == 'gpt-oss': window, yarn = 8 if window is None else window, yarn or (32., 64)
+    w = gguf.GGUFWriter(str(path), arch)
+    w.add_name(f'random {arch}')
+    w.add_block_count(n_layer); w.add_embedding_length(n_embd); w.add_context_length(context_length); w.add_feed_forward_length(n_ff if arch != 'gpt-oss' else n_ff_exp)
+    w.add_head_count(n_head); w.add_head_count_kv(n_head_kv); w.add_key_length(head_dim); w.add_value_length(head_dim)
+    w.add_layer_norm_rms_eps(rms_eps); w.add_rope_freq_base(rope_theta); w.add_rope_dimension_count(n_rot); w.add_vocab_size(n_vocab)
+    if window: w.add_sliding_window(window)
+    if arch == 'gpt-oss': w.add_expert_count(n_expert); w.add_expert_used_count(n_expert_used); w.add_expert_feed_forward_length(n_ff_exp)
+    if yarn:
+        w.add_rope_scaling_type(gguf.RopeScalingType.YARN); w.add_rope_scaling_factor(float(yarn[0])); w.add_rope_scaling_orig_ctx_len(yarn[1])
+    w.add_tokenizer_model('no_vocab')
+    for k, v in dict(keys).items():
+        {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string}[type(v)](k, v)
+    table = shapes(arch, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_expert, n_ff_exp, tied, rope_freqs, n_rot)
+    for name, shape in table.items():
+        if name in leave_out: continue
+        x = np.asarray(dict(change).get(name, weight(rng, name, shape, gain)), np.float32)
+        t = type_of(name, x.shape, types)
+        w.add_tensor(name, quantize(x, t) if t.name != 'F32' else x, raw_dtype=gguf.GGMLQuantizationType(int(t)))
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    return path
