@@ -329,3 +329,35 @@ def test_expensive_liars(tmp_path):
         costs('more than 256 MiB of metadata')
     p.write_bytes(raw([pair(f'{i}', U8, 1) for i in range(16_000)], [F(f'{i}', (1,), 0, 0) for i in range(16_000)], DATA))
     costs('overlaps')
+
+
+@pytest.mark.parametrize('seed', range(25))
+def test_random_files_like_gguf_py(tmp_path, seed):
+    "Random keys, values, shapes and types, written by the gguf package and read by both"
+    rng = np.random.default_rng(seed)
+    w = gguf.GGUFWriter(tmp_path / 'x.gguf', 'llama')
+    word = lambda n: ''.join(chr(c) for c in rng.integers(0x61, 0x3ff, n) if c not in range(0x7f, 0xa1) and c != 0xad and chr(c).isprintable()) or 'w'
+    for i in range(rng.integers(0, 30)):
+        key, n = f'{i}.{word(8)}', int(rng.integers(1, 200))
+        match rng.integers(0, 5):
+            case 0: w.add_string(key, word(n))
+            case 1: w.add_int64(key, int(rng.integers(-1 << 62, 1 << 62)))
+            case 2: w.add_array(key, [word(int(k)) for k in rng.integers(1, 20, n)])
+            case 3: w.add_array(key, rng.integers(-1 << 30, 1 << 30, n).tolist())
+            case 4: w.add_array(key, rng.standard_normal(n).tolist())
+    for i in range(rng.integers(0, 12)):
+        t = gguf.GGMLQuantizationType[rng.choice(['F32', 'F16', 'Q4_0', 'Q8_0', 'Q4_K', 'Q6_K', 'MXFP4'])]
+        per, size = gguf.GGML_QUANT_SIZES[t]
+        lead = tuple(rng.integers(1, 4, rng.integers(0, 4)).tolist())
+        data = rng.integers(0, 256, (*lead, int(rng.integers(1, 4))*size), dtype=np.uint8)
+        w.add_tensor(f'{i}.weight', data, raw_dtype=t)
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    theirs = gguf.GGUFReader(tmp_path / 'x.gguf')
+    with GGUF(tmp_path / 'x.gguf') as g:
+        assert [k for k in theirs.fields if not k.startswith('GGUF.')] == list(g.metadata)
+        for k in g.metadata:
+            v = g.metadata[k]
+            assert (v.tolist() if isinstance(v, np.ndarray) else v) == theirs.fields[k].contents(), k
+        assert {t.name: (tuple(t.shape.tolist()), int(t.tensor_type), t.data_offset) for t in theirs.tensors} == \
+            {t.name: (t.dims, int(t.type), t.offset) for t in g.tensors.values()}
+        for t in theirs.tensors: assert g.blocks(t.name).tobytes() == t.data.tobytes()
