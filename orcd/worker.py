@@ -130,23 +130,18 @@ class Worker:
             uptime_seconds=int(time.monotonic() - self.began), worker_id=s.worker_id, gpu_device=s.gpu_device, capabilities=['text-gen'],
             protocol='sse', version=__version__)
 
-# %% ../nbs/43_worker.ipynb #913d6ead
+# %% ../nbs/43_worker.ipynb #5da614ed
 def _tokens(self, request):
-    "Length of the prompt; also refuses one that cannot run"
-    s, model = self.settings, self.jobs.model
-    t, p = model.tokenizer, request.prompt
-    n = len(t.encode(p) if isinstance(p, str) else t.encode_chat(p))
-    for limit, what in (model.engine.n_ctx, 'the context length'), (s.max_tokens_in, '--max-tokens-in'):
-        if limit is not None and n > limit:
-            errors = [rule('messages' if isinstance(request.prompt, list) else 'prompt', f'tokens(..={limit})', f'{n} tokens are over {what} ({limit})')]
-            raise Problem('INVALID_REQUEST', errors[0]['message'], errors=errors)
+    "Length of the prompt; refuses one that cannot run (`RequestError`, `Problem`)"
+    n, most = self.jobs.model.count(request.prompt), self.settings.max_tokens_in
+    if most is not None and n > most:
+        field = 'messages' if isinstance(request.prompt, list) else 'prompt'
+        raise Problem('INVALID_REQUEST', f'the prompt has {n} tokens', errors=[rule(field, f'tokens(1..={most})', f'the prompt has {n} tokens, the worker takes {most}')])
     return n
 
 def _check(self, body):
     "bytes -> (checked request, length of its prompt in tokens)"
-    d = parse_json(body)
-    encode = self.jobs.model.tokenizer.encode
-    request = parse_request(d, self.settings.max_tokens_out, lambda stop: len(encode(stop, add_special=False, parse_special=False)))
+    request = parse_request(parse_json(body), self.settings.max_tokens_out, self.jobs.model.count_stop)
     return request, self.tokens(request)
 
 Worker.tokens, Worker.check = _tokens, _check
@@ -168,10 +163,10 @@ async def read_body(
     except TimeoutError: raise Problem('INVALID_REQUEST', f'the body did not arrive within {limit_s:g} s', status=408) from None
     return bytes(body)
 
-# %% ../nbs/43_worker.ipynb #a478ec3c
+# %% ../nbs/43_worker.ipynb #e97a4bcc
 def _accepting(jobs):
     "Say no early to what will be refused anyway"
-    if jobs.draining: raise Problem('SHUTTING_DOWN', 'the worker is shutting down')
+    if jobs.draining or jobs.model is None: raise Problem('SHUTTING_DOWN', 'the worker is shutting down')
     if jobs.fatal: raise public_error(jobs.fatal)
 
 async def _execute(self, http):

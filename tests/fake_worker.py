@@ -3,14 +3,11 @@ import json, os, sys, time
 from types import SimpleNamespace as NS
 
 from orcd.errors import Cancelled, CUDAError, InsufficientVRAM, OutOfVRAM
+from orcd.sampling import request_error
 from orcd.worker import Settings, serve
 
 
-class Tokenizer:
-    "One token a word"
-    kind, vocab_size = 'gguf-bpe', 1000
-    def encode(self, text, add_special=True, parse_special=True): return list(range(len(text.split(' '))))
-    def encode_chat(self, messages): return [1] * sum(len(m['content'].split(' ')) + 2 for m in messages)
+class Tokenizer: kind, vocab_size = 'gguf-bpe', 1000
 
 
 class Output:
@@ -67,6 +64,12 @@ class Model:
     def generate(self, prompt, *, max_tokens=2048, seed=None, cancelled=None, stop=(), **params):
         if not isinstance(prompt, str): prompt = prompt[-1]['content']
         return Output(prompt, max_tokens, cancelled or (lambda: False), seed)
+    def count_stop(self, text): return len(text.split(' '))
+    def count(self, prompt):
+        "One token a word"
+        n = len(prompt.split(' ')) if isinstance(prompt, str) else sum(len(m['content'].split(' ')) for m in prompt)
+        if n > self.engine.n_ctx: raise request_error([dict(field='prompt', constraint='tokens(1..=4096)', message=f'the prompt has {n} tokens, the context 4096')])
+        return n
     def close(self): print('closed', flush=True)
 
 

@@ -1,0 +1,250 @@
+"The contract, against a real worker process around a scripted model"
+import json, re, signal, threading, time, uuid
+from http.server import BaseHTTPRequestHandler, HTTPServer
+import pytest
+from worker_tools import worker
+
+
+@pytest.fixture(scope='module')
+def w():
+    with worker() as p: yield p
+
+
+def test_start_order(w):
+    names = [e['event'] for e in w.log if e['event'] not in ('uvicorn', 'request')]
+    progress = ['model_load_progress'] * 5
+    assert names[:8] == ['startup', 'model_load_start', *progress, 'model_load_complete'] and names[8] == 'ready'
+    assert [e['percent'] for e in w.log if e['event'] == 'model_load_progress'] == [0, 25, 50, 75, 100]
+    for e in w.log: assert list(e)[:6] == ['timestamp', 'level', 'event', 'worker_id', 'model_ref', 'gpu_device']
+    uuid.UUID(w.log[0]['worker_id'])
+
+
+def test_health(w):
+    h = w.health()
+    assert h.pop('uptime_seconds') >= 0 and h.pop('worker_id') == w.log[0]['worker_id'] and h.pop('version')
+    want = dict(status='healthy', state='ready', model='fake', model_ref='fake.gguf', resident=True, quant_kind='Q4_K_M', vram_bytes_used=1234, vram_bytes=1234,
+        tokenizer_kind='gguf-bpe', vocab_size=1000, context_length=4096, gpu_device=0, sm=90, cuda_runtime_version='13.0', capabilities=['text-gen'], protocol='sse')
+    assert want.items() <= h.items()
+
+
+def test_stream(w):
+    cid = str(uuid.uuid4())
+    s = w.execute('job-1', prompt='soft half rain', seed=2**64 - 1, headers={'X-Correlation-ID': cid, 'X-Deadline': '99999999999999'})
+    h = s.r.headers
+    assert (h['Content-Type'], h['Cache-Control'], h['X-Accel-Buffering'], h['X-Correlation-ID']) == ('text/event-stream', 'no-cache', 'no', cid)
+    assert 'Server' not in h
+    started, *tokens, end = s.all()
+    assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ', started.pop('started_at'))
+    assert started == dict(type='started', job_id='job-1', model='fake', seed=2**64 - 1, correlation_id=cid)
+    assert tokens == [dict(type='token', t='soft ', i=0), dict(type='token', t='rain ', i=1)]      # the token without text is no event, but counts
+    assert (end['tokens_out'], end['stop_reason'], sorted(end)) == (3, 'EOS', ['decode_time_ms', 'stop_reason', 'tokens_out', 'type'])
+    line = w.event('execute_end', job_id='job-1')
+    assert line['correlation_id'] == cid and w.event('execute_start', job_id='job-1')['correlation_id'] == cid
+    assert w.event('deadline', job_id='job-1')['remaining_ms'] > 0
+    assert not any('soft' in l for l in w.raw)
+
+
+def test_messages_and_random_seed(w):
+    events = w.execute(messages=[dict(role='user', content='seed seed')], stream=True, model='x', temperature=None).all()
+    assert [e['t'] for e in events[1:-1]] == [str(events[0]['seed'])] * 2
+
+
+def test_max_tokens(w): assert w.execute(prompt='a b c d', max_tokens=2).all()[-1] == dict(type='end', tokens_out=2, stop_reason='MAX_TOKENS', decode_time_ms=0)
+
+
+def test_tokens_come_as_they_are_made(w):
+    began, times = time.monotonic(), []
+    for e in w.execute(prompt='tokens:5@0.1').frames(): times.append(time.monotonic() - began)
+    assert times[1] < .1 and times[3] < times[4] - .05 < times[5]
+
+
+def test_correlation_id_replaced(w):
+    s = w.execute(prompt='a', headers={'X-Correlation-ID': 'evil\tthing'})
+    assert uuid.UUID(s.r.headers['X-Correlation-ID']) and s.all()[0]['correlation_id'] == s.r.headers['X-Correlation-ID']
+    for path in '/health', '/nowhere': assert uuid.UUID(w.request('GET', path)[1]['X-Correlation-ID'])
+
+
+def test_every_rule_is_reported(w):
+    status, _, body = w.post('/execute', dict(job_id='', prompt='', max_tokens=4096, temperature=-1, top_k=1.5, top_p='x', min_p=True, repetition_penalty=0, seed=-1,
+        stop=['', 'a']))
+    assert status == 400 and body['code'] == 'INVALID_REQUEST' and body['retriable'] is False and uuid.UUID(body['correlation_id'])
+    fields = {e['field']: e for e in body['errors']}
+    assert set(fields) == {'job_id', 'prompt', 'max_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed', 'stop'}
+    assert fields['max_tokens']['constraint'] == 'range(1..=2048)' and fields['max_tokens']['value'] == '4096'
+    assert all(isinstance(e.get('value', ''), str) for e in body['errors']) and 'value' not in fields['prompt'] and 'value' not in fields['stop']
+
+
+@pytest.mark.parametrize('body, status', [(b'{', 400), (b'[]', 400), (b'{"a":NaN}', 400), (b'\xff\xfe', 400), (b'{"job_id":"1","job_id":"1"}', 400), (b'[' * 100_000, 400),
+    (b'{"prompt":"' + b'x' * (1 << 20) + b'"}', 413)])
+def test_bad_bodies(w, body, status):
+    for path in '/execute', '/cancel':
+        got, _, answer = w.post(path, body)
+        assert got == status and answer['code'] == 'INVALID_REQUEST' and set(answer) >= {'message', 'retriable', 'correlation_id'}
+
+
+@pytest.mark.parametrize('kind', ['text/plain', 'application/x-www-form-urlencoded', 'application/jsonx', ''])
+def test_content_type(w, kind): assert w.post('/execute', dict(job_id='1', prompt='a'), headers={'Content-Type': kind})[0] == 415
+
+
+def test_charset_is_fine(w):
+    s = w.execute(prompt='a', headers={'Content-Type': 'application/json; charset=utf-8'})
+    assert s.all()[-1]['stop_reason'] == 'EOS'
+
+
+def test_prompt_over_the_context(w):
+    status, _, body = w.post('/execute', dict(job_id='1', prompt='a ' * 5000))
+    assert status == 400 and body['errors'][0]['field'] == 'prompt' and 'value' not in body['errors'][0]
+
+
+def test_unknown_routes(w):
+    for method, path, status in [('GET', '/', 404), ('GET', '/execute', 405), ('PUT', '/health', 405), ('POST', '/load', 404), ('GET', '/docs', 404)]:
+        got, _, body = w.request(method, path)
+        assert got == status and body['code'] == 'INVALID_REQUEST'
+
+
+def test_busy_conflict_and_cancel(w):
+    s = w.execute('long', prompt='tokens:1000@0.01')
+    assert s.next()['type'] == 'started' and w.health()['state'] == 'busy'
+    status, headers, body = w.post('/execute', dict(job_id='other', prompt='a'))
+    assert (status, headers['Retry-After'], body['code'], body['retriable']) == (503, '1', 'WORKER_BUSY', True)
+    assert w.post('/execute', dict(job_id='long', prompt='a'))[0] == 409
+    assert w.post('/execute', dict(job_id='long', prompt='a', top_p=2))[0] == 400                     # a bad request is told so, busy or not
+    assert w.post('/cancel/long')[2] == dict(job_id='long', status='cancelling')
+    last = list(s.frames())[-1]
+    assert (last['type'], last['code'], last['retriable']) == ('error', 'CANCELLED', False)
+    assert w.execute('long', prompt='a').all()[-1]['type'] == 'end'                                   # a finished id may be used again
+
+
+def test_cancel_any_number_of_times(w):
+    for path, body in [('/cancel', dict(job_id='ghost')), ('/cancel/ghost', None), ('/cancel', dict(job_id='ghost', x=1))]:
+        status, _, answer = w.post(path, body)
+        assert (status, answer) == (202, dict(job_id='ghost', status='not_active'))
+    assert w.post('/cancel', {})[0] == 400 and w.post('/cancel', dict(job_id=7))[0] == 400
+    assert w.post('/cancel/a%2Fb%20%C3%BC')[2]['job_id'] == 'a/b ü'
+
+
+def test_next_job_right_after_the_last(w):
+    for i in range(50): assert w.execute('again', prompt='a b').all()[-1]['type'] == 'end'
+
+
+@pytest.mark.parametrize('word, code, retriable', [('oom', 'VRAM_OOM', False), ('cuda', 'CUDA_ERROR', True), ('bug', 'INTERNAL', True)])
+def test_errors_in_a_job(w, word, code, retriable):
+    events = w.execute('e', prompt=f'a {word} b').all()
+    assert (events[-1]['code'], events[-1]['retriable'], len(events)) == (code, retriable, 3) and 'secret' not in events[-1]['message']
+    assert w.health()['status'] == ('unhealthy' if word == 'oom' else 'healthy') and w.health()['state'] == 'ready'
+    assert w.execute('e', prompt='fine').all()[-1]['type'] == 'end' and w.health()['status'] == 'healthy'
+    assert w.event('error', job_id='e', code=code)['level'] == 'error'
+
+
+def test_pages_of_the_web_are_refused(w): assert w.post('/shutdown', headers={'Origin': 'https://example.org'})[0] == 403
+
+
+def test_openapi(w):
+    doc = w.request('GET', '/openapi.json')[2]
+    assert set(doc['paths']) == {'/execute', '/cancel', '/cancel/{job_id}', '/health', '/shutdown'}
+    assert set(doc['paths']['/execute']['post']['requestBody']['content']['application/json']['schema']['properties']) >= {'job_id', 'prompt', 'messages', 'seed', 'stop'}
+
+
+def test_heartbeat_while_nothing_is_sent():
+    with worker(heartbeat_s=.1) as w:
+        s = w.execute(prompt='prefill:0.6 a')
+        s.all()
+        assert 3 <= s.comments <= 6
+
+
+def test_timeout():
+    with worker(inference_timeout_sec=.2) as w:
+        for prompt in 'prefill:9', 'tokens:900@0.01':
+            last = w.execute(prompt=prompt).all()[-1]
+            assert (last['code'], last['retriable']) == ('INFERENCE_TIMEOUT', True)
+
+
+def test_queue():
+    with worker(queue_depth=1) as w:
+        a = w.execute('a', prompt='tokens:30@0.01')
+        got = []
+        t = threading.Thread(target=lambda: got.extend(w.execute('b', prompt='x y').all()))
+        t.start()
+        time.sleep(.1)
+        assert w.post('/execute', dict(job_id='c', prompt='x'))[0] == 503 and w.post('/execute', dict(job_id='b', prompt='x'))[0] == 409
+        assert a.all()[-1]['tokens_out'] == 30
+        t.join(5)
+        assert got[-1]['tokens_out'] == 2
+
+
+def test_a_queued_client_that_leaves_does_not_touch_the_running_job():
+    with worker(queue_depth=1) as w:
+        a = w.execute('a', prompt='tokens:60@0.01')
+        b = w.execute('b', prompt='x')
+        b.close()
+        time.sleep(.1)
+        c = w.execute('c', prompt='x y')                                       # the slot in the queue is free again
+        assert a.all()[-1]['tokens_out'] == 60 and c.all()[-1]['tokens_out'] == 2
+
+
+def test_cancel_before_start():
+    with worker(queue_depth=1) as w:
+        a, b = w.execute('a', prompt='tokens:60@0.01'), w.execute('b', prompt='x')
+        assert w.post('/cancel/b')[2]['status'] == 'cancelling'
+        events = b.all()
+        assert [e['type'] for e in events] == ['started', 'error'] and events[-1]['code'] == 'CANCELLED'
+        assert a.all()[-1]['tokens_out'] == 60
+
+
+def test_max_tokens_out_and_in():
+    with worker(max_tokens_out=8, max_tokens_in=3) as w:
+        assert w.execute(prompt='tokens:100').all()[-1] | dict(decode_time_ms=0) == dict(type='end', tokens_out=8, stop_reason='MAX_TOKENS', decode_time_ms=0)
+        assert w.post('/execute', dict(job_id='1', prompt='a', max_tokens=9))[2]['errors'][0]['constraint'] == 'range(1..=8)'
+        assert w.post('/execute', dict(job_id='1', prompt='a b c d'))[2]['errors'][0]['constraint'] == 'tokens(1..=3)'
+
+
+def test_token():
+    with worker(token='s3cret') as w:
+        assert w.health()['state'] == 'ready'
+        for headers in {}, {'Authorization': 'Bearer wrong'}, {'Authorization': 's3cret'}, {'Authorization': 'Bearer s3cret\xe9'}:
+            for path in '/execute', '/cancel', '/cancel/x', '/shutdown', '/nowhere':
+                status, h, body = w.post(path, dict(job_id='1', prompt='a'), headers=headers)
+                assert status == 401 and body['code'] == 'INVALID_REQUEST' and h['WWW-Authenticate'] == 'Bearer'
+        assert w.execute(prompt='a', headers={'Authorization': 'Bearer s3cret'}).all()[-1]['type'] == 'end'
+        assert not any('s3cret' in l for l in w.raw)
+
+
+def test_shutdown_route():
+    with worker() as w:
+        assert w.post('/shutdown')[0] == 202
+        assert w.end() == 0 and w.log[-1]['event'] == 'shutdown' and w.p.stdout.read() == b'closed\n'
+
+
+class Orchestrator(HTTPServer):
+    "Answers the callback with the given statuses, one after another"
+    def __init__(self, *statuses):
+        self.calls, self.statuses = [], list(statuses)
+        super().__init__(('127.0.0.1', 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+    @property
+    def url(self): return f'http://127.0.0.1:{self.server_port}/workers'
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.server.calls.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
+        self.send_response(self.server.statuses.pop(0) if self.server.statuses else 200)
+        self.end_headers()
+    def log_message(self, *_): pass
+
+
+def test_callback():
+    o = Orchestrator(500, 200)
+    with worker(callback_url=o.url, worker_id='w', model_ref='m') as w:
+        end = time.monotonic() + 10
+        while len(o.calls) < 2 and time.monotonic() < end: time.sleep(.02)
+        assert o.calls[1] == dict(worker_id='w', model_ref='m', vram_bytes=1234, memory_bytes=1234, memory_architecture='vram-only', worker_type='bespoke-cuda',
+            capabilities=['text-gen'], uri=f'http://{w.address}')
+        time.sleep(.3)
+        assert len(o.calls) == 2 and w.health()['state'] == 'ready'
+
+
+def test_callback_that_never_works():
+    o = Orchestrator(500, 500, 500, 500)
+    with worker(callback_url=o.url) as w:
+        assert w.end() == 1 and len(o.calls) == 3 and '--callback-url' in w.event('error')['message'] and w.log[-1]['event'] == 'shutdown'

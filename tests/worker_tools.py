@@ -1,0 +1,140 @@
+"Start real worker processes, talk to them over sockets, read their logs"
+import contextlib, http.client, json, os, queue, signal, socket, subprocess, sys, threading, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Proc:
+    "A worker process; its log lines are collected as they come"
+    def __init__(self, command, env=None, wait=True, read=True):
+        e = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}', **(env or {}))
+        self.p = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=e, cwd=ROOT / 'tests')
+        self.log, self.raw, self._new = [], [], threading.Condition()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        if read: self.reader.start()
+        if wait: self.address = self.event('ready')['uri'].removeprefix('http://')
+
+    def _read(self):
+        for line in self.p.stderr:
+            with self._new:
+                self.raw.append(line.decode())
+                self.log.append(json.loads(line) if line.startswith(b'{') else dict(event=None, raw=line.decode()))
+                self._new.notify_all()
+
+    def event(self, name, timeout=15, n=1, **fields):
+        "Wait for the n-th log line of that event"
+        def found():
+            hits = [e for e in self.log if e['event'] == name and all(e.get(k) == v for k, v in fields.items())]
+            return hits[n - 1] if len(hits) >= n else None
+        with self._new:
+            assert self._new.wait_for(lambda: found() or self.p.poll() is not None, timeout), f'no {name}: {self.raw}'
+        time.sleep(.05) if not found() else None
+        assert found(), f'ended without {name}: {self.raw}'
+        return found()
+
+    def end(self, timeout=15):
+        "Exit code"
+        code = self.p.wait(timeout)
+        if self.reader.ident: self.reader.join(5)
+        return code
+
+    def signal(self, s=signal.SIGTERM): self.p.send_signal(s)
+
+    # --- HTTP
+    @property
+    def host(self): return self.address.rsplit(':', 1)[0]
+    @property
+    def port(self): return int(self.address.rsplit(':', 1)[1])
+
+    def connect(self, timeout=15): return socket.create_connection((self.host, self.port), timeout)
+
+    def request(self, method, path, body=None, headers=None, timeout=15):
+        "(status, headers, JSON body)"
+        c = http.client.HTTPConnection(self.address, timeout=timeout)
+        if isinstance(body, (dict, list)): body = json.dumps(body)
+        c.request(method, path, body, {'Content-Type': 'application/json'} | (headers or {}))
+        r = c.getresponse()
+        data = r.read()
+        c.close()
+        return r.status, r.headers, json.loads(data) if data else None
+
+    def health(self): return self.request('GET', '/health')[2]
+    def post(self, path, body=None, **kw): return self.request('POST', path, body, **kw)
+
+    def execute(self, job_id='1', timeout=30, headers=None, **body):
+        "A `Stream` of the events of a job"
+        return Stream(self, dict(job_id=job_id) | body, timeout, headers)
+
+    def wait_state(self, state, timeout=10):
+        end = time.monotonic() + timeout
+        while self.health()['state'] != state:
+            assert time.monotonic() < end, f'never {state}'
+            time.sleep(.005)
+
+
+class Stream:
+    "Events of one `/execute`, read one by one or all at once"
+    def __init__(self, proc, body, timeout, headers=None):
+        self.c = http.client.HTTPConnection(proc.address, timeout=timeout)
+        self.c.request('POST', '/execute', json.dumps(body), {'Content-Type': 'application/json'} | (headers or {}))
+        self.r = self.c.getresponse()
+        assert self.r.status == 200, (self.r.status, self.r.read())
+        self.comments = 0
+
+    def frames(self):
+        "(event line, data) of each frame, checked for their shape"
+        lines = []
+        for line in self.r:
+            line = line.decode()
+            assert line.endswith('\n')
+            if line != '\n': lines.append(line[:-1]); continue
+            if lines[0].startswith(':'): self.comments += 1
+            else:
+                assert len(lines) == 2 and lines[0].startswith('event: ') and lines[1].startswith('data: '), lines
+                data = json.loads(lines[1][6:])
+                assert data['type'] == lines[0][7:]
+                yield data
+            lines = []
+        assert not lines
+
+    def next(self): return next(self.frames())
+
+    def all(self):
+        events = list(self.frames())
+        check(events)
+        return events
+
+    def close(self):
+        "Leave at once, with unread bytes: the kernel sends a reset"
+        sock = self.c.sock or self.r.fp.raw._sock
+        with contextlib.suppress(OSError): sock.shutdown(socket.SHUT_RDWR)
+        self.r.close(); self.c.close()
+
+
+def check(events, started=True):
+    "started -> token* -> (end | error), numbered without gaps"
+    types = [e['type'] for e in events]
+    body = types[1:-1] if started else types[:-1]
+    assert (not started or types[0] == 'started') and types[-1] in ('end', 'error') and set(body) <= {'token'}, types
+    assert [e['i'] for e in events if e['type'] == 'token'] == list(range(len(body)))
+
+
+@contextlib.contextmanager
+def worker(env=None, wait=True, read=True, **settings):
+    "A process around the scripted model"
+    p = Proc(['fake_worker.py', json.dumps(settings)], env, wait, read)
+    try: yield p
+    finally:
+        if p.p.poll() is None: p.p.kill()
+        p.p.wait(10)
+
+
+@contextlib.contextmanager
+def orcd(*args, env=None, wait=False):
+    "A process of the real command line"
+    p = Proc(['-m', 'orcd.cli', *args], env, wait)
+    try: yield p
+    finally:
+        if p.p.poll() is None: p.p.kill()
+        p.p.wait(10)
