@@ -250,10 +250,10 @@ def _begin(self, generation):
 
 Model.close, Model._open, Model._begin = _close, _open, _begin
 
-# %% ../nbs/33_generation.ipynb #b46b07ef
+# %% ../nbs/33_generation.ipynb #319c39a3
 def _broken(field, constraint, message): return request_error([dict(field=field, constraint=constraint, message=message)])
 
-def _is_ids(x): return hasattr(x, '__len__') and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in x)
+def _is_ids(x): return (isinstance(x, (list, tuple, range)) or getattr(x, 'ndim', 0) == 1) and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in x)
 def _is_messages(x): return isinstance(x, (list, tuple)) and any(isinstance(m, dict) for m in x)
 
 def _encode_messages(t, messages):
