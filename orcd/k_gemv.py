@@ -8,8 +8,8 @@ Docs: https://orcd-dev.github.io/orcd/gemv.html.md"""
 __all__ = ['stride', 'vector', 'n_rows', 'matrix', 'is_wide', 'gemv_rows', 'gemv', 'random_blocks', 'product64', 'graph_time',
            'read_bandwidth']
 
-# %% ../nbs/22_gemv.ipynb #8baee04a
-from .blocks import GGMLType
+# %% ../nbs/22_gemv.ipynb #d7d17370
+from .blocks import GGMLType, dequantize
 from .errors import KernelError
 from .nvrtc import QTensor, kernel
 

@@ -1,0 +1,129 @@
+"Routing, grouping, expert products and their sum against NumPy"
+import numpy as np, pytest
+from orcd.blocks import GGMLType, dequantize
+from orcd.errors import KernelError
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope='module')
+def cp(): return pytest.importorskip('cupy')
+
+
+def route_np(logits, k):
+    l = np.where(np.isnan(logits), -np.inf, logits)
+    ids = np.argsort(-l, axis=1, kind='stable')[:, :k]
+    top = np.take_along_axis(l, ids, 1).astype(np.float64)
+    w = np.exp(top - top[:, :1])
+    return ids, w / w.sum(axis=1, keepdims=True)
+
+
+def route_gpu(cp, logits, k):
+    from orcd.k_moe import route
+    ids, w = cp.full((len(logits), k), -1, cp.int32), cp.full((len(logits), k), np.nan, cp.float32)
+    route(cp.asarray(logits), k, ids, w)
+    return ids, w
+
+
+@pytest.mark.parametrize('T,n,k', [(1, 32, 4), (1, 1, 1), (300, 8, 2), (77, 33, 5), (5, 128, 8), (9, 1000, 4), (3, 4, 4)])
+def test_route(cp, T, n, k):
+    rng = np.random.default_rng()
+    logits = rng.standard_normal((T, n)).astype(np.float32)
+    ties = rng.integers(-2, 3, (T, n)).astype(np.float32)
+    holes = logits.copy()
+    holes[rng.random((T, n)) < 0.2] = np.nan
+    holes[:, 0] = 1
+    for l in (logits, ties, holes):
+        if k == n and l is holes: continue
+        (ids, w), (ids_np, w_np) = route_gpu(cp, l, k), route_np(l, k)
+        assert np.array_equal(ids.get(), ids_np)
+        assert abs(w.get() - w_np).max() < 1e-6
+    for _ in range(19): assert np.array_equal(route_gpu(cp, logits, k)[1].get().view(np.int32), route_gpu(cp, logits, k)[1].get().view(np.int32))
+
+
+def test_route_of_nothing(cp):
+    "All NaN or all -inf: still k different experts and finite weights"
+    for v in (np.nan, -np.inf):
+        ids, w = route_gpu(cp, np.full((2, 32), v, np.float32), 4)
+        assert (ids.get() == [0, 1, 2, 3]).all() and np.allclose(w.get(), 0.25)
+
+
+@pytest.mark.parametrize('T,n,k', [(1, 32, 4), (31, 8, 2), (129, 5, 1), (1000, 32, 4), (7, 200, 3)])
+def test_group(cp, T, n, k):
+    from orcd.k_moe import Groups, group
+    ids = np.random.default_rng().integers(0, n, (T, k)).astype(np.int32)
+    g = group(cp.asarray(ids), Groups(cp.full(Groups.size(T*k, n), -1, cp.int32), T*k, n))
+    flat = ids.ravel()
+    assert np.array_equal(g.offset.get(), np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=n))]))
+    assert np.array_equal(g.slots.get(), np.argsort(flat, kind='stable'))
+
+
+def products(cp, t, ids, x, blocks, shape, bias, runs=1):
+    from orcd.k_gemm import HalfRows, half_bytes, to_half
+    from orcd.k_moe import Groups, expert_gemm, expert_gemv, group
+    from orcd.nvrtc import QTensor
+    n_slots, (rows, n_in) = ids.size, x.shape
+    W, idd, xd, bd = QTensor.upload(blocks, t, shape), cp.asarray(ids), cp.asarray(x), None if bias is None else cp.asarray(bias)
+    for _ in range(runs):
+        a, b = cp.full((2, n_slots, shape[1]), np.nan, cp.float32)
+        expert_gemv(W, xd, idd, a, bd)
+        g = group(idd, Groups(cp.full(Groups.size(n_slots, shape[0]), -1, cp.int32), n_slots, shape[0]))
+        expert_gemm(W, to_half(xd, HalfRows(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in)), g, b, bd)
+        yield a.get(), b.get()
+
+
+def choose(rng, T, E, k): return np.array([rng.permutation(E)[:k] for _ in range(T)], np.int32)
+
+
+@pytest.mark.parametrize('t', list(GGMLType), ids=lambda t: t.name)
+@pytest.mark.parametrize('T,E,k,n_out,m,shared', [(1, 8, 4, 33, 1, True), (1, 32, 4, 64, 3, False), (35, 8, 2, 31, 2, True), (150, 3, 2, 65, 2, False), (140, 2, 1, 70, 3, True)])
+def test_experts(cp, t, T, E, k, n_out, m, shared):
+    from orcd.k_gemv import random_blocks
+    rng, n_in = np.random.default_rng(), m * t.block_size if t.block_size > 1 else 37 * m
+    blocks, ids = random_blocks(t, E*n_out, n_in, rng), choose(rng, T, E, k)
+    x, bias = rng.standard_normal((T if shared else T*k, n_in), np.float32), rng.standard_normal((E, n_out), np.float32)
+    w = dequantize(blocks, t).astype(np.float64).reshape(E, n_out, n_in)
+    y = np.stack([w[e] @ x[s//k if shared else s] for s, e in enumerate(ids.ravel())])
+    for b in (bias, None):
+        ref = y if b is None else y + bias[ids.ravel()]
+        (ev, em), = products(cp, t, ids, x, blocks, (E, n_out, n_in), b)
+        assert np.linalg.norm(ev - ref) / np.linalg.norm(ref) < 1e-5
+        assert np.linalg.norm(em - ref) / np.linalg.norm(ref) < 2e-3
+
+
+def test_same_bits(cp):
+    "20 runs, and a token's rows whatever else is in the batch"
+    from orcd.k_gemv import random_blocks
+    t, rng, T, E, k, n_out, n_in = GGMLType.MXFP4, np.random.default_rng(), 200, 4, 2, 66, 96
+    blocks, ids, x = random_blocks(t, E*n_out, n_in, rng), choose(rng, T, E, k), rng.standard_normal((T, n_in), np.float32)
+    runs = list(products(cp, t, ids, x, blocks, (E, n_out, n_in), None, runs=20))
+    for a, b in runs[1:]: assert np.array_equal(a, runs[0][0]) and np.array_equal(b, runs[0][1])
+    for tokens in ([0], [199], [150, 3], list(range(60, 200))):
+        (a, b), = products(cp, t, ids[tokens], x[tokens], blocks, (E, n_out, n_in), None)
+        slots = (np.array(tokens)[:, None] * k + np.arange(k)).ravel()
+        assert np.array_equal(a, runs[0][0][slots]) and np.array_equal(b, runs[0][1][slots])
+
+
+@pytest.mark.parametrize('T,k,n', [(1, 4, 2880), (5, 1, 31), (300, 8, 257)])
+def test_expert_sum(cp, T, k, n):
+    from orcd.k_moe import expert_sum
+    rng = np.random.default_rng()
+    y, w, r = rng.standard_normal((T*k, n), np.float32), rng.random((T, k)).astype(np.float32), rng.standard_normal((T, n), np.float32)
+    ref = np.einsum('tk,tkn->tn', w.astype(np.float64), y.reshape(T, k, n))
+    out = expert_sum(cp.asarray(y), cp.asarray(w), cp.full((T, n), np.nan, cp.float32)).get()
+    assert abs(out - ref).max() < 1e-5
+    res = cp.asarray(r)
+    assert abs(expert_sum(cp.asarray(y), cp.asarray(w), res, res).get() - (ref + r)).max() < 1e-5
+
+
+def test_refused(cp):
+    from orcd.k_gemv import random_blocks
+    from orcd.k_moe import Groups, expert_gemv, route
+    from orcd.nvrtc import QTensor
+    z = lambda *s, d=cp.float32: cp.zeros(s, d)
+    W = QTensor.upload(random_blocks(GGMLType.MXFP4, 4*32, 32, np.random.default_rng(0)), GGMLType.MXFP4, (4, 32, 32))
+    i = lambda *s: z(*s, d=cp.int32)
+    for call in (lambda: route(z(2, 2000), 4, i(2, 4), z(2, 4)), lambda: route(z(2, 3), 4, i(2, 4), z(2, 4)), lambda: route(z(2, 8), 4, z(2, 4), z(2, 4)),
+                 lambda: expert_gemv(W, z(2, 31), i(2, 2), z(4, 32)), lambda: expert_gemv(W, z(3, 32), i(2, 2), z(4, 32)), lambda: expert_gemv(W, z(2, 32), i(2, 2), z(3, 32)),
+                 lambda: expert_gemv(W, z(2, 32), i(2, 2), z(4, 32), z(4, 31)), lambda: Groups(i(5), 4, 4)):
+        with pytest.raises(KernelError): call()
