@@ -41,6 +41,14 @@ class Output:
                     if self.tokens_out >= self.max_tokens: break
                     yield self.one(f'w{i} ')
                     if gap: time.sleep(float(gap))
+            elif name == 'flood':
+                n, _, gap = arg.partition('@')
+                for i in range(int(n)):
+                    yield self.one('x' * 4000)
+                    if gap: time.sleep(float(gap))
+            elif name == 'jump':
+                real, by = time.time, float(os.environ['FAKE_CLOCK'])
+                time.time = lambda: real() + by
             elif name == 'oom': raise OutOfVRAM('no room for the KV cache of this job')
             elif name == 'sticky': raise CUDAError('an illegal memory access was encountered', sticky=True)
             elif name == 'cuda': raise CUDAError('launch failure')
