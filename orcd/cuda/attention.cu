@@ -55,36 +55,38 @@ extern "C" __global__ void __launch_bounds__(128) attend_decode(const float* q, 
     if (row < 0 || split >= splits) return;
     k_cache += (i64)kv * rows * D, v_cache += (i64)kv * rows * D;
 
-    if (k && row / SPLIT == split) {  // the new row belongs to our part of the cache
-        for (int i = tid; i < D; i += 128) {
-            k_cache[(i64)row * D + i] = to_f16(k[kv * D + i]);
-            v_cache[(i64)row * D + i] = to_f16(v[kv * D + i]);
-        }
-        __threadfence();  // the asynchronous copies below read past L1
-        __syncthreads();
-    }
+    // The newest row, when it is given, is taken from k and v, and stored in the cache on the way.
+    const int fresh = k && row / SPLIT == split ? row : -1;
     for (int i = tid; i < SPLIT * D / 8; i += 128) {
-        const int r = i / (D / 8), c = i % (D / 8) * 8;
-        const bool valid = begin + r < n;
-        copy16(&vs[r * PAD + c], v_cache + (valid ? (i64)(begin + r) * D + c : 0), valid);
+        const int r = begin + i / (D / 8), c = i % (D / 8) * 8;
+        f16* to = &vs[(r - begin) * PAD + c];
+        if (r == fresh) {
+            const float* x = v + kv * D + c;
+            *(uint4*)(v_cache + (i64)r * D + c) = *(uint4*)to = make_uint4(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]), pack_f16(x[4], x[5]), pack_f16(x[6], x[7]));
+        } else copy16(to, v_cache + (r < n ? (i64)r * D + c : 0), r < n);
     }
     copy_commit();
 
     // A warp scores 32 positions. The order of the dims in a dot product is free: each thread takes LOAD neighbours, in Q as in K.
-    u32 kr[2][2][CHUNKS][LOAD / 2];
-    for (int m = 0; m < 2; m++) for (int h = 0; h < 2; h++) {
-        const int r = begin + warp * 32 + m * 16 + h * 8 + g;
-        const f16* from = k_cache + (i64)r * D + t * LOAD;
+    struct alignas(2 * LOAD) Keys { u32 pair[LOAD / 2]; };
+    Keys keys[2][2][CHUNKS];
+    #pragma unroll
+    for (int m = 0; m < 2; m++)
         #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
+        for (int h = 0; h < 2; h++) {
+            const int r = begin + warp * 32 + m * 16 + h * 8 + g;
+            f16* from = k_cache + (i64)r * D + t * LOAD;
             #pragma unroll
-            for (int i = 0; i < LOAD / 4; i++) {
-                if constexpr (LOAD == 8) { if (i == 0) { const uint4 x = r < n ? *(const uint4*)(from + c * 32) : make_uint4(0, 0, 0, 0);
-                    kr[m][h][c][0] = x.x, kr[m][h][c][1] = x.y, kr[m][h][c][2] = x.z, kr[m][h][c][3] = x.w; } }
-                else { const uint2 x = r < n ? *(const uint2*)(from + c * 16) : make_uint2(0, 0); kr[m][h][c][0] = x.x, kr[m][h][c][1] = x.y; }
+            for (int c = 0; c < CHUNKS; c++) {
+                Keys& x = keys[m][h][c];
+                if (r == fresh) {
+                    const float* y = k + kv * D + c * 4 * LOAD + t * LOAD;
+                    #pragma unroll
+                    for (int i = 0; i < LOAD / 2; i++) x.pair[i] = pack_f16(y[2 * i], y[2 * i + 1]);
+                    *(Keys*)(from + c * 4 * LOAD) = x;
+                } else x = r < n ? *(const Keys*)(from + c * 4 * LOAD) : Keys{};
             }
         }
-    }
     float acc[2][4] = {};
     #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
@@ -96,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(128) attend_decode(const float* q, 
             const u32 b0 = pack_f16(x.x, x.y), b1 = pack_f16(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
             #pragma unroll
             for (int m = 0; m < 2; m++) {
-                mma(acc[m], kr[m][0][c][2 * s], kr[m][1][c][2 * s], kr[m][0][c][2 * s + 1], kr[m][1][c][2 * s + 1], b0, b1);
-                mma(acc[m], kr[m][0][c][2 * s], kr[m][1][c][2 * s], kr[m][0][c][2 * s + 1], kr[m][1][c][2 * s + 1], r0, r1);
+                mma(acc[m], keys[m][0][c].pair[2 * s], keys[m][1][c].pair[2 * s], keys[m][0][c].pair[2 * s + 1], keys[m][1][c].pair[2 * s + 1], b0, b1);
+                mma(acc[m], keys[m][0][c].pair[2 * s], keys[m][1][c].pair[2 * s], keys[m][0][c].pair[2 * s + 1], keys[m][1][c].pair[2 * s + 1], r0, r1);
             }
         }
     #pragma unroll
@@ -163,30 +165,33 @@ extern "C" __global__ void __launch_bounds__(128) attend_decode(const float* q, 
     if (!last) return;
     __threadfence();
     if (tid == 0) *ticket = 0;  // for the next launch
-    for (int h = warp; h < heads; h += 4) {
-        const float2* from = (const float2*)(ml + (i64)(head0 + h) * max_splits * 2);
-        float m = NEG_INF, l = 0.f;
-        for (int i = lane; i < splits; i += 32) m = fmaxf(m, __ldcg(from + i).x);
-        const float sink = sinks ? sinks[head0 + h] * LOG2E : NEG_INF;
-        m = fmaxf(warp_max(m), sink);
-        for (int i = lane; i < splits; i += 32) { const float2 x = __ldcg(from + i); l += x.y * exp2f(x.x - m); }
-        l = warp_sum(l) + exp2f(sink - m);
-        if (lane == 0) ms[h] = m, ls[h] = l;
-    }
-    __syncthreads();
     for (int i = tid; i < heads * (D / 4); i += 128) {
-        const int h = i / (D / 4), d = i % (D / 4) * 4;
-        const float* from = partial + (i64)(head0 + h) * max_splits * D + d;
-        const float2* mli = (const float2*)(ml + (i64)(head0 + h) * max_splits * 2);
+        const int h = head0 + i / (D / 4), d = i % (D / 4) * 4;
+        const float* from = partial + (i64)h * max_splits * D + d;
+        const float2* mli = (const float2*)ml + (i64)h * max_splits;
+        float m = sinks ? sinks[h] * LOG2E : NEG_INF, l = sinks ? 1.f : 0.f;
         float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
-        #pragma unroll 8
-        for (int s = 0; s < splits; s++) {
-            const float w = exp2f(__ldcg(mli + s).x - ms[h]);
-            const float4 x = __ldcg((const float4*)(from + (i64)s * D));
-            o.x += w * x.x, o.y += w * x.y, o.z += w * x.z, o.w += w * x.w;
+        for (int s0 = 0; s0 < splits; s0 += 8) {  // eight at a time, so that their loads overlap
+            float2 y[8];
+            float4 x[8];
+            float top = m;
+            #pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int s = min(s0 + j, splits - 1);
+                y[j] = __ldcg(mli + s), x[j] = __ldcg((const float4*)(from + (i64)s * D));
+            }
+            #pragma unroll
+            for (int j = 0; j < 8; j++) top = fmaxf(top, y[j].x);
+            const float keep = exp2f(m - top);
+            m = top, l *= keep, o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
+            #pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float w = s0 + j < splits ? exp2f(y[j].x - m) : 0.f;
+                l += w * y[j].y, o.x += w * x[j].x, o.y += w * x[j].y, o.z += w * x[j].z, o.w += w * x[j].w;
+            }
         }
-        const float r = 1.f / ls[h];
-        *(float4*)(out + (head0 + h) * D + d) = make_float4(o.x * r, o.y * r, o.z * r, o.w * r);
+        const float r = 1.f / l;
+        *(float4*)(out + h * D + d) = make_float4(o.x * r, o.y * r, o.z * r, o.w * r);
     }
 }
 

@@ -6,10 +6,20 @@ extern "C" __global__ void rms_norm(const float* x, i64 x_stride, const float* w
     const int row = blockIdx.x;
     if (row >= n_rows) return;
     x += row * x_stride, out += row * out_stride;
-    float sum = 0.f;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += x[i] * x[i];
+    float xs[4], ws[4], sum = 0.f;  // the first four columns of a thread stay in registers
+    #pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int i = threadIdx.x + j * blockDim.x;
+        xs[j] = i < n ? x[i] : 0.f, ws[j] = i < n ? w[i] : 0.f, sum += xs[j] * xs[j];
+    }
+    for (int i = threadIdx.x + 4 * blockDim.x; i < n; i += blockDim.x) sum += x[i] * x[i];
     const float scale = rsqrtf(block_sum(sum) / n + eps);
-    for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = x[i] * scale * w[i];
+    #pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int i = threadIdx.x + j * blockDim.x;
+        if (i < n) out[i] = xs[j] * scale * ws[j];
+    }
+    for (int i = threadIdx.x + 4 * blockDim.x; i < n; i += blockDim.x) out[i] = x[i] * scale * w[i];
 }
 
 // the same over each head of head_dim columns; one warp a head
