@@ -87,7 +87,7 @@ def parse_resources(log):
             spills=num(r'(\d+) bytes spill stores'))
     return out
 
-# %% ../nbs/20_nvrtc.ipynb #6a97618a
+# %% ../nbs/20_nvrtc.ipynb #1c0fba61
 def compile_text(
     name:str,              # shown in messages
     source:str,            # C++
@@ -95,20 +95,20 @@ def compile_text(
     defines:tuple=(),      # e.g. ('TILE=64',)
 )->Compiled:
     "Compile C++ text with NVRTC. Raises `KernelError` with the compiler's messages."
-    nvrtc, _, headers = _nvrtc()
+    nvrtc, version, headers = _nvrtc()
     inc = with_includes(source)
     prog = _ok(nvrtc.nvrtcCreateProgram(source.encode(), f'{name}.cu'.encode(), len(inc), [t.encode() for t in inc.values()], [f.encode() for f in inc]))
-    opts = [f'--gpu-architecture={arch}', *OPTIONS, *(f'-D{d}' for d in defines), *([f'-I{headers}'] if headers else [])]
+    opts = [f'--gpu-architecture={arch}', *OPTIONS, *(['--no-cache'] if version >= (13, 0) else []), *(f'-D{d}' for d in defines), *([f'-I{headers}'] if headers else [])]
     try:
         err, = nvrtc.nvrtcCompileProgram(prog, len(opts), [o.encode() for o in opts])
-        log = b' ' * _ok(nvrtc.nvrtcGetProgramLogSize(prog))
+        log = bytearray(_ok(nvrtc.nvrtcGetProgramLogSize(prog))) # not bytes: NVRTC writes into it, and Python shares short bytes objects
         _ok(nvrtc.nvrtcGetProgramLog(prog, log))
         log = log.decode(errors='replace').strip('\0 \n')
         if int(err): raise KernelError(f'{name}.cu does not compile for {arch}:\n{log}')
-        cubin = b' ' * _ok(nvrtc.nvrtcGetCUBINSize(prog))
+        cubin = bytearray(_ok(nvrtc.nvrtcGetCUBINSize(prog)))
         _ok(nvrtc.nvrtcGetCUBIN(prog, cubin))
     finally: nvrtc.nvrtcDestroyProgram(prog)
-    return Compiled(name, arch, cubin, log, parse_resources(log))
+    return Compiled(name, arch, bytes(cubin), log, parse_resources(log))
 
 # %% ../nbs/20_nvrtc.ipynb #179fd9c9
 def cache_dir():

@@ -52,14 +52,13 @@ class Ledger:
         rows = ''.join(f'<tr><td>{k}</td><td style="text-align:right">{mib(n)}</td><td style="text-align:right">{n/max(self.total,1):.0%}</td></tr>' for k,n in self.by_kind().items())
         return f'<table><tr><th>VRAM</th><th>size</th><th>share</th></tr>{rows}<tr><th>total</th><th style="text-align:right">{mib(self.total)}</th><th></th></tr></table>'
 
-# %% ../nbs/28_vram.ipynb #17737cf5
+# %% ../nbs/28_vram.ipynb #7629b313
 def alloc(n_bytes, what, device):
     "A plain device allocation. Raises `OutOfVRAM` with both numbers when the device refuses."
     from cupy.cuda import runtime
     try: return runtime.malloc(n_bytes)
     except runtime.CUDARuntimeError as e:
         if e.status != runtime.cudaErrorMemoryAllocation: raise CUDAError(f'GPU {device}: {e}') from e
-        runtime.getLastError() if hasattr(runtime, 'getLastError') else None
         free = runtime.memGetInfo()[0]
         raise OutOfVRAM(f'{what} needs {mib(n_bytes)} of VRAM, GPU {device} has {mib(free)} free') from e
 

@@ -1,5 +1,6 @@
 "The three families in plain PyTorch float32, weights dequantised by gguf-py: shares no code with orcd"
 import math
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from gguf import GGUFReader
@@ -14,7 +15,7 @@ class Oracle:
     def __init__(self, path, device='cuda'):
         r = GGUFReader(path)
         self.t = {t.name: t for t in r.tensors}
-        self.device = device
+        self.device, self.pool, self.ready = device, ThreadPoolExecutor(16), {}
         field = lambda k: r.fields[k].contents() if k in r.fields else None
         self.arch = field('general.architecture')
         self.key = lambda k, default=None: default if (v := field(f'{self.arch}.{k}')) is None else v
@@ -26,8 +27,11 @@ class Oracle:
         "float32 weights on the device; `rows` picks some of the first axis before dequantising"
         t = self.t.get(name)
         if t is None: return None
-        data = t.data if rows is None else t.data[rows]
-        return torch.from_numpy(np.ascontiguousarray(dequantize(data, t.tensor_type), np.float32)).to(self.device)
+        x = self.ready.pop(name).result() if rows is None and name in self.ready else self.numbers(t, rows)
+        return torch.from_numpy(x).to(self.device)
+
+    def numbers(self, t, rows=None): return np.ascontiguousarray(dequantize(t.data if rows is None else t.data[rows], t.tensor_type), np.float32)
+    def prefetch(self, names): self.ready |= {n: self.pool.submit(self.numbers, self.t[n]) for n in names}
 
     def norm(self, x, w): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * w
     def linear(self, x, name):
@@ -93,11 +97,18 @@ class Oracle:
     @torch.no_grad()
     def run(self, ids, n_layer=None):
         "Residual stream after the embedding and each layer, and the logits, as float32 NumPy arrays"
+        n_layer = self.n_layer if n_layer is None else n_layer
+        self.prefetch([n for i in range(n_layer) for n in self.t if n.startswith(f'blk.{i}.') and 'exps.weight' not in n])
         x = self.w('token_embd.weight', np.asarray(ids))
         cos, sin = self.angles(len(ids))
         residuals = [x.cpu().numpy()]
-        for i in range(self.n_layer if n_layer is None else n_layer):
+        for i in range(n_layer):
             x = self.layer(x, i, cos, sin)
             residuals.append(x.cpu().numpy())
-        head = 'output.weight' if 'output.weight' in self.t else 'token_embd.weight'
-        return np.stack(residuals), (self.norm(x, self.w('output_norm.weight')) @ self.w(head).T).cpu().numpy()
+        return np.stack(residuals), self.head(x)
+
+    @torch.no_grad()
+    def head(self, x):
+        "Logits of rows of the last residual stream"
+        name = 'output.weight' if 'output.weight' in self.t else 'token_embd.weight'
+        return (self.norm(torch.as_tensor(x, device=self.device), self.w('output_norm.weight')) @ self.w(name).T).cpu().numpy()
