@@ -7,9 +7,8 @@ Docs: https://orcd-dev.github.io/orcd/blocks.html.md"""
 # %% auto #0
 __all__ = ['LAYOUT', 'E2M1', 'GGMLType', 'ggml_type', 'nibbles', 'fifth_bit', 'half_scale', 'scales_mins', 'dequantize']
 
-# %% ../nbs/01_blocks.ipynb #33df9413
+# %% ../nbs/01_blocks.ipynb #a34bbf39
 from enum import IntEnum
-from math import prod
 
 # %% ../nbs/01_blocks.ipynb #5ecc14cc
 import numpy as np
@@ -64,10 +63,10 @@ class GGMLType(IntEnum):
 
     def __str__(self): return self.name
 
-# %% ../nbs/01_blocks.ipynb #513591b7
-_other = {4: "Q4_2, or another program's own MXFP4", 5: 'Q4_3', 9: 'Q8_1', 10: 'Q2_K', 11: 'Q3_K', 15: 'Q8_K', 16: 'IQ2_XXS', 17: 'IQ2_XS', 18: 'IQ3_XXS',
-    19: 'IQ1_S', 20: 'IQ4_NL', 21: 'IQ3_S', 22: 'IQ2_S', 23: 'IQ4_XS', 24: 'I8', 25: 'I16', 26: 'I32', 27: 'I64', 28: 'F64', 29: 'IQ1_M', 34: 'TQ1_0',
-    35: 'TQ2_0', 40: 'NVFP4'}
+# %% ../nbs/01_blocks.ipynb #24b0e516
+_other = {4: "Q4_2, or another program's own MXFP4", 5: 'Q4_3', 9: 'Q8_1', 10: 'Q2_K', 11: 'Q3_K', 15: 'Q8_K', 16: 'IQ2_XXS', 17: 'IQ2_XS',
+    18: 'IQ3_XXS', 19: 'IQ1_S', 20: 'IQ4_NL', 21: 'IQ3_S', 22: 'IQ2_S', 23: 'IQ4_XS', 24: 'I8', 25: 'I16', 26: 'I32', 27: 'I64', 28: 'F64',
+    29: 'IQ1_M', 34: 'TQ1_0', 35: 'TQ2_0', 40: 'NVFP4'}
 
 def ggml_type(
     t, # a `GGMLType`, its id or its name
@@ -172,7 +171,7 @@ def _q6_k(b):
     s = _f32(b['d'])*b['scales'].view(np.int8)
     return (s[..., None]*q.reshape(-1, 16, 16)).reshape(len(b), 256)
 
-# %% ../nbs/01_blocks.ipynb #3309b398
+# %% ../nbs/01_blocks.ipynb #57367563
 def dequantize(
     blocks,  # uint8 (rows, bytes per row), or (..., bytes per row)
     type,    # a `GGMLType`, its id or its name
@@ -184,7 +183,8 @@ def dequantize(
         raise GGUFError(f'{t} blocks are rows of uint8, a multiple of {t.type_size} bytes each, got {blocks.dtype} {blocks.shape}')
     shape = (*blocks.shape[:-1], blocks.shape[-1]//t.type_size*t.block_size)
     if out is None: out = np.empty(shape, np.float32)
-    elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous: raise GGUFError(f'out must be float32 {shape}, C-contiguous')
+    elif (out.shape, out.dtype, out.flags.c_contiguous) != (shape, np.float32, True):
+        raise GGUFError(f'out must be float32 {shape}, C-contiguous')
     flat, b = out.reshape(-1, t.block_size), np.ascontiguousarray(blocks).reshape(-1).view(t.dtype)
     step = max(1, (1 << 18)//t.block_size)
     with np.errstate(over='ignore', invalid='ignore'): # a scale of infinity or NaN is the file's business

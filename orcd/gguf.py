@@ -24,14 +24,15 @@ import numpy as np
 from .blocks import GGMLType, dequantize, ggml_type
 from .errors import GGUFError
 
-# %% ../nbs/02_gguf.ipynb #29a8b694
+# %% ../nbs/02_gguf.ipynb #31fe3aa1
 class GGUFType(IntEnum):
     "Types of metadata values; the value is the id in the file"
-    UINT8 = 0; INT8 = 1; UINT16 = 2; INT16 = 3; UINT32 = 4; INT32 = 5; FLOAT32 = 6; BOOL = 7; STRING = 8; ARRAY = 9; UINT64 = 10; INT64 = 11; FLOAT64 = 12
+    UINT8 = 0; INT8 = 1; UINT16 = 2; INT16 = 3; UINT32 = 4; INT32 = 5; FLOAT32 = 6; BOOL = 7; STRING = 8; ARRAY = 9
+    UINT64 = 10; INT64 = 11; FLOAT64 = 12
     def __str__(self): return self.name.lower()
 
-NUMBER = {GGUFType.UINT8: '<u1', GGUFType.INT8: '<i1', GGUFType.UINT16: '<u2', GGUFType.INT16: '<i2', GGUFType.UINT32: '<u4', GGUFType.INT32: '<i4',
-    GGUFType.FLOAT32: '<f4', GGUFType.BOOL: '<u1', GGUFType.UINT64: '<u8', GGUFType.INT64: '<i8', GGUFType.FLOAT64: '<f8'}
+NUMBER = {GGUFType[name]: layout for name, layout in dict(UINT8='<u1', INT8='<i1', UINT16='<u2', INT16='<i2', UINT32='<u4', INT32='<i4',
+    FLOAT32='<f4', BOOL='<u1', UINT64='<u8', INT64='<i8', FLOAT64='<f8').items()}
 INTEGERS = {t for t, s in NUMBER.items() if s[1] in 'ui' and t != GGUFType.BOOL}
 
 # %% ../nbs/02_gguf.ipynb #04d77e3f
@@ -40,7 +41,7 @@ MAX_STRINGS = 4 << 20    # strings in arrays, all together
 MAX_ENTRIES = 1 << 14    # metadata pairs; tensors. The largest models have some 1,200 tensors
 MAX_KEY, MAX_NAME, MAX_DIMS, MAX_ALIGNMENT = 65535, 63, 4, 1 << 16
 
-# %% ../nbs/02_gguf.ipynb #0b9f661a
+# %% ../nbs/02_gguf.ipynb #11f32ab3
 class _Cursor:
     "Reads a file's header from front to back"
     def __init__(self, fd, size, path):
@@ -56,14 +57,17 @@ class _Cursor:
     def need(self, n, what):
         "Are there `n` more bytes in the header?"
         if n <= self.left: return
-        if self.pos + n > self.size: self.fail(f'{what} needs {n} bytes but only {self.size - self.pos} are left: the file is cut off or corrupt')
+        if self.pos + n > self.size:
+            self.fail(f'{what} needs {n} bytes but only {self.size - self.pos} are left: the file is cut off or corrupt')
         self.fail(f'{what} ends {self.pos + n} bytes into the file: more than {MAX_HEADER >> 20} MiB of metadata is not believable')
 
     def take(self, n, what):
         "The next `n` bytes"
         self.need(n, what)
         i = self.pos - self.base
-        if i + n > len(self.window): self.window, self.base, i = read_at(self.fd, self.pos, max(n, min(self.left, 1 << 20)), self.path), self.pos, 0
+        if i + n > len(self.window):
+            self.window = read_at(self.fd, self.pos, max(n, min(self.left, 1 << 20)), self.path)
+            self.base, i = self.pos, 0
         self.pos += n
         return self.window[i:i+n]
 
@@ -101,7 +105,7 @@ def short(
     s = s if len(s) <= 80 else s[:79] + '…'
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in s)
 
-# %% ../nbs/02_gguf.ipynb #59e35cfc
+# %% ../nbs/02_gguf.ipynb #f5e7e8f3
 _u64 = struct.Struct('<Q').unpack_from
 
 def _skip_strings(c, n, what):
@@ -116,7 +120,8 @@ def _skip_strings(c, n, what):
             i += 8 + _u64(window, i)[0]
             n -= 1
         c.pos = c.base + i
-        if c.left < 0: c.fail(f'a string of {what} claims {i - at - 8} bytes, more than are left: the file is cut off or corrupt', c.base + at)
+        if c.left < 0:
+            c.fail(f'a string of {what} claims {i - at - 8} bytes, more than are left: the file is cut off or corrupt', c.base + at)
 
 # %% ../nbs/02_gguf.ipynb #1a55499d
 @dataclass(frozen=True)
@@ -269,24 +274,23 @@ def _place(c, tensors, alignment):
             c.fail(f'{t.name} ends at byte {end} but the file has {c.size}: it is cut off, download it again', start + t.offset)
     return {t.name: TensorInfo(t.name, t.type, t.dims, start + t.offset) for t in tensors}, start, c.size > start
 
-# %% ../nbs/02_gguf.ipynb #e6c969bb
+# %% ../nbs/02_gguf.ipynb #ecbb4d88
 def _check_vocabulary(c, values, types):
     "Do the arrays of the vocabulary fit together?"
-    prefix, n = 'tokenizer.ggml.', None
-    wanted = dict(tokens={GGUFType.STRING}, scores={GGUFType.FLOAT32}, token_type={GGUFType.INT32, GGUFType.UINT32}, merges={GGUFType.STRING})
-    for name, elements in wanted.items():
-        kind = types.get(prefix + name)
-        if kind is None: continue
-        if kind[0] != GGUFType.ARRAY or kind[1] not in elements:
-            c.fail(f'{prefix}{name} must be an array of {" or ".join(sorted(map(str, elements)))}, not {kind[0] if kind[1] is None else f"array of {kind[1]}"}', c.where[prefix + name])
-        if name == 'tokens': n = kind[2]
-        elif name != 'merges' and n is not None and kind[2] != n: c.fail(f'{prefix}{name} has {kind[2]} entries for {n} tokens', c.where[prefix + name])
+    prefix, n = 'tokenizer.ggml.', types.get('tokenizer.ggml.tokens', (None,)*3)[2]
+    wanted = dict(tokens=('string',), scores=('float32',), token_type=('int32', 'uint32'), merges=('string',))
+    for key, allowed in ((prefix + name, a) for name, a in wanted.items() if prefix + name in types):
+        t, element, length = types[key]
+        if t != GGUFType.ARRAY or str(element) not in allowed:
+            c.fail(f'{key} must be an array of {" or ".join(allowed)}, not {t if element is None else f"array of {element}"}', c.where[key])
+        if key != prefix + 'merges' and n is not None and length != n: c.fail(f'{key} has {length} entries for {n} tokens', c.where[key])
     for key in types:
         if not (key.startswith(prefix) and key.endswith('_token_id')): continue
         if types[key][0] not in INTEGERS: c.fail(f'{short(key)} must be an integer, not {types[key][0]}', c.where[key])
-        if n is not None and not 0 <= values[key] < n: c.fail(f'{short(key)} is {values[key]}, outside the vocabulary of {n} tokens', c.where[key])
+        if n is not None and not 0 <= values[key] < n:
+            c.fail(f'{short(key)} is {values[key]}, outside the vocabulary of {n} tokens', c.where[key])
 
-# %% ../nbs/02_gguf.ipynb #37c37a82
+# %% ../nbs/02_gguf.ipynb #73639962
 def _check_split(c, values, types):
     "A model in several files: say which part is missing, or how to join them"
     for k in ('split.count', 'split.no'):
@@ -297,9 +301,10 @@ def _check_split(c, values, types):
     parts = [f'{stem}-{j+1:05}-of-{n:05}.gguf' for j in range(n)]
     missing = next((p for j, p in enumerate(parts) if j != i and not (Path(c.path).parent/p).exists()), None)
     fix = f'missing: {missing}' if missing else 'all parts are here'
-    c.fail(f'this is part {i+1} of {n} of a split model; {fix}; join the parts with `llama-gguf-split --merge {parts[0]} {stem}.gguf`', c.where['split.count'])
+    join = f'llama-gguf-split --merge {parts[0]} {stem}.gguf'
+    c.fail(f'this is part {i+1} of {n} of a split model; {fix}; join the parts with `{join}`', c.where['split.count'])
 
-# %% ../nbs/02_gguf.ipynb #d6db00f7
+# %% ../nbs/02_gguf.ipynb #bcb34af9
 def _alignment(c, values, types):
     "The alignment of the data, 32 unless the file says otherwise"
     a = values.get('general.alignment', 32)
@@ -311,7 +316,7 @@ def _alignment(c, values, types):
 def _preamble(c):
     "Magic and version; returns the numbers of tensors and metadata pairs"
     magic = c.take(4, 'the magic')
-    if magic in (b'lmgg', b'tjgg', b'fmgg', b'algg'): c.fail("a model of the time before GGUF: convert it again with llama.cpp's current converter", 0)
+    if magic in (b'lmgg', b'tjgg', b'fmgg', b'algg'): c.fail("a file from before GGUF: convert the model with llama.cpp's converter", 0)
     if magic != b'GGUF': c.fail(f'not a GGUF file: it begins with {magic!r}', 0)
     version = _number(c, GGUFType.UINT32, 'the version')
     if version and not version & 0xffff: c.fail("a big-endian GGUF file: convert it with gguf-py's gguf_convert_endian.py", 4)
@@ -338,7 +343,7 @@ def _open(path):
     refuse(os.fstat(f.fileno()))
     return f
 
-# %% ../nbs/02_gguf.ipynb #26f22968
+# %% ../nbs/02_gguf.ipynb #bae5f481
 class _Header:
     "Opens a file, reads its header, closes it"
     def __init__(self,
@@ -373,8 +378,10 @@ class _Header:
         "Is the open file still what it was? Costs a microsecond."
         if self._file is None: raise GGUFError('the file is closed', self.path)
         now, was = os.fstat(self._file.fileno()), self._stat
-        if now.st_size < was.st_size: raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
-        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns): raise GGUFError('the file was written to while it was in use', self.path)
+        if now.st_size < was.st_size:
+            raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
+        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
+            raise GGUFError('the file was written to while it was in use', self.path)
 
     def close(self):
         "Give mapping and file back. Views that are still in use keep the mapping alive until they go."
@@ -388,7 +395,7 @@ class _Header:
     def __exit__(self, *_): self.close()
     def __del__(self): self.close()
 
-# %% ../nbs/02_gguf.ipynb #4ba37595
+# %% ../nbs/02_gguf.ipynb #7b62960e
 class GGUF(_Header):
     "A GGUF file, memory-mapped: `metadata`, `tensors`, and the bytes of each tensor"
     def check_unchanged(self):
@@ -399,7 +406,8 @@ class GGUF(_Header):
         if not there: raise GGUFError('the file was replaced or deleted while it was in use', self.path)
 
     def _tensor(self, name):
-        if name not in self.tensors: raise GGUFError(f'there is no tensor {short(name)!r}; the file has {len(self.tensors)} tensors', self.path)
+        if name not in self.tensors:
+            raise GGUFError(f'there is no tensor {short(name)!r}; the file has {len(self.tensors)} tensors', self.path)
         return self.tensors[name]
 
     def blocks(self,
@@ -443,10 +451,11 @@ def types_table(
         rows[t.type] = n + 1, w + t.n_elements, b + t.n_bytes
     return dict(sorted(rows.items(), key=lambda r: -r[1][2]))
 
-# %% ../nbs/02_gguf.ipynb #08a9c3af
+# %% ../nbs/02_gguf.ipynb #85c7f857
 def _html(g):
     "The one line, and the types as a table"
     rows = ''.join(f'<tr><td>{t}</td><td>{n}</td><td>{w:,}</td><td>{_size(b)}</td></tr>' for t, (n, w, b) in types_table(g).items())
-    return f'<p><b>{html.escape(_describe(g))}</b></p><table><tr><th>type</th><th>tensors</th><th>weights</th><th>bytes</th></tr>{rows}</table>'
+    head = ''.join(f'<th>{h}</th>' for h in ('type', 'tensors', 'weights', 'bytes'))
+    return f'<p><b>{html.escape(_describe(g))}</b></p><table><tr>{head}</tr>{rows}</table>'
 
 GGUF.__repr__, GGUF._repr_html_ = (lambda g: f'GGUF({_describe(g)})'), _html

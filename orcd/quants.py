@@ -202,7 +202,7 @@ def _search_affine(x, top, rounds=2):
     q, _ = _round_affine(x, d[:, None]*k, dmin[:, None]*l, top)
     return d, dmin, *(a.astype(np.uint8) for a in (k, l, q))
 
-# %% ../nbs/03_quants.ipynb #2b3da403
+# %% ../nbs/03_quants.ipynb #7e5ad84c
 def pack_scales_mins(
     k, # uint8 (n, 8), scales below 64
     l, # uint8 (n, 8), minima below 64
@@ -214,14 +214,15 @@ def pack_scales_mins(
 @_encodes(GGMLType.Q4_K)
 def _q4_k(x):
     d, dmin, k, l, q = _search_affine(x.reshape(-1, 8, 32), 15)
-    return _make(GGMLType.Q4_K, len(x), d=d, dmin=dmin, scales=pack_scales_mins(k, l), qs=pack_nibbles(q.reshape(-1, 4, 64)).reshape(-1, 128))
+    qs = pack_nibbles(q.reshape(-1, 4, 64)).reshape(-1, 128)
+    return _make(GGMLType.Q4_K, len(x), d=d, dmin=dmin, scales=pack_scales_mins(k, l), qs=qs)
 
 @_encodes(GGMLType.Q5_K)
 def _q5_k(x):
     d, dmin, k, l, q = _search_affine(x.reshape(-1, 8, 32), 31)
     qh = np.bitwise_or.reduce(q >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=1)
-    return _make(GGMLType.Q5_K, len(x), d=d, dmin=dmin, scales=pack_scales_mins(k, l), qh=qh,
-        qs=pack_nibbles((q & 15).reshape(-1, 4, 64)).reshape(-1, 128))
+    qs = pack_nibbles((q & 15).reshape(-1, 4, 64)).reshape(-1, 128)
+    return _make(GGMLType.Q5_K, len(x), d=d, dmin=dmin, scales=pack_scales_mins(k, l), qh=qh, qs=qs)
 
 # %% ../nbs/03_quants.ipynb #41d8882d
 def _fit_symmetric(x, half, stretch=np.linspace(-1.5, 1.5, 31)):

@@ -13,7 +13,8 @@ from orcd.errors import GGUFError
 from orcd.gguf import GGUF
 import gguf_files as gf
 
-VALUES = [0, 1, 2, 7, 255, 256, 65535, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 48, (1 << 63) - 1, 1 << 63, (1 << 64) - 8, (1 << 64) - 1]
+VALUES = [0, 1, 2, 7, 255, 256, 65535, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 48, (1 << 63) - 1, 1 << 63,
+    (1 << 64) - 8, (1 << 64) - 1]
 
 
 def mutate(data, rng, header):
@@ -71,7 +72,8 @@ def main(folder, budget=60):
     folder, count = Path(folder), dict(files=0, accepted=0, refused=0, slowest_s=0.)
     gf.small(folder / 'good.gguf', long=100)
     with GGUF(folder / 'good.gguf') as g: header = g.data_offset
-    tiny = gf.raw([gf.pair('general.architecture', gf.STR, 'x'), gf.pair('general.alignment', gf.U32, 32), gf.pair('tokenizer.ggml.tokens', gf.ARR, gf.array(gf.STR, 'abc')),
+    tiny = gf.raw([gf.pair('general.architecture', gf.STR, 'x'), gf.pair('general.alignment', gf.U32, 32),
+        gf.pair('tokenizer.ggml.tokens', gf.ARR, gf.array(gf.STR, 'abc')),
         gf.pair('tokenizer.ggml.scores', gf.ARR, gf.array(gf.F32, [1, 2, 3])), gf.pair('tokenizer.ggml.eos_token_id', gf.U32, 2)],
         [gf.tensor('a', (32, 2), 2, 0), gf.tensor('b', (4, 2, 2), 0, 64)], bytes(128))
     good = (folder / 'good.gguf').read_bytes()

@@ -81,7 +81,9 @@ def test_repr_shows_no_folder(tmp_path):
 def headers(shared, tmp_path_factory):
     "Header-only files of the published models"
     folder = tmp_path_factory.mktemp('headers')
-    for n in PUBLISHED: subprocess.run([sys.executable, shared / 'full_shape.py', n, folder / f'{n}.gguf', '--header-only'], check=True, capture_output=True)
+    for n in PUBLISHED:
+        command = [sys.executable, shared / 'full_shape.py', n, folder / f'{n}.gguf', '--header-only']
+        subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
@@ -107,7 +109,7 @@ def test_published_header(shared, headers, name):
         check_values(g, want['kv'])
 
 
-NAMES = dict(str='string', bool='bool', f32='float32', u32='uint32', i32='int32', u16='uint16', u64='uint64', i64='int64', f64='float64', u8='uint8')
+NAMES = dict(str='string', bool='bool', f32='float32', f64='float64', u8='uint8', u16='uint16', u32='uint32', u64='uint64', i32='int32')
 
 
 def check_values(g, pairs):
@@ -208,8 +210,8 @@ LIARS = {
     'far_outside': (raw([], [F(offset=(1 << 64) - 32)], DATA), 'w ends at byte'),
     'overlap': (raw([], [F(dims=(64,)), F('v', offset=128)], DATA * 3), 'v overlaps'),
     'table_cut': (raw([], [F()])[:-4], 'cut off'),
-    'scores_short': (raw([TOKENS(3), pair('tokenizer.ggml.scores', ARR, array(F32, [1.]))]), 'tokenizer.ggml.scores has 1 entries for 3 tokens'),
-    'types_wrong': (raw([TOKENS(1), pair('tokenizer.ggml.token_type', ARR, array(F32, [1.]))]), 'token_type must be an array of', 'not array of float32'),
+    'scores_short': (raw([TOKENS(3), pair('tokenizer.ggml.scores', ARR, array(F32, [1.]))]), 'scores has 1 entries for 3 tokens'),
+    'types_wrong': (raw([pair('tokenizer.ggml.token_type', ARR, array(F32, [1.]))]), 'must be an array of', 'not array of float32'),
     'tokens_numbers': (raw([pair('tokenizer.ggml.tokens', ARR, array(U32, [1]))]), 'tokenizer.ggml.tokens must be an array of string'),
     'tokens_scalar': (raw([pair('tokenizer.ggml.tokens', U32, 1)]), 'tokenizer.ggml.tokens must be an array of string, not uint32'),
     'eos_outside': (raw([TOKENS(3), pair('tokenizer.ggml.eos_token_id', U32, 3)]), 'eos_token_id is 3, outside the vocabulary of 3'),
@@ -233,7 +235,8 @@ def test_truth_beside_the_lies(tmp_path):
     assert list(g.tensors) == ['w', 'v'] and g.has_data and not g.dequantize('v').any()
     assert GGUF(write(tmp_path, raw())).tensors == {}
     assert GGUF(write(tmp_path, raw([pair('k', ARR, array(STR, []))]))).metadata['k'] == []
-    assert GGUF(write(tmp_path, raw([pair('general.alignment', U32, 1)], [F(offset=3)], bytes(131), align=1))).dequantize('w').shape == (32,)
+    packed = raw([pair('general.alignment', U32, 1)], [F(offset=3)], bytes(131), align=1)
+    assert GGUF(write(tmp_path, packed)).dequantize('w').shape == (32,)
 
 
 def test_lazy_values_are_checked_when_asked_for(tmp_path):
@@ -336,7 +339,7 @@ def test_random_files_like_gguf_py(tmp_path, seed):
     "Random keys, values, shapes and types, written by the gguf package and read by both"
     rng = np.random.default_rng(seed)
     w = gguf.GGUFWriter(tmp_path / 'x.gguf', 'llama')
-    word = lambda n: ''.join(chr(c) for c in rng.integers(0x61, 0x3ff, n) if c not in range(0x7f, 0xa1) and c != 0xad and chr(c).isprintable()) or 'w'
+    word = lambda n: ''.join(chr(c) for c in rng.integers(0x61, 0x3ff, n) if chr(c).isprintable()) or 'w'
     for i in range(rng.integers(0, 30)):
         key, n = f'{i}.{word(8)}', int(rng.integers(1, 200))
         match rng.integers(0, 5):
