@@ -54,7 +54,7 @@ def _weight(value):
         todo.extend(more)
     return n
 
-# %% ../nbs/06_chat.ipynb #6327cbdc
+# %% ../nbs/06_chat.ipynb #b514a14f
 def _fits(n):
     if n > MAX_VALUE: raise _Stop(f'makes a value of more than {MAX_VALUE} characters or elements')
 
@@ -73,14 +73,16 @@ def _join(items, sep='', attribute=None):
     return sep.join(out)
 
 def _indent(s, width=4, first=False, blank=False):
-    s, pad = str(s), width if isinstance(width, str) else ' '*min(int(width), 1000)
+    if not isinstance(width, str): _fits(int(width))
+    s, pad = str(s), width if isinstance(width, str) else ' '*int(width)
     _fits(len(s) + (s.count('\n') + 1)*len(pad))
     lines = s.split('\n')
     return '\n'.join(pad + l if (first or i) and (blank or l or not i) else l for i, l in enumerate(lines))
 
 def _tojson(x, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
-    _weight(x)
-    return json.dumps(x, ensure_ascii=bool(ensure_ascii), indent=None if indent is None else min(int(indent), 32), separators=separators, sort_keys=sort_keys)
+    size = _weight(x)
+    if indent is not None: _fits(size*int(indent))
+    return json.dumps(x, ensure_ascii=bool(ensure_ascii), indent=None if indent is None else int(indent), separators=separators, sort_keys=sort_keys)
 
 def _round(x, precision=0, method='common'):
     return FILTERS['round'](float(x), max(-15, min(int(precision), 15)), method)
@@ -196,7 +198,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if kind is str and name in ('replace', 'join'): f, args = _own[name], (owner, *args) if name == 'replace' else (*args, owner)
         return self.made(super().call(context, f, *args, **kwargs))
 
-# %% ../nbs/06_chat.ipynb #9aa56c60
+# %% ../nbs/06_chat.ipynb #e1399dac
 def _timed(f, seconds):
     "Run `f()` in this thread, stop it at a line of Python after `seconds`"
     end, before = monotonic() + seconds, sys.gettrace()
@@ -234,7 +236,7 @@ class ChatTemplate:
         "The prompt, exactly as the template writes it"
         with self.lock:
             self.env.total = 0
-            given = {**self.variables, **variables, 'messages': messages, 'add_generation_prompt': add_generation_prompt, 'strftime_now': _strftime_now(now)}
+            given = {'tools': None, 'documents': None, **self.variables, **variables, 'messages': messages, 'add_generation_prompt': add_generation_prompt, 'strftime_now': _strftime_now(now)}
             return self._guard(lambda: self.template.render(given), MAX_SECONDS)
 
 # %% ../nbs/06_chat.ipynb #67e2ab3a
@@ -293,15 +295,22 @@ def escape(
         return {walk(k): walk(x) for k, x in v.items()} if isinstance(v, dict) else v
     return walk(messages), {ord(c): t for t, c in char.items()}
 
-# %% ../nbs/06_chat.ipynb #21dfcc8e
+# %% ../nbs/06_chat.ipynb #bfaae61b
+_closing, _opening = {'<|end|>', '<|return|>', '<|call|>', '<|start|>', '<|channel|>'}, {'<|start|>', '<|channel|>'}
+_bare_header = re.compile(r'\s*(?:assistant)?\s*(?:t|to|to=.{0,200})?')     # what may stand before the first mark of a header
+
 class Harmony:
     "Takes a gpt-oss reply apart. `push` returns text of the final channel as it comes."
     def __init__(self,
         tokenizer,  # a Tokenizer whose vocabulary has the channel tokens
-        text='',    # header so far: what stands behind the last <|start|> of the prompt
+        text='',    # what the prompt has already written of the reply, behind "<|start|>assistant"
     ):
-        self.tokenizer, self.header, self.names = tokenizer, text, {i: s.text for i, s in tokenizer.special_by_id.items()}
-        self.parts, self.tool_calls, self.where, self.bytes = dict(analysis=[], commentary=[], final=[]), [], 'header', tokenizer.stream()
+        self.tokenizer, self.header, self.where = tokenizer, '', 'header'
+        self.names = {i: s.text for i, s in tokenizer.special_by_id.items()}
+        self.parts, self.tool_calls, self.bytes = dict(analysis=[], commentary=[], final=[]), [], tokenizer.stream()
+        head, mark, body = text.partition('<|message|>')
+        self.header = head
+        if mark: self._open(); self._put(body)
 
     @property
     def analysis(self): return ''.join(self.parts['analysis'])
@@ -317,10 +326,10 @@ class Harmony:
         return text if self.where == 'final' else ''
 
     def _close(self):
-        "The bytes that still wait for the rest of a character"
+        "End of a body: the bytes that still wait for the rest of a character"
         rest = self.bytes.flush()
         self.bytes = self.tokenizer.stream()
-        return self._put(rest) if self.where != 'header' and rest else ''
+        return self._put(rest) if self.where != 'header' else ''
 
     def _open(self):
         "A header is complete: which channel, and for whom?"
@@ -329,25 +338,29 @@ class Harmony:
         if to: self.where = 'tool'; self.tool_calls.append(dict(recipient=to[1], content=''))
         self.header = ''
 
+    def _in_header(self, i, name):
+        if name == '<|message|>': self._open(); return ''
+        if name in ('<|start|>', '<|end|>', '<|return|>', '<|call|>'): self.header = name if name == '<|start|>' else ''; return ''
+        self.header += self.bytes.push(i) if name is None else name
+        if '<|' in self.header or _bare_header.fullmatch(self.header) or 'assistant'.startswith(self.header.strip()): return ''
+        self.where, text, self.header = 'final', self.header, ''     # not a header: the model just answers
+        return self._put(text)
+
     def push(self,
         i:int,    # a token id
     ) -> str:     # new text of the answer
         "Take the next token of the reply"
         name = self.names.get(i)
-        if self.where == 'header':
-            if name == '<|message|>': self._open(); return ''
-            if name is None and not self.header and not self._may_open(i): self.where = 'final'
-            else: self.header += name if name is not None else self.bytes.push(i); return ''
-        elif name in ('<|end|>', '<|return|>', '<|call|>', '<|start|>', '<|channel|>'):
-            out = self._close()
-            self.where, self.header = 'header', '' if name != '<|channel|>' else name
-            return out
-        return self._put(name if name is not None and self.where != 'final' else '' if name is not None else self.bytes.push(i))
-
-    def _may_open(self, i): return self.tokenizer.token_bytes(i).decode('utf-8', 'replace').strip()[:3] in ('to', 'to=', 'ass', 'use', '')
+        if self.where == 'header': return self._in_header(i, name)
+        if name is None: return self._put(self.bytes.push(i))
+        if name not in _closing: return ''
+        out = self._close()
+        self.where, self.header = 'header', name if name in _opening else ''
+        return out
 
     def flush(self) -> str:
         "At the end of the reply: what waited for the rest of a character"
+        if self.where == 'header' and self.header and '<|' not in self.header: self.where = 'final'; return self._put(self.header) + self._close()
         return self._close()
 
 class PlainReply:

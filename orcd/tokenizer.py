@@ -219,7 +219,7 @@ class _Base:
         s = self.stream(skip_special)
         return ''.join([s.push(i) for i in ids]) + s.flush()
 
-# %% ../nbs/04_tokenizer.ipynb #af638966
+# %% ../nbs/04_tokenizer.ipynb #c8d89865
 class _Chat(_Base):
     "Chats on top of encoding"
     @cached_property
@@ -258,7 +258,7 @@ class _Chat(_Base):
         return Harmony(self, self._header(after)) if self.harmony else PlainReply(self.stream(after=after))
 
     def _header(self, ids):
-        "What the prompt has already written of the reply's header"
+        "What the prompt has already written of the reply"
         start = max((i for i, t in enumerate(ids) if t == self.special['<|start|>'].id), default=None)
         text = '' if start is None else self.decode(ids[start+1:])
         return re.sub(r'^\s*assistant\s*', '', text)

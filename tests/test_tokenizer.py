@@ -1,0 +1,323 @@
+"Tokenizers against independent ones: the tokenizers library, sentencepiece, and golden vectors of llama.cpp, tiktoken and Hugging Face"
+import json, lzma, random, string, time, unicodedata
+from types import SimpleNamespace
+import gguf, pytest, tokenizers
+from hypothesis import given, settings, strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from orcd.errors import OrcdError, RequestError, TokenizerError
+from orcd.gguf import GGUF
+from orcd.tokenizer import ALPHABET, PRE, Tokenizer
+
+NAMES = dict(qwen2='qwen2.5-0.5b-instruct-q4_k_m', phi3='phi-3-mini-4k-instruct-q4', gptoss='gpt-oss-20b-mxfp4')
+SAMPLES = ['', ' ', '  ', '\n\n \t\r\n', 'Hello world', ' Hello', "I'LL say we'll", 'x = 1234567 * 89', 'camelCaseHTTPServer', 'Grüße aus Köln', 'é vs e\u0301',
+    'नमस्ते दुनिया', 'สวัสดี', '中文分词测试', 'こんにちは', 'مرحبا', '🦙🌧️👨‍👩‍👧', '\u200b\ufeff', 'a\x00b', '½ ² Ⅷ', 'for (i = 0; i < n; ++i) { a[i] += b[i]; }', 'tail   ', '<s> </s> <unk> <0x0A>']
+WORDS = 'the rain falls on old pond frog jumps water sound twilight over wintry forest wind howls in rage moon snow river Grüße Köln naïve 123 45'.split()
+
+
+def corpus(n=400):
+    rng = random.Random(1)
+    return [' '.join(rng.choices(WORDS, k=rng.randint(3, 9))).capitalize() + rng.choice(['.', '!', ',\n', '  ']) for _ in range(n)]
+
+
+def write_gguf(path, arch, model, tokens, types, pre=None, merges=None, scores=None, **extra):
+    "A GGUF file with a vocabulary and one small tensor, written by gguf-py"
+    import numpy as np
+    w = gguf.GGUFWriter(str(path), arch)
+    w.add_tokenizer_model(model); w.add_token_list(tokens); w.add_token_types(types)
+    if pre: w.add_tokenizer_pre(pre)
+    if merges is not None: w.add_token_merges(merges)
+    if scores is not None: w.add_token_scores(scores)
+    for k, v in extra.items():
+        {bool: w.add_bool, int: w.add_uint32, str: w.add_string}[type(v)]('tokenizer.' + k.replace('__', '.'), v)
+    w.add_tensor('t', np.zeros(32, np.float32))
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    return path
+
+
+SPECIALS = {'<|endoftext|>': 3, '<|im_start|>': 3, '<|im_end|>': 3, '<tool_call>': 4, '<tool_call><tool_call>': 4}
+
+
+def train_bpe(pre):
+    "A byte-level vocabulary, trained by the tokenizers library, and that library's tokenizer with special tokens: the oracle"
+    hf = tokenizers.Tokenizer(models.BPE())
+    if PRE[pre].nfc: hf.normalizer = normalizers.NFC()
+    hf.pre_tokenizer = pre_tokenizers.Sequence([*[pre_tokenizers.Split(Regex(r), 'isolated') for r in PRE[pre].patterns], pre_tokenizers.ByteLevel(False, use_regex=False)])
+    hf.decoder = decoders.ByteLevel()
+    hf.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    hf.add_tokens([AddedToken(t, special=k == 3, normalized=False) for t, k in SPECIALS.items()])
+    return hf
+
+
+def bpe_arrays(hf):
+    m = json.loads(hf.to_str())['model']
+    tokens = sorted(m['vocab'], key=m['vocab'].get)
+    types = [1]*len(tokens) + list(SPECIALS.values()) + [5]*3
+    return tokens + list(SPECIALS) + [f'[PAD{len(tokens) + len(SPECIALS) + i}]' for i in range(3)], types, [m if isinstance(m, str) else ' '.join(m) for m in m['merges']]
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    "{pre: (Tokenizer read from a GGUF file, oracle)}"
+    out, d = {}, tmp_path_factory.mktemp('bpe')
+    for pre in ('gpt-2', 'qwen2', 'gpt-4o', 'llama-bpe', 'smollm', 'tekken', 'default'):
+        hf = train_bpe(pre)
+        tokens, types, merges = bpe_arrays(hf)
+        path = write_gguf(d / f'{pre}.gguf', 'qwen2', 'gpt2', tokens, types, pre, merges, ggml__eos_token_id=tokens.index('<|im_end|>'),
+                          ggml__bos_token_id=tokens.index('<|endoftext|>'), ggml__add_bos_token=False)
+        with GGUF(path) as g: out[pre] = Tokenizer.from_gguf(g), hf
+    return out
+
+
+def ids_of(hf, text): return hf.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize('pre', ['gpt-2', 'qwen2', 'gpt-4o', 'llama-bpe', 'smollm', 'tekken', 'default'])
+def test_bpe_equals_the_library(trained, pre):
+    tok, hf = trained[pre]
+    for text in SAMPLES + corpus(30): assert tok.encode(text) == ids_of(hf, text), text
+    assert tok.kind == 'gguf-bpe' and tok.n_valid == tok.vocab_size - 3 and tok.bos_id in tok.stop_ids and tok.eos_id in tok.stop_ids
+
+
+pieces = st.lists(st.sampled_from([*SPECIALS, '<|im_', 'end|>', '<tool', ' ', '\n', 'rain', "'LL", 'é', 'e\u0301', '早', '🌧', '42']) | st.text(max_size=4), max_size=12).map(''.join)
+text = pieces.map(lambda s: ''.join(c for c in s if not 0xD800 <= ord(c) < 0xE000))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text)
+def test_bpe_with_specials(trained, s):
+    for pre in ('qwen2', 'gpt-4o'):
+        tok, hf = trained[pre]
+        ids = tok.encode(s)
+        assert ids == ids_of(hf, s)
+        want = unicodedata.normalize('NFC', s) if pre == 'qwen2' else s
+        # Python and the library may know different versions of Unicode
+        assert tok.decode(ids) == want or hf.decode(ids, skip_special_tokens=False) == tok.decode(ids)
+        control = {tok.special[t].id for t, k in SPECIALS.items() if k == 3}
+        assert not control & set(tok.encode(s, parse_special=False))
+        assert not control & set(tok.encode(tok.decode(ids, skip_special=True), parse_special=False))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_stream_equals_decode(trained, spm_vocab, data):
+    for tok in (trained['qwen2'][0], spm_vocab[0]):
+        ids = data.draw(st.lists(st.integers(0, tok.vocab_size - 1), max_size=30))
+        d = tok.stream(); parts = [d.push(i) for i in ids]; rest = d.flush()
+        assert ''.join(parts) + rest == tok.decode(ids)
+        raw = b''.join(tok.token_bytes(i) for i in ids)
+        if not tok.space_prefix: assert tok.decode(ids) == raw.decode('utf-8', 'replace')
+        for p in parts: p.encode()
+
+
+def test_stream_holds_back_code_points(trained):
+    tok = trained['qwen2'][0]
+    d, out = tok.stream(), []
+    for b in '🌧é'.encode(): out.append(d.push(tok.backend.tokens.index(ALPHABET[b])))
+    assert out == ['', '', '', '🌧', '', 'é'] and d.flush() == ''
+    d = tok.stream(); first = tok.backend.tokens.index(ALPHABET[0xF0])
+    assert d.push(first) == '' and d.flush() == '\ufffd'
+    assert tok.decode([first, tok.special['<|im_end|>'].id]) == '\ufffd<|im_end|>'
+
+
+# --- SentencePiece -----------------------------------------------------------------------------------------------------------------------------------
+
+def spm_arrays():
+    "A SentencePiece-like vocabulary: merges of the tokenizers library's BPE trainer, as scores, with byte tokens"
+    hf = tokenizers.Tokenizer(models.BPE())
+    hf.pre_tokenizer = pre_tokenizers.Metaspace()
+    hf.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=260, show_progress=False))
+    m = json.loads(hf.to_str())['model']
+    words = [t for t in m['vocab'] if len(t) > 1]
+    words.sort(key=m['vocab'].get)
+    letters = [t for t in m['vocab'] if len(t) == 1]
+    tokens = ['<unk>', '<s>', '</s>'] + [f'<0x{b:02X}>' for b in range(256)] + words + letters + ['<|end|>', '<|user|>', '<|assistant|>']
+    scores = [0.]*259 + [-float(i) for i in range(len(words) + len(letters))] + [0.]*3
+    return tokens, [2, 3, 3] + [6]*256 + [1]*(len(words) + len(letters)) + [3, 4, 4], scores
+
+
+def library_spm(tokens, types, scores):
+    "The same vocabulary in the tokenizers library: every way to split a token is a merge, ranked by the token's score"
+    vocab = {t: i for i, t in enumerate(tokens)}
+    normal = {t: scores[i] for t, i in vocab.items() if types[i] == 1}
+    merges = sorted((-s, -k, t[:k], t[k:]) for t, s in normal.items() for k in range(1, len(t)) if t[:k] in normal and t[k:] in normal)
+    t = tokenizers.Tokenizer(models.BPE(vocab={t: i for t, i in vocab.items() if types[i] in (1, 2, 6)}, merges=[m[2:] for m in merges], unk_token='<unk>', byte_fallback=True, fuse_unk=True))
+    t.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    return t
+
+
+@pytest.fixture(scope='session')
+def spm_vocab(tmp_path_factory):
+    tokens, types, scores = spm_arrays()
+    path = write_gguf(tmp_path_factory.mktemp('spm') / 'm.gguf', 'phi3', 'llama', tokens, types, 'default', scores=scores, ggml__bos_token_id=1, ggml__eos_token_id=2,
+                      ggml__unknown_token_id=0, ggml__add_bos_token=True)
+    with GGUF(path) as g: return Tokenizer.from_gguf(g), library_spm(tokens, types, scores)
+
+
+def test_spm_equals_the_library(spm_vocab):
+    tok, lib = spm_vocab
+    for s in [t for t in SAMPLES if '<' not in t] + corpus(60): assert tok.encode(s, add_special=False) == lib.encode(s).ids, s
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=string.ascii_lowercase + ' \n.é早', max_size=40) | st.lists(st.sampled_from(WORDS + [' ', '  ']), max_size=8).map(' '.join))
+def test_spm_round_trip(spm_vocab, s):
+    tok, lib = spm_vocab
+    ids = tok.encode(s, add_special=False)
+    assert ids == lib.encode(s).ids and tok.decode(ids) == s
+    assert tok.decode(tok.encode(s), skip_special=True) == s      # with BOS
+
+
+def test_spm_equals_sentencepiece(tmp_path):
+    spm = pytest.importorskip('sentencepiece', reason='needs the package sentencepiece')
+    import io
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, model_type='bpe', vocab_size=360, byte_fallback=True, character_coverage=.99,
+        normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=True, minloglevel=2)
+    sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    n = sp.get_piece_size()
+    types = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in range(n)]
+    g = SimpleNamespace(path=None, metadata={'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.tokens': [sp.id_to_piece(i) for i in range(n)],
+        'tokenizer.ggml.scores': [sp.get_score(i) for i in range(n)], 'tokenizer.ggml.token_type': types, 'tokenizer.ggml.bos_token_id': sp.bos_id(), 'tokenizer.ggml.eos_token_id': sp.eos_id()})
+    tok = Tokenizer.from_gguf(g)
+    rng = random.Random(3)
+    noise = [''.join(rng.choices(string.ascii_letters + '   \n.,!é早🌧', k=rng.randint(1, 60))) for _ in range(500)]
+    for s in SAMPLES + corpus(60) + noise:
+        ids = tok.encode(s, add_special=False, parse_special=False)
+        assert ids == sp.encode(s), s
+        assert tok.decode(ids) == sp.decode(ids) == s
+
+
+def test_phi3_rules(spm_vocab):
+    tok = spm_vocab[0]
+    end, user, assistant = (tok.special[t].id for t in ('<|end|>', '<|user|>', '<|assistant|>'))
+    rain = tok.encode('rain', add_special=False)
+    assert tok.encode('<|user|>\n rain<|end|> \n<|assistant|>\n') == [1, user, *rain, end, assistant]     # white space behind is swallowed, the prefix space comes back
+    assert tok.encode('<s>rain') == [1, *rain]                                                            # one BOS
+    assert not {user, end} & set(tok.encode('<|user|><|end|>', parse_special=False))                      # role markers are control tokens, whatever the file says
+    assert tok.stop_ids == {2, end, assistant}
+    assert tok.decode(rain) == 'rain' and ''.join(map(tok.stream(after=[assistant]).push, rain)) == 'rain'
+    assert ''.join(map(tok.stream(after=rain).push, rain)) == ' rain'                                     # in the middle of a text the space is real
+
+
+# --- tokenizer.json ----------------------------------------------------------------------------------------------------------------------------------
+
+def test_json_beside_the_file(tmp_path, trained):
+    tok, hf = trained['gpt-4o']
+    hf.save(str(tmp_path / 'tokenizer.json'))
+    tokens, types, merges = bpe_arrays(hf)
+    path = write_gguf(tmp_path / 'm.gguf', 'gpt-oss', 'gpt2', tokens, types, 'gpt-4o', merges, ggml__eos_token_id=tok.eos_id, chat_template='x')
+    with GGUF(path) as g: j = Tokenizer.from_gguf(g)
+    assert (j.kind, j.vocab_size, j.n_valid, j.stop_ids, j.chat_template) == ('hf-json', tok.vocab_size, tok.n_valid, tok.stop_ids, 'x')
+    only = Tokenizer.from_json(tmp_path / 'tokenizer.json')
+    for s in SAMPLES + ['a<|im_end|>b<tool_call>c']:
+        for parse in (True, False): assert j.encode(s, parse_special=parse) == tok.encode(s, parse_special=parse) == only.encode(s, parse_special=parse), s
+        assert j.decode(j.encode(s)) == s
+    # of another model
+    tokens[5:7] = tokens[6:4:-1]
+    tokens[tokens.index('<tool_call>')] = '<other>'
+    path = write_gguf(tmp_path / 'n.gguf', 'gpt-oss', 'gpt2', tokens, types, 'gpt-4o', merges)
+    with GGUF(path) as g, pytest.raises(TokenizerError, match='does not belong'): Tokenizer.from_gguf(g)
+
+
+def test_broken_json(tmp_path):
+    (tmp_path / 'tokenizer.json').write_text('{')
+    with pytest.raises(TokenizerError, match='tokenizer.json'): Tokenizer.from_json(tmp_path / 'tokenizer.json')
+    with pytest.raises(TokenizerError): Tokenizer.from_json(tmp_path / 'nothing.json')
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------------------------------------
+
+def meta(**changes):
+    base = {'model': 'gpt2', 'pre': 'qwen2', 'tokens': [*ALPHABET.values(), '<e>'], 'token_type': [1]*256 + [3], 'merges': [], 'eos_token_id': 256}
+    return SimpleNamespace(path=None, metadata={'tokenizer.ggml.' + k: v for k, v in (base | changes).items() if v is not None})
+
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(pre='klingon'), 'qwen2'), (dict(model='bert'), 'known'), (dict(model=None), 'known'), (dict(tokens=None), 'tokens'), (dict(tokens=[]), 'tokens'), (dict(tokens=[1]*257), 'strings'),
+    (dict(token_type=[1]), 'token_type has 1'), (dict(merges=None), 'merges'), (dict(merges=['xx']), 'xx'), (dict(merges=['a b']), 'a b'), (dict(eos_token_id=257), 'eos_token_id'),
+    (dict(bos_token_id=-1), 'bos_token_id'), (dict(add_bos_token=1), 'add_bos_token'), (dict(model='llama'), 'scores'), (dict(model='llama', scores=[0.]), 'scores has 1')])
+def test_bad_metadata(changes, says):
+    with pytest.raises(TokenizerError, match=says): Tokenizer.from_gguf(meta(**changes))
+
+
+def test_no_vocabulary(): assert Tokenizer.from_gguf(meta(model='no_vocab')) is None
+def test_missing_pre_warns():
+    with pytest.warns(UserWarning, match='default'): Tokenizer.from_gguf(meta(pre=None))
+
+
+def test_bad_arguments(trained):
+    tok = trained['qwen2'][0]
+    for bad in (None, 3, b'x', '\ud800'):
+        with pytest.raises(RequestError): tok.encode(bad)
+    for bad in (-1, tok.vocab_size):
+        with pytest.raises(OrcdError): tok.decode([bad])
+    assert tok.decode([tok.vocab_size - 1]) == '' and tok.decode([]) == ''
+
+
+# --- the published vocabularies ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def published(shared, tmp_path_factory):
+    "name -> Tokenizer of the published header"
+    d, cache = tmp_path_factory.mktemp('headers'), {}
+    def get(name, json_path=None):
+        if (name, json_path) not in cache:
+            path = d / f'{name}.gguf'
+            if not path.exists(): path.write_bytes(lzma.decompress((shared / 'headers' / f'{NAMES[name]}.header.xz').read_bytes()))
+            with GGUF(path) as g: cache[name, json_path] = Tokenizer.from_gguf(g, json_path=json_path)
+        return cache[name, json_path]
+    return get
+
+
+@pytest.fixture(scope='session')
+def oss_json(shared, tmp_path_factory):
+    p = tmp_path_factory.mktemp('json') / 'tokenizer.json'
+    p.write_bytes(lzma.decompress((shared / 'gpt-oss-20b.tokenizer.json.xz').read_bytes()))
+    return p
+
+
+def check_vectors(tok, shared, name):
+    vectors = json.loads((shared / 'golden' / f'tokens_{name}.json').read_text())['vectors']
+    for v in vectors: assert tok.encode(v['text'], add_special=v.get('add_bos', False), parse_special=v['parse_special']) == v['ids'], v['text']
+    return len(vectors)
+
+
+@pytest.mark.parametrize('name, n, valid, stops, kind', [
+    ('qwen2', 56, 151665, {151645, 151643}, 'gguf-bpe'), ('phi3', 63, 32011, {32007, 32000, 32001}, 'gguf-bpe'), ('gptoss', 56, 200019, {200002, 199999, 200012}, 'gguf-bpe')])
+def test_golden(published, shared, name, n, valid, stops, kind):
+    tok = published(name)
+    assert check_vectors(tok, shared, name) == n
+    assert (tok.n_valid, tok.stop_ids, tok.kind) == (valid, stops, kind)
+
+
+def test_golden_json(published, shared, oss_json):
+    tok = published('gptoss', oss_json)
+    assert check_vectors(tok, shared, 'gptoss') == 56
+    assert (tok.kind, tok.vocab_size, tok.n_valid, tok.stop_ids) == ('hf-json', 201088, 200019, {200002, 199999, 200012})
+
+
+def test_both_kinds_agree(published, oss_json):
+    "The vocabulary inside the GGUF and the tokenizer.json are the same tokenizer"
+    a, b = published('gptoss'), published('gptoss', oss_json)
+    rng = random.Random(7)
+    alphabet = [chr(c) for lo, hi in ((32, 127), (0xA0, 0x180), (0x400, 0x460), (0x900, 0x980), (0xE00, 0xE60), (0x4E00, 0x4F00), (0x1F300, 0x1F380)) for c in range(lo, hi)] + ['\n', '\r', '\t', '  ', "'s"]
+    for _ in range(400):
+        s = ''.join(rng.choices(alphabet, k=rng.randint(1, 60)))
+        assert a.encode(s) == b.encode(s), s
+        assert a.decode(a.encode(s)) == s
+
+
+def test_phi3_equals_sentencepiece_order(published):
+    "Long runs of spaces: all their tokens have one score, so the leftmost pair counts"
+    tok = published('phi3')
+    assert [len(tok.backend.tokens[i]) for i in tok.encode(' '*19, add_special=False)] == [16, 4]
+
+
+def test_fast_enough(published, tmp_path_factory):
+    for name in ('qwen2', 'phi3', 'gptoss'):
+        tok = published(name)
+        for s in ('rain on the old pond. ' * 1400, 'x' * 30_000, '早' * 10_000, ' ' * 30_000, 'a\n' * 15_000):
+            t = time.perf_counter(); ids = tok.encode(s)
+            assert time.perf_counter() - t < 5, (name, s[:10])
+            assert tok.decode(ids, skip_special=True) == s
