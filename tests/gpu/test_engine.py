@@ -1,0 +1,237 @@
+"The CUDA engine against the NumPy engine on small random models, and what it does with memory"
+import os, sys
+from pathlib import Path
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+pytestmark = pytest.mark.gpu
+
+MODELS = {
+    'qwen2': dict(arch='qwen2', types={'attn_v': 'Q8_0', 'ffn_down': 'Q6_K', 'token_embd': 'Q5_0', 'output.': 'Q8_0', '': 'Q4_K'}, n_embd=256, n_ff=512, head_dim=64, n_head=4, n_head_kv=2),
+    'qwen2 Q5_K': dict(arch='qwen2', types='Q5_K', n_embd=256, n_ff=256, head_dim=32, n_head=7, n_head_kv=1, tied=True),
+    'phi3': dict(arch='phi3', types={'attn_qkv': 'Q5_K', '': 'Q4_0'}, n_embd=192, n_ff=256, head_dim=96, n_head=4, n_head_kv=4),
+    'gpt-oss': dict(arch='gpt-oss', types={'exps': 'MXFP4', '': 'Q8_0'}, n_embd=96, n_ff_exp=160, head_dim=64, n_head=8, n_head_kv=2, n_expert=6, n_expert_used=3, window=32),
+    'llama': dict(arch='llama', types={'ffn': 'Q4_1', '': 'Q5_1'}, n_embd=128, n_ff=160, head_dim=128, n_head=2, n_head_kv=1, rope_freqs=True),
+    'qwen3': dict(arch='qwen3', types={'ffn': 'BF16', 'attn': 'F16', '': 'Q8_0'}, n_embd=128, n_ff=96, head_dim=48, n_head=4, n_head_kv=2),
+}
+
+
+@pytest.fixture(scope='module')
+def model_file(tmp_path_factory):
+    from make_models import make_model
+    folder, made = tmp_path_factory.mktemp('models'), {}
+
+    def make(name, **more):
+        key = name, *sorted(more.items())
+        if key not in made: made[key] = make_model(folder / f'{len(made)}.gguf', seed=3, n_layer=3, n_vocab=331, **(MODELS[name] | more))
+        return made[key]
+    return make
+
+
+def cuda(path, **kw):
+    import orcd
+    from orcd.engine import CudaEngine
+    with orcd.GGUF(path) as g: return CudaEngine(g, **kw)
+
+
+def free():
+    import cupy as cp
+    cp.cuda.runtime.deviceSynchronize()
+    return cp.cuda.runtime.memGetInfo()[0]
+
+
+def prompt(n, seed=0): return np.random.default_rng(seed).integers(0, 331, n).tolist()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_against_reference(name, model_file):
+    "Residual stream after every layer and logits of every position, past the window"
+    import orcd
+    from orcd.reference import ReferenceEngine
+    ids, path = prompt(300), model_file(name)
+    with orcd.GGUF(path) as g: want = ReferenceEngine(g)
+    with cuda(path) as engine:
+        for n in (1, 2, 33, 300):
+            got, ref = engine.residuals(ids[:n]), want.residuals(ids[:n])
+            for i, (a, b) in enumerate(zip(got, ref)): assert np.linalg.norm(a - b) < 5e-3 * np.linalg.norm(b), f'{n} tokens, layer {i - 1}'
+            got, ref = engine.logits(ids[:n]), want.logits(ids[:n])
+            worst = np.abs(got - ref).max() / ref.std()
+            print(f'{name}, {n} tokens: max |diff| / std {worst:.1e}')
+            assert worst < 1e-2
+
+
+@pytest.mark.parametrize('name', ['qwen2', 'gpt-oss', 'phi3'])
+def test_bits_do_not_depend_on_chunks(name, model_file, monkeypatch):
+    import orcd.engine
+    ids, got = prompt(200), []
+    for chunks in ((512,), (64,), (16,)):
+        monkeypatch.setattr(orcd.engine, 'CHUNKS', chunks)
+        with cuda(model_file(name)) as engine:
+            assert engine.plan.chunk == chunks[0]
+            got.append(engine.logits(ids))
+    assert (got[0] == got[1]).all() and (got[0] == got[2]).all()
+
+
+@pytest.mark.parametrize('name', ['qwen2', 'gpt-oss'])
+def test_decode_is_prefill(name, model_file):
+    "The logits of each decode step against a fresh prefill of the same tokens"
+    from orcd.sampling import SamplingParams
+    with cuda(model_file(name)) as engine:
+        ids = prompt(20)
+        engine.prefill(ids)
+        drawn = [i for i, _ in engine.decode(SamplingParams(temperature=1., seed=5), 60)]
+        want = engine.logits(ids + drawn)
+        std = want.std()
+        for n in (1, 2, 17, 40, 60): # the row that decode's step n-1 left
+            engine.prefill(ids)
+            steps = engine.decode(SamplingParams(temperature=1., seed=5), n)
+            assert [i for i, _ in steps] == drawn[:n]
+            engine.prefill(ids + drawn[:n])
+            assert np.abs(engine.row.get() - want[len(ids) + n - 1]).max() == 0
+        import orcd.engine
+        depth, orcd.engine.DEPTH = orcd.engine.DEPTH, 1 # nothing queued ahead: the row is that of the token just drawn
+        try:
+            engine.prefill(ids)
+            for k, _ in enumerate(engine.decode(SamplingParams(temperature=1., seed=5), 60)):
+                assert np.abs(engine.row.get() - want[len(ids) + k - 1]).max() < 1e-2 * std, f'step {k}'
+        finally: orcd.engine.DEPTH = depth
+
+
+def test_same_bits_whatever_ran_before(model_file):
+    from orcd.sampling import SamplingParams
+
+    def job(engine, n, seed):
+        engine.prefill(prompt(n, seed))
+        return list(engine.decode(SamplingParams(temperature=.9, top_k=50, top_p=.95, repetition_penalty=1.1, seed=seed), 40))
+    with cuda(model_file('gpt-oss')) as engine:
+        a, b, again = job(engine, 50, 1), job(engine, 200, 2), job(engine, 50, 1)
+        assert a == again and a != b
+    with cuda(model_file('gpt-oss')) as engine: assert job(engine, 50, 1) == a
+
+
+def test_every_byte_comes_back(model_file):
+    "close(), del, an abandoned generation, an error in the middle"
+    from orcd.sampling import SamplingParams
+    path = model_file('qwen2')
+    cuda(path).close() # loads the kernels, which stay
+    before = free()
+    engine = cuda(path)
+    assert free() < before and engine.resident
+    engine.close(); engine.close()
+    assert free() == before and engine.vram.total == 0
+    engine = cuda(path)
+    engine.prefill([1, 2, 3])
+    steps = engine.decode(SamplingParams(), 50)
+    next(steps)
+    del steps, engine
+    assert free() == before
+    with pytest.raises(ZeroDivisionError), cuda(path) as engine: 1 / 0
+    assert free() == before
+
+
+def test_constant_through_100_requests(model_file):
+    from orcd.sampling import SamplingParams
+    with cuda(model_file('gpt-oss')) as engine:
+        before = free()
+        for k in range(100):
+            engine.prefill(prompt(1 + 5*k % 200, k))
+            for n, _ in enumerate(engine.decode(SamplingParams(seed=k), 20)):
+                if n == k % 20: break
+        assert free() == before
+
+
+def test_cancel(model_file):
+    from orcd.errors import Cancelled, RequestError
+    from orcd.sampling import SamplingParams
+    with cuda(model_file('qwen2')) as engine:
+        with pytest.raises(Cancelled): engine.prefill(prompt(30), cancelled=lambda: True)
+        with pytest.raises(RequestError): next(engine.decode(SamplingParams(), 1))
+        engine.prefill(prompt(30))
+        seen = []
+        with pytest.raises(Cancelled):
+            for i, _ in engine.decode(SamplingParams(), 50, cancelled=lambda: len(seen) == 5): seen.append(i)
+        assert len(seen) == 5
+
+
+def test_kv_budget(model_file):
+    "A job that outgrows the KV cache ends with OutOfVRAM, the next one is fine; several times in a row"
+    from orcd.errors import OutOfVRAM, RequestError
+    from orcd.sampling import SamplingParams
+    path = model_file('qwen2', context_length=4096)
+    with cuda(path, n_ctx=4096, kv_cache_mb=1) as engine: # 1.5 KiB a token
+        rows = engine.n_kv
+        assert 300 < rows < 1000 and engine.n_ctx == 4096
+        for _ in range(3):
+            with pytest.raises(OutOfVRAM, match='holds'): engine.prefill(prompt(rows + 1))
+            engine.prefill(prompt(rows - 10))
+            got = []
+            with pytest.raises(OutOfVRAM, match='full'):
+                for i, _ in engine.decode(SamplingParams(), 100): got.append(i)
+            assert len(got) == 11 # the last one is drawn from the last row
+            engine.prefill(prompt(10))
+            assert len(list(engine.decode(SamplingParams(), 10))) == 10
+        with pytest.raises(RequestError): engine.prefill(prompt(10) * 500)
+    with cuda(path, kv_cache_mb=1) as engine: assert engine.n_ctx == engine.n_kv == rows
+
+
+def test_too_little_vram_is_said_before_the_load(model_file):
+    import cupy as cp
+    from orcd.errors import InsufficientVRAM
+    path = model_file('qwen2', context_length=65536)
+    cuda(path, n_ctx=64).close()
+    ballast = cp.cuda.runtime.malloc(free() - (48 << 20))
+    try:
+        before, asked = free(), []
+        with pytest.raises(InsufficientVRAM) as e: cuda(path, n_ctx=65536, progress=lambda *a: asked.append(a))
+        assert not asked and free() == before
+        assert e.value.required_bytes > e.value.available_bytes > 0 and 0 < e.value.max_context < 65536
+        with cuda(path, n_ctx=e.value.max_context) as engine: assert engine.n_kv == e.value.max_context
+        with cuda(path) as engine: # auto: what fits
+            assert abs(engine.n_ctx - e.value.max_context) <= 1
+            engine.prefill(prompt(100))
+    finally: cp.cuda.runtime.free(ballast)
+
+
+def test_a_full_device_does_not_disturb_a_loaded_model(model_file):
+    import cupy as cp
+    from orcd.sampling import SamplingParams
+    with cuda(model_file('gpt-oss')) as engine:
+        engine.prefill(prompt(50))
+        want = list(engine.decode(SamplingParams(seed=1), 30))
+        ballast = cp.cuda.runtime.malloc(free() - (2 << 20))
+        try:
+            for _ in range(3):
+                engine.prefill(prompt(50))
+                assert list(engine.decode(SamplingParams(seed=1), 30)) == want
+        finally: cp.cuda.runtime.free(ballast)
+
+
+def test_file_that_shrinks_during_the_load(model_file, tmp_path):
+    import shutil
+    from orcd.errors import GGUFError
+    path = model_file('qwen2')
+    cuda(path).close()
+    copy, before = tmp_path / 'copy.gguf', free()
+    shutil.copy(path, copy)
+    def shrink(done, total):
+        if not done: os.truncate(copy, copy.stat().st_size // 2)
+    with pytest.raises(GGUFError, match='truncated|shrank'): cuda(copy, progress=shrink)
+    assert free() == before
+
+
+def test_load_keeps_nothing_in_host_memory(tmp_path):
+    import psutil
+    from make_models import make_model
+    path = make_model(tmp_path / 'big.gguf', 'qwen2', types='Q8_0', n_layer=2, n_embd=4096, n_ff=16384, n_head=32, n_head_kv=8, head_dim=128, n_vocab=20000)
+    anonymous = lambda: psutil.Process().memory_full_info().uss
+    cuda(path).close()
+    before, peak = anonymous(), []
+    with cuda(path, progress=lambda *a: peak.append(anonymous())) as engine:
+        assert engine.plan.weights > 500 << 20
+        assert max(peak) - before < 256 << 20 and anonymous() - before < 64 << 20
+
+
+def test_device_that_is_not_there(model_file):
+    from orcd.errors import DeviceError
+    with pytest.raises(DeviceError, match='no GPU 99'): cuda(model_file('qwen2'), device=99)
