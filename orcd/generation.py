@@ -97,7 +97,7 @@ class Token(NamedTuple):
     text: str       # what may be shown with it: whole characters, often one word, may be ''
     logprob: float  # natural logarithm of its probability in the model's own distribution
 
-# %% ../nbs/33_generation.ipynb #c13539cb
+# %% ../nbs/33_generation.ipynb #5063a18a
 class Generation:
     "Iterator of `Token`. `run()` goes to the end; Jupyter shows the text while it is made."
     def __init__(self, model, prompt, params, max_tokens, text, cancelled):
@@ -117,7 +117,8 @@ class Generation:
     def stop_sequence_matched(self): "The stop string that ended it, or None"; return self._text.stopped
     @property
     def analysis(self)->str: "What a model with channels thought before it answered"; return getattr(self._text.decoder, 'analysis', '')
-    def __repr__(self): return f'Generation({self.text!r}, tokens_out={self.tokens_out}, stop_reason={self.stop_reason!r}, seed={self.seed})'
+    def __repr__(self):
+        return f'Generation({self.text!r}, tokens_out={self.tokens_out}, stop_reason={self.stop_reason!r}, seed={self.seed})'
 
 # %% ../nbs/33_generation.ipynb #cb8725b5
 def _start(self):
@@ -151,7 +152,7 @@ def _finish(self, reason):
 
 Generation._start, Generation._token, Generation._finish = _start, _token, _finish
 
-# %% ../nbs/33_generation.ipynb #d5b51326
+# %% ../nbs/33_generation.ipynb #607467af
 def _next(self):
     "The next token"
     if self.stop_reason: raise StopIteration
@@ -159,7 +160,8 @@ def _next(self):
     if not lock.acquire(blocking=False): raise RequestError('another thread is generating with this model; one text at a time')
     try:
         if self._steps is None: self._start()
-        elif self._model._running is not self._ticket: raise RequestError('a newer generation of this model has taken over; read one to its end before the next')
+        elif self._model._running is not self._ticket:
+            raise RequestError('a newer generation of this model has taken over; read one to its end before the next')
         token = self._token()
     except Cancelled: token = self._end('CANCELLED')
     except BaseException as e: self._end('ERROR' if isinstance(e, Exception) else 'CANCELLED'); raise
@@ -250,35 +252,47 @@ def _begin(self, generation):
 
 Model.close, Model._open, Model._begin = _close, _open, _begin
 
-# %% ../nbs/33_generation.ipynb #319c39a3
+# %% ../nbs/33_generation.ipynb #8ce7b6e0
 def _broken(field, constraint, message): return request_error([dict(field=field, constraint=constraint, message=message)])
 
-def _is_ids(x): return (isinstance(x, (list, tuple, range)) or getattr(x, 'ndim', 0) == 1) and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in x)
+def _is_id(i): return isinstance(i, numbers.Integral) and not isinstance(i, bool)
+def _is_ids(x): return (isinstance(x, (list, tuple, range)) or getattr(x, 'ndim', 0) == 1) and all(map(_is_id, x))
 def _is_messages(x): return isinstance(x, (list, tuple)) and any(isinstance(m, dict) for m in x)
 
 def _encode_messages(t, messages):
     try: return t.encode_chat(check_messages(messages))
     except (RequestError, ChatTemplateError) as e: raise _broken('messages', 'list({role, content})', str(e)) from None
 
+def _is_utf8(s):
+    try: s.encode(); return True
+    except UnicodeEncodeError: return False
+
+# %% ../nbs/33_generation.ipynb #19da8b7a
 def _encode(self, prompt):
     "ids of a text, of messages, or ids that are checked"
     t, n_vocab, n_ctx = self.tokenizer, self.config.n_vocab, self._open().n_ctx
     kind = 'text' if isinstance(prompt, str) else 'ids' if _is_ids(prompt) else 'messages' if _is_messages(prompt) else None
-    if kind is None: raise _broken('prompt', 'type(text, messages or ids)', 'a prompt is a string, a list of {role, content} with two strings, or a list of token ids')
+    if kind is None: raise _broken('prompt', 'type(text, messages or ids)', 'a prompt is a string, a list of {role, content}, or of token ids')
     if kind != 'ids' and t is None: raise _broken('prompt', 'type(ids)', 'this model has no vocabulary: prompts are lists of token ids')
-    if kind == 'text' and any('\ud800' <= c <= '\udfff' for c in prompt): raise _broken('prompt', 'utf8', 'the prompt contains half a surrogate pair')
+    if kind == 'text' and not _is_utf8(prompt): raise _broken('prompt', 'utf8', 'the prompt contains half a surrogate pair')
     ids = t.encode(prompt) if kind == 'text' else _encode_messages(t, prompt) if kind == 'messages' else [int(i) for i in prompt]
     if not ids: raise _broken('prompt', 'tokens(1..)', 'the prompt is empty')
-    if bad := next((i for i in ids if not 0 <= i < n_vocab), None): raise _broken('prompt', f'ids(0..={n_vocab - 1})', f'the prompt contains id {bad}, the vocabulary has {n_vocab}')
+    bad = next((i for i in (min(ids), max(ids)) if not 0 <= i < n_vocab), None)
+    if bad is not None: raise _broken('prompt', f'ids(0..={n_vocab - 1})', f'the prompt contains id {bad}, the vocabulary has {n_vocab}')
     if len(ids) > n_ctx: raise _broken('prompt', f'tokens(1..={n_ctx})', f'the prompt has {len(ids)} tokens, the context {n_ctx}')
     return ids
 
-def _count(self, prompt)->int: "How many tokens a prompt has; raises `RequestError` when it cannot be used"; return len(self._encode(prompt))
-def _count_stop(self, text)->int: "How many tokens a stop string has"; return len(self.tokenizer.encode(text, add_special=False))
+def _count(self, prompt)->int:
+    "How many tokens a prompt has; raises `RequestError` when it cannot be used"
+    return len(self._encode(prompt))
+
+def _count_stop(self, text)->int:
+    "How many tokens a stop string has"
+    return len(self.tokenizer.encode(text, add_special=False))
 
 Model._encode, Model.count, Model.count_stop = _encode, _count, _count_stop
 
-# %% ../nbs/33_generation.ipynb #ca07cfb2
+# %% ../nbs/33_generation.ipynb #57664c92
 def generate(self:Model,
     prompt,                       # str, list of {role, content}, or list of ids
     *,
@@ -293,11 +307,12 @@ def generate(self:Model,
     cancelled=None,               # called before every token and every chunk of the prompt; True ends it
 )->Generation:
     "Generate text. Raises `RequestError`, whose `.errors` lists every broken rule, before the engine does anything."
-    asked = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
+    asked = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed)
     asked = {k: v for k, v in asked.items() if v is not None}
     errors = check_params(dict(asked, stop=stop), max_tokens=None, count_tokens=self.tokenizer and self.count_stop)
-    if stop and self.tokenizer is None: errors.append(dict(field='stop', constraint='vocabulary', message='this model has no vocabulary, so there is no text to stop at'))
-    if cancelled is not None and not callable(cancelled): errors.append(dict(field='cancelled', constraint='callable', message='cancelled must be a function without arguments'))
+    if stop and self.tokenizer is None: errors += _broken('stop', 'vocabulary', 'a model without vocabulary has no text to stop at').errors
+    if cancelled is not None and not callable(cancelled): errors += _broken('cancelled', 'callable', 'cancelled must be a function').errors
     try: ids = self._encode(prompt)
     except RequestError as e: errors += e.errors if hasattr(e, 'errors') else _broken('prompt', 'usable', str(e)).errors
     if errors: raise request_error(errors)
@@ -387,7 +402,7 @@ def _engine(g, device, context_length, kv_cache_mb, progress, chunk_bytes):
         raise DeviceError(f'{e} (in Python: device="reference")' if '--device reference' in str(e) else
             f'{e}; to run on the CPU, slowly, ask for the reference engine: --device reference (in Python: device="reference")') from e
 
-# %% ../nbs/33_generation.ipynb #dfb223fa
+# %% ../nbs/33_generation.ipynb #18bcfede
 def load(
     path,                    # a GGUF file, the name of a pulled model, or 'demo'
     device='cuda:0',         # 'cuda:N', or 'reference' for the NumPy engine
@@ -416,4 +431,5 @@ def load(
 
 def _check_load(**sizes):
     bad = [k for k, v in sizes.items() if v is not None and (isinstance(v, bool) or not isinstance(v, numbers.Integral) or v < 1)]
-    if bad: raise request_error([dict(field=k, constraint='range(1..)', message=f'{k} must be a whole number of at least 1', value=str(sizes[k])[:40]) for k in bad])
+    rule = 'must be a whole number of at least 1'
+    if bad: raise request_error([dict(field=k, constraint='range(1..)', message=f'{k} {rule}', value=str(sizes[k])[:40]) for k in bad])

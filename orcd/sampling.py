@@ -101,7 +101,7 @@ def request_error(
     e.errors = errors
     return e
 
-# %% ../nbs/07_sampling.ipynb #8b64ff5a
+# %% ../nbs/07_sampling.ipynb #0222a12f
 @dataclass(frozen=True)
 class SamplingParams:
     "How to draw tokens from logits"
@@ -117,7 +117,9 @@ class SamplingParams:
         if errors: raise request_error(errors)
 
     @cached_property
-    def T(self): "Temperature as the arithmetic uses it, float32; 0 means argmax"; return np.float32(self.temperature if self.temperature >= 1e-6 else 0)
+    def T(self):
+        "Temperature as the arithmetic uses it, float32; 0 means argmax"
+        return np.float32(self.temperature if self.temperature >= 1e-6 else 0)
     @cached_property
     def penalty(self): "Repetition penalty, float32, never 0"; return np.float32(max(self.repetition_penalty, 1e-6))
     @cached_property
@@ -152,8 +154,8 @@ def philox_u64(
     lo, hi, *_ = philox4x32((step & 0xffffffff, step >> 32, 0, 0), (seed & 0xffffffff, seed >> 32))
     return lo | hi << 32
 
-# %% ../nbs/07_sampling.ipynb #1cb89194
-_exp2 = np.array([1.5403530e-4, 1.3333558e-3, 9.618129e-3, 5.550411e-2, 2.4022651e-1, 6.9314718e-1, 1.0], np.float32)   # highest degree first
+# %% ../nbs/07_sampling.ipynb #570307c1
+_exp2 = np.float32([1.5403530e-4, 1.3333558e-3, 9.618129e-3, 5.550411e-2, 2.4022651e-1, 6.9314718e-1, 1.0])    # highest degree first
 _log2e = np.float32(1.4426950408889634)
 
 def weights(

@@ -153,7 +153,7 @@ def test_no_vocabulary():
     assert [t.id for t in got] == [1, 2, 3] and g.text == '' and g.stop_reason == 'MAX_TOKENS' and m.tokenizer is None
     for bad in ('text', [{'role': 'user', 'content': 'x'}]):
         with pytest.raises(RequestError, match='no vocabulary'): m.generate(bad)
-    with pytest.raises(RequestError, match='no vocabulary'): m.generate([1], stop='x')
+    with pytest.raises(RequestError, match='without vocabulary'): m.generate([1], stop='x')
     assert m.engine.n_valid == N_VOCAB and fake_model().engine.n_valid == N_VALID
 
 
