@@ -136,7 +136,7 @@ def cuda_errors(what):
         except Exception: sticky = True
         raise CUDAError(f'{what}: {e}', sticky=sticky) from e
 
-# %% ../nbs/32_engine.ipynb #f3e5179b
+# %% ../nbs/32_engine.ipynb #3b6e37c1
 DEPTH = 3 # decode steps that are queued ahead of the token being read
 
 class CudaEngine:
@@ -161,7 +161,7 @@ class CudaEngine:
                 self.n_ctx, self.n_kv, self.n_valid, self.length = self.plan.n_ctx, self.plan.n_kv, self.config.n_vocab, 0
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
-                loader.load(g._file.fileno(), self._allocate(g), device, chunk_bytes, progress=progress)
+                loader.load(g.fileno(), self._allocate(g), device, chunk_bytes, progress=progress)
                 g.check_unchanged()
                 self._prepare(g)
         except BaseException: self.close(); raise

@@ -343,7 +343,7 @@ def _open(path):
     refuse(os.fstat(f.fileno()))
     return f
 
-# %% ../nbs/02_gguf.ipynb #bae5f481
+# %% ../nbs/02_gguf.ipynb #426c318f
 class _Header:
     "Opens a file, reads its header, closes it"
     def __init__(self,
@@ -382,6 +382,11 @@ class _Header:
             raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
         if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
             raise GGUFError('the file was written to while it was in use', self.path)
+
+    def fileno(self):
+        "The open file's descriptor, for those who read tensors with `os.pread`"
+        if self._file is None: raise GGUFError('the file is closed', self.path)
+        return self._file.fileno()
 
     def close(self):
         "Give mapping and file back. Views that are still in use keep the mapping alive until they go."

@@ -5,8 +5,9 @@ import pytest
 
 PKG = Path(__file__).resolve().parent.parent / 'orcd'
 # from the file format to the command line; a module may import only from the lines above its own
-LAYERS = """errors gguf blocks quants spm chat tokenizer sampling config arch arch_qwen2 arch_phi3 arch_gptoss arch_llama arch_qwen3 reference
-magic nvrtc k_gemv k_gemm k_moe k_elementwise k_attention k_sampler vram loader ops engine generation haiku train protocol logs jobs worker hub cli""".split()
+LAYERS = """errors blocks gguf quants spm chat tokenizer sampling config arch arch_qwen2 arch_phi3 arch_gptoss arch_llama arch_qwen3 reference
+magic nvrtc k_elementwise k_gemv k_gemm k_moe k_attention k_sampler vram loader ops engine generation view haiku train
+protocol logs jobs worker hub cli""".split()
 # `arch.resolve` fills its registry from the families below it when it is called, and a model's name may be one that `hub` pulled
 LATE = {('arch', f'arch_{f}') for f in ('qwen2', 'phi3', 'gptoss', 'llama', 'qwen3')} | {('magic', 'nvrtc'), ('generation', 'hub')}
 GPU_SIDE = {'nvrtc', 'vram', 'loader', 'ops', 'engine', *(m for m in LAYERS if m.startswith('k_'))}
@@ -17,8 +18,9 @@ def imports(tree):
     inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for n in ast.walk(f)}
     for n in ast.walk(tree):
         if isinstance(n, ast.Import): yield from ((a.name, id(n) in inside) for a in n.names)
-        elif isinstance(n, ast.ImportFrom) and n.module:
-            names = [f'{n.module}.{a.name}' for a in n.names] if n.module == 'orcd' else [n.module]
+        elif isinstance(n, ast.ImportFrom):
+            module = '.'.join(filter(None, ['orcd' if n.level else '', n.module])) # nbdev writes `from orcd.x` as `from .x`
+            names = [f'{module}.{a.name}' for a in n.names] if module == 'orcd' else [module]
             yield from ((m, id(n) in inside) for m in names)
 
 
