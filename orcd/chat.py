@@ -54,7 +54,7 @@ def _weight(value):
         todo.extend(more)
     return n
 
-# %% ../nbs/06_chat.ipynb #b514a14f
+# %% ../nbs/06_chat.ipynb #62aaf321
 def _fits(n):
     if n > MAX_VALUE: raise _Stop(f'makes a value of more than {MAX_VALUE} characters or elements')
 
@@ -82,23 +82,29 @@ def _indent(s, width=4, first=False, blank=False):
 def _tojson(x, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
     size = _weight(x)
     if indent is not None: _fits(size*int(indent))
-    return json.dumps(x, ensure_ascii=bool(ensure_ascii), indent=None if indent is None else int(indent), separators=separators, sort_keys=sort_keys)
+    return json.dumps(x, ensure_ascii=bool(ensure_ascii), indent=None if indent is None else int(indent), separators=separators,
+        sort_keys=sort_keys)
+
+def _sum(xs, attribute=None, start=0):
+    return sum((x.get(attribute, 0) if attribute is not None else x for x in xs), float(start) if isinstance(start, float) else int(start))
 
 def _round(x, precision=0, method='common'):
     return FILTERS['round'](float(x), max(-15, min(int(precision), 15)), method)
 
-# %% ../nbs/06_chat.ipynb #b9ba0145
-_filters = 'abs capitalize count d default dictsort first float groupby int items last length list lower map max min reject rejectattr reverse select selectattr sort string title trim unique upper'
-_own = dict(replace=_replace, join=_join, indent=_indent, tojson=_tojson, round=_round, safe=str, sum=lambda xs, attribute=None, start=0: sum(
-    (x.get(attribute, 0) if attribute is not None else x for x in xs), float(start) if isinstance(start, float) else int(start)))
-_methods = {str: set('''strip lstrip rstrip split rsplit splitlines startswith endswith upper lower title capitalize find rfind index count replace join
-                        isdigit isalpha isalnum isupper islower isspace isnumeric isdecimal removeprefix removesuffix partition rpartition'''.split()),
-            dict: {'items', 'keys', 'values', 'get', 'copy'}, list: {'index', 'count', 'copy'}, tuple: {'index', 'count'}}
+# %% ../nbs/06_chat.ipynb #8b0eb5c5
+_filters = '''abs capitalize count d default dictsort first float groupby int items last length list lower map max min reject rejectattr
+    reverse select selectattr sort string title trim unique upper'''
+_own = dict(replace=_replace, join=_join, indent=_indent, tojson=_tojson, round=_round, sum=_sum, safe=str)
+_text_methods = '''strip lstrip rstrip split rsplit splitlines startswith endswith upper lower title capitalize find rfind index count
+    replace join isdigit isalpha isalnum isupper islower isspace isnumeric isdecimal removeprefix removesuffix partition rpartition'''
+_methods = {str: set(_text_methods.split()), dict: {'items', 'keys', 'values', 'get', 'copy'}, list: {'index', 'count', 'copy'},
+    tuple: {'index', 'count'}}
 _callable = (Macro, LoopContext, BlockReference, Undefined, Cycler, Joiner)
 
 def _strftime_now(now):
     def strftime_now(fmt):
-        if not re.fullmatch(r'(?:[^%]|%-?[A-Za-z%]){0,100}', str(fmt)): raise ChatTemplateError(f'the chat template asks for a date in an odd format: {str(fmt)[:40]!r}')
+        if not re.fullmatch(r'(?:[^%]|%-?[A-Za-z%]){0,100}', str(fmt)):
+            raise ChatTemplateError(f'the chat template asks for a date in an odd format: {str(fmt)[:40]!r}')
         return (now or datetime.now()).strftime(fmt)
     return strftime_now
 
@@ -136,7 +142,7 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(('name:endgeneration',), drop_needle=True)).set_lineno(line)
 
-# %% ../nbs/06_chat.ipynb #1c108b45
+# %% ../nbs/06_chat.ipynb #2f51df94
 @pass_context      # asks for the context, so that Jinja does not call it at compile time
 def _finalize(context, value): return context.environment.text(value)
 
@@ -146,7 +152,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(['+', '-', '*', '/', '//', '%', '**'])
 
     def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], optimized=False, finalize=_finalize, cache_size=0)
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], optimized=False,
+            finalize=_finalize, cache_size=0)
         self.total = 0
         self.filters = {k: self._weighed(f) for k, f in ({k: FILTERS[k] for k in _filters.split()} | _own).items()}
         self.globals = dict(range=_range, dict=dict, namespace=Namespace, cycler=Cycler, joiner=Joiner, raise_exception=_raise_exception)
@@ -192,13 +199,14 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context, f, *args, **kwargs):
         owner, name = getattr(f, '__self__', None), getattr(f, '__name__', '')
         kind = next((t for t in _methods if isinstance(owner, t)), None)
-        known = name in _methods[kind] if kind else (isinstance(f, _callable) or isinstance(owner, _callable) or any(f is g for g in context.get_all().values()))
+        known = name in _methods[kind] if kind else (isinstance(f, _callable) or isinstance(owner, _callable)
+            or any(f is g for g in context.get_all().values()))
         if not known: raise SecurityError(f'{name or type(f).__name__}() is not available to templates')
         _weight(args); _weight(kwargs)
         if kind is str and name in ('replace', 'join'): f, args = _own[name], (owner, *args) if name == 'replace' else (*args, owner)
         return self.made(super().call(context, f, *args, **kwargs))
 
-# %% ../nbs/06_chat.ipynb #e1399dac
+# %% ../nbs/06_chat.ipynb #9ed3c906
 def _timed(f, seconds):
     "Run `f()` in this thread, stop it at a line of Python after `seconds`"
     end, before = monotonic() + seconds, sys.gettrace()
@@ -236,13 +244,15 @@ class ChatTemplate:
         "The prompt, exactly as the template writes it"
         with self.lock:
             self.env.total = 0
-            given = {'tools': None, 'documents': None, **self.variables, **variables, 'messages': messages, 'add_generation_prompt': add_generation_prompt, 'strftime_now': _strftime_now(now)}
+            given = {'tools': None, 'documents': None, **self.variables, **variables, 'messages': messages,
+                'add_generation_prompt': add_generation_prompt, 'strftime_now': _strftime_now(now)}
             return self._guard(lambda: self.template.render(given), MAX_SECONDS)
 
-# %% ../nbs/06_chat.ipynb #67e2ab3a
+# %% ../nbs/06_chat.ipynb #ecfb5745
 def check_messages(messages) -> list:
     "A clean copy of `messages`, or RequestError that says which one is wrong"
-    if not isinstance(messages, (list, tuple)) or not messages: raise RequestError('messages must be a non-empty list of {"role", "content"}')
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise RequestError('messages must be a non-empty list of {"role", "content"}')
     return [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
 
 def _message(m, where):
@@ -253,11 +263,13 @@ def _message(m, where):
         if not all(isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str) for p in content):
             raise RequestError(f'{where}.content: only parts of type "text" are understood')
         content = ''.join(p['text'] for p in content)
-    if not isinstance(content, str) and not (content is None and m.get('tool_calls')): raise RequestError(f'{where}.content must be a string')
+    if not isinstance(content, str) and not (content is None and m.get('tool_calls')):
+        raise RequestError(f'{where}.content must be a string')
     m = {**m, 'content': content if content is not None else ''}
     try: m = json.loads(json.dumps(m, allow_nan=False))
     except (TypeError, ValueError, RecursionError): raise RequestError(f'{where} holds something that JSON cannot') from None
-    if bad := re.search('[\ud800-\udfff]', json.dumps(m, ensure_ascii=False)): raise RequestError(f'{where} holds a lone surrogate U+{ord(bad[0]):04X}')
+    if bad := re.search('[\ud800-\udfff]', json.dumps(m, ensure_ascii=False)):
+        raise RequestError(f'{where} holds a lone surrogate U+{ord(bad[0]):04X}')
     return m
 
 # %% ../nbs/06_chat.ipynb #8872f8b1
@@ -295,7 +307,7 @@ def escape(
         return {walk(k): walk(x) for k, x in v.items()} if isinstance(v, dict) else v
     return walk(messages), {ord(c): t for t, c in char.items()}
 
-# %% ../nbs/06_chat.ipynb #bfaae61b
+# %% ../nbs/06_chat.ipynb #cf42b180
 _closing, _opening = {'<|end|>', '<|return|>', '<|call|>', '<|start|>', '<|channel|>'}, {'<|start|>', '<|channel|>'}
 _bare_header = re.compile(r'\s*(?:assistant)?\s*(?:t|to|to=.{0,200})?')     # what may stand before the first mark of a header
 
@@ -360,7 +372,9 @@ class Harmony:
 
     def flush(self) -> str:
         "At the end of the reply: what waited for the rest of a character"
-        if self.where == 'header' and self.header and '<|' not in self.header: self.where = 'final'; return self._put(self.header) + self._close()
+        if self.where == 'header' and self.header and '<|' not in self.header:      # it was no header after all
+            self.where = 'final'
+            return self._put(self.header) + self._close()
         return self._close()
 
 class PlainReply:

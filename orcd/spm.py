@@ -39,7 +39,7 @@ def merge(
     while i < n: out.append(text[i:end[i]]); i = end[i]
     return out
 
-# %% ../nbs/05_sentencepiece.ipynb #afd457f4
+# %% ../nbs/05_sentencepiece.ipynb #91797261
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6   # values of tokenizer.ggml.token_type
 SPACE = '▁'
 
@@ -54,7 +54,8 @@ class SPM:
         self.tokens, self.types, self.space_prefix = tokens, [int(t) for t in types], space_prefix
         self.ids = {t: i for i, (t, y) in reversed(list(enumerate(zip(tokens, self.types)))) if y == NORMAL}
         self.score = {t: float(scores[i]) for t, i in self.ids.items() if len(t) > 1}
-        self.byte_ids = {int(t[3:5], 16): i for i, (t, y) in enumerate(zip(tokens, self.types)) if y == BYTE and re.fullmatch('<0x[0-9A-F]{2}>', t)}
+        self.byte_ids = {int(t[3:5], 16): i for i, (t, y) in enumerate(zip(tokens, self.types)) if y == BYTE
+            and re.fullmatch('<0x[0-9A-F]{2}>', t)}
         self.unknown = next((i for i, y in enumerate(self.types) if y == UNKNOWN), None)
         cut = not any(SPACE in t.lstrip(SPACE) for t in self.ids)
         self.words = re.compile(f'{SPACE}*[^{SPACE}]+|{SPACE}+' if cut else '(?s:.+)')

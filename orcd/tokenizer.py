@@ -37,13 +37,15 @@ def symbol_bytes(symbol):
     try: return symbol.translate(_to_byte).encode('latin-1')
     except UnicodeEncodeError: return symbol.encode()      # written with characters outside of the alphabet: an added token
 
-# %% ../nbs/04_tokenizer.ipynb #384c66e5
+# %% ../nbs/04_tokenizer.ipynb #6c01fbff
 _gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _short, _spaces = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _lead, _upper, _lower = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 def _gpt4(digits): return rf"{_short}|{_lead}\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_spaces}"
-def _cased(ending, digits): return rf"{_lead}{_upper}*{_lower}+{ending}|{_lead}{_upper}+{_lower}*{ending}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_spaces}"
+def _cased(ending, digits):
+    words = f"{_lead}{_upper}*{_lower}+{ending}|{_lead}{_upper}+{_lower}*{ending}"
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_spaces}"
 
 @dataclass(frozen=True)
 class Pre:
@@ -64,10 +66,11 @@ PRE = {
     'default':     Pre((r'[\p{P}\$\+<=>\^~\|]+', _gpt2, r'\p{N}+', r'[0-9][0-9][0-9]')),
 }
 PRE |= {alias: PRE[name] for name, aliases in {
-    'gpt-2': 'phi-2 mpt olmo jais', 'llama-bpe': 'llama3 llama-v3', 'dbrx': 'smaug-bpe', 'qwen2': 'deepseek-r1-qwen stablelm2', 'gpt-4o': 'llama4',
+    'gpt-2': 'phi-2 mpt olmo jais', 'llama-bpe': 'llama3 llama-v3', 'dbrx': 'smaug-bpe', 'qwen2': 'deepseek-r1-qwen stablelm2',
+        'gpt-4o': 'llama4',
     'smollm': 'starcoder refact command-r codeshell'}.items() for alias in aliases.split()}
 
-# %% ../nbs/04_tokenizer.ipynb #840f518c
+# %% ../nbs/04_tokenizer.ipynb #9ea5420a
 class ByteBPE:
     "Byte-level BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens."
     def __init__(self,
@@ -93,12 +96,13 @@ class ByteBPE:
 
     def encode(self, text, first=True):
         "Token ids of ordinary text; `first` is for vocabularies that put a space before it"
-        if self.missing and (lost := self.missing & set(text.encode())): raise RequestError(f'the vocabulary has no token for the byte 0x{min(lost):02X}')
+        if self.missing and (lost := self.missing & set(text.encode())):
+            raise RequestError(f'the vocabulary has no token for the byte 0x{min(lost):02X}')
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, i): return symbol_bytes(self.tokens[i])
 
-# %% ../nbs/04_tokenizer.ipynb #48b01b51
+# %% ../nbs/04_tokenizer.ipynb #1144be0a
 @dataclass(frozen=True)
 class Special:
     "A token that is found by its text, before anything else"
@@ -111,7 +115,10 @@ class Special:
 _never = re.compile('(?!)')
 _space = re.compile(r'[^\S\x1c-\x1f]*')
 
-def _finder(specials): return re.compile('|'.join(re.escape(s.text) for s in sorted(specials, key=lambda s: -len(s.text)))) if specials else _never
+def _finder(specials):
+    "A pattern that finds the longest special token at each place"
+    longest_first = sorted((s.text for s in specials), key=len, reverse=True)
+    return re.compile('|'.join(map(re.escape, longest_first))) if longest_first else _never
 
 def split_special(text, finder, specials):
     "Ordinary text and `Special` tokens in turn"
@@ -152,8 +159,9 @@ class Stream:
         "What is left at the end: U+FFFD for a character that was never finished"
         return self.utf8.decode(b'', final=True)
 
-# %% ../nbs/04_tokenizer.ipynb #016a0d12
-_ends = set('<|im_end|> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <end_of_turn> <|end_of_turn|>'.split())
+# %% ../nbs/04_tokenizer.ipynb #b0f844eb
+_ends = set('<|im_end|> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|end|> <|return|> '
+            '<|call|> <end_of_turn> <|end_of_turn|>'.split())
 _channels = {'<|start|>', '<|channel|>', '<|message|>', '<|end|>'}
 
 def find_stops(
@@ -166,10 +174,11 @@ def find_stops(
     elif {'<|end|>', '<|user|>', '<|assistant|>'} <= set(names): stops |= {names['<|assistant|>']}   # Phi-3: a new turn has begun
     return frozenset(stops)
 
-# %% ../nbs/04_tokenizer.ipynb #d0ec3fe9
+# %% ../nbs/04_tokenizer.ipynb #b9cdc775
 class _Base:
     "Encoding and decoding, whatever the backend"
-    def __init__(self, backend, kind, specials, vocab_size, n_valid, stop_ids, bos_id=None, eos_id=None, add_bos=False, chat_template=None, variables=None):
+    def __init__(self, backend, kind, specials, vocab_size, n_valid, stop_ids, bos_id=None, eos_id=None, add_bos=False,
+        chat_template=None, variables=None):
         self.backend, self.kind, self.vocab_size, self.n_valid, self.stop_ids = backend, kind, vocab_size, n_valid, frozenset(stop_ids)
         self.bos_id, self.eos_id, self.add_bos, self.chat_template = bos_id, eos_id, bool(add_bos and bos_id is not None), chat_template
         self.special = {s.text: s for s in specials}
@@ -194,7 +203,8 @@ class _Base:
     ) -> list:                # token ids
         "Token ids of `text`"
         if not isinstance(text, str): raise RequestError(f'text must be a string, not {type(text).__name__}')
-        if bad := re.search('[\ud800-\udfff]', text): raise RequestError(f'the text holds a lone surrogate U+{ord(bad[0]):04X} at character {bad.start()}')
+        if bad := re.search('[\ud800-\udfff]', text):
+            raise RequestError(f'the text holds a lone surrogate U+{ord(bad[0]):04X} at character {bad.start()}')
         ids = self._ids(text, parse_special)
         return self._begin(ids) if add_special else ids
 
@@ -263,7 +273,7 @@ class _Chat(_Base):
         text = '' if start is None else self.decode(ids[start+1:])
         return re.sub(r'^\s*assistant\s*', '', text)
 
-# %% ../nbs/04_tokenizer.ipynb #f9be2137
+# %% ../nbs/04_tokenizer.ipynb #fbf01a55
 _g = 'tokenizer.ggml.'
 
 def _array(m, key, length=None, required=True):
@@ -278,7 +288,8 @@ def _array(m, key, length=None, required=True):
 def _id(m, key, n):
     i = m.get(_g + key)
     if i is None: return None
-    if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n: raise TokenizerError(f'{_g}{key} is {i!r}: not an id of a vocabulary of {n}')
+    if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n:
+        raise TokenizerError(f'{_g}{key} is {i!r}: not an id of a vocabulary of {n}')
     return i
 
 def _flag(m, key, default):
@@ -300,11 +311,11 @@ def _specials(tokens, types, n_valid, rstrip):
         control = types[i] != USER_DEFINED or bool(re.fullmatch(r'<\|[^|]*\|>', t))
         yield Special(i, t, control, rstrip=rstrip and t not in ('<unk>', '<s>', '<|endoftext|>'))
 
-# %% ../nbs/04_tokenizer.ipynb #f9189f73
+# %% ../nbs/04_tokenizer.ipynb #7805ad0d
 def _gpt2_backend(m, tokens, types, specials):
     pre = m.get(_g + 'pre')
     if pre is None:
-        warnings.warn(f'the file has no {_g}pre: taking "default", as llama.cpp does. Convert the model again if its text is worse than it should be.')
+        warnings.warn(f'the file has no {_g}pre: taking "default", as llama.cpp does; a newer conversion of the model may give better text')
         pre = 'default'
     if pre not in PRE: raise TokenizerError(f'unknown {_g}pre {pre!r}; known: {", ".join(sorted(PRE))}')
     return ByteBPE(tokens, _array(m, 'merges'), PRE[pre], [s.id for s in specials]), PRE[pre].bos
@@ -313,6 +324,7 @@ def _llama_backend(m, tokens, types, specials):
     return SPM(tokens, _array(m, 'scores', len(tokens)), types, _flag(m, 'add_space_prefix', True)), True
 
 _backends = dict(gpt2=_gpt2_backend, llama=_llama_backend)
+_token_variables = dict(bos_token='bos', eos_token='eos', unk_token='unknown', pad_token='padding')     # name in templates -> name in GGUF
 
 def _gguf_parts(m):
     "Everything that a Tokenizer is made of, from GGUF metadata"
@@ -329,9 +341,9 @@ def _gguf_parts(m):
     return dict(backend=backend, kind='gguf-bpe', specials=specials, vocab_size=n, n_valid=n_valid, bos_id=ids['bos'], eos_id=ids['eos'],
         stop_ids=find_stops({s.text: s.id for s in specials}, [i for k in ('eos', 'eot', 'eom') if (i := ids[k]) is not None]),
         add_bos=_flag(m, 'add_bos_token', bos), chat_template=m.get('tokenizer.chat_template'),
-        variables={k + '_token': '' if ids[g] is None else tokens[ids[g]] for k, g in dict(bos='bos', eos='eos', unk='unknown', pad='padding').items()}), tokens
+        variables={k: '' if ids[g] is None else tokens[ids[g]] for k, g in _token_variables.items()})
 
-# %% ../nbs/04_tokenizer.ipynb #74a91428
+# %% ../nbs/04_tokenizer.ipynb #0698fce9
 class JsonBPE:
     "A `tokenizer.json`, asked for ordinary text alone"
     def __init__(self, path):
@@ -359,27 +371,32 @@ def _beside(path, name):
 
 def _name(v): return v.get('content') if isinstance(v, dict) else v
 
+def _template_beside(path, config):
+    own, listed = Path(path).parent / 'chat_template.jinja', config.get('chat_template')
+    return own.read_text('utf-8') if own.is_file() else listed if isinstance(listed, str) else None
+
 def _json_parts(path):
     backend = JsonBPE(path)
     specials = [Special(i, a.content, a.special, a.lstrip, a.rstrip) for i, a in backend.added.items()]
     names = {s.text: s.id for s in specials}
     config = _beside(path, 'tokenizer_config.json')
-    template = Path(path).parent / 'chat_template.jinja'
     first = backend.hf.encode('').ids                              # what the file itself puts before a text
     n = 1 + max(backend.hf.get_vocab().values(), default=-1)
     ids = {k: names.get(_name(config.get(k + '_token'))) for k in ('bos', 'eos')}
-    return dict(backend=backend, kind='hf-json', specials=specials, vocab_size=n, n_valid=n, add_bos=bool(first), bos_id=first[0] if first else ids['bos'], eos_id=ids['eos'],
+    return dict(backend=backend, kind='hf-json', specials=specials, vocab_size=n, n_valid=n, add_bos=bool(first),
+        bos_id=first[0] if first else ids['bos'], eos_id=ids['eos'],
         stop_ids=find_stops(names, [ids['eos']] if ids['eos'] is not None else []),
-        chat_template=template.read_text('utf-8') if template.is_file() else config.get('chat_template') if isinstance(config.get('chat_template'), str) else None,
+        chat_template=_template_beside(path, config),
         variables={k: _name(v) for k, v in config.items() if k.endswith('_token') and isinstance(_name(v), str)})
 
 def _compare(backend, name, tokens, n_valid):
     "The JSON file and the GGUF file must be about the same vocabulary"
     for i in [*range(0, n_valid, 97), *[i for i in backend.added if i < n_valid]]:
         if backend.hf.id_to_token(i) != tokens[i]:
-            raise TokenizerError(f'{name} beside the model does not belong to it: token {i} is {backend.hf.id_to_token(i)!r} there and {tokens[i]!r} in the GGUF file')
+            there = backend.hf.id_to_token(i)
+            raise TokenizerError(f'{name} does not belong to this model: token {i} is {there!r} there, {tokens[i]!r} in the GGUF file')
 
-# %% ../nbs/04_tokenizer.ipynb #67c636a3
+# %% ../nbs/04_tokenizer.ipynb #4b8bd9dd
 class Tokenizer(_Chat):
     "Text to token ids and back"
     @classmethod
@@ -392,7 +409,7 @@ class Tokenizer(_Chat):
         if m.get(_g + 'model') == 'no_vocab': return None
         beside = Path(g.path).parent / 'tokenizer.json' if getattr(g, 'path', None) and m.get('general.architecture') == 'gpt-oss' else None
         if json_path is None and beside is not None and beside.is_file(): json_path = beside
-        if json_path is None: return cls(**_gguf_parts(m)[0])
+        if json_path is None: return cls(**_gguf_parts(m))
         return cls(**cls._both(m, json_path))
 
     @staticmethod
@@ -406,7 +423,8 @@ class Tokenizer(_Chat):
         ids = {k: _id(m, k + '_token_id', n) for k in ('bos', 'eos', 'eot', 'eom')}
         more = {k + '_id': ids[k] for k in ('bos', 'eos') if ids[k] is not None}
         names = {s.text: s.id for s in parts['specials']}
-        return parts | more | dict(vocab_size=n, n_valid=min(n_valid, parts['n_valid']), add_bos=_flag(m, 'add_bos_token', parts['add_bos']),
+        return parts | more | dict(vocab_size=n, n_valid=min(n_valid, parts['n_valid']),
+            add_bos=_flag(m, 'add_bos_token', parts['add_bos']),
             stop_ids=find_stops(names, [ids[k] for k in ('eos', 'eot', 'eom') if ids[k] is not None]),
             chat_template=m.get('tokenizer.chat_template') or parts['chat_template'],
             variables=parts['variables'] | {k + '_token': tokens[ids[k]] for k in ('bos', 'eos') if ids[k] is not None})

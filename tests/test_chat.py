@@ -26,19 +26,25 @@ CHATML_TOKENS = ['<|im_start|>', '<|im_end|>']
 CHANNELS = ['<|start|>', '<|channel|>', '<|message|>', '<|end|>', '<|return|>', '<|call|>', '<|constrain|>']
 
 
-# --- templates ---------------------------------------------------------------------------------------------------------------------------------------
+# --- templates ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('source', [CHATML,
     "{{ bos_token }}{% for m in messages %}{{ '[' ~ m['role'] ~ '] ' ~ m.content | trim ~ '\n' }}{% endfor %}",
-    "{%- set ns = namespace(n=0, seen=[]) -%}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% set ns.seen = ns.seen + [m.role] %}{% endfor %}{{ ns.n }} {{ ns.seen }} {{ ns.seen | join('-') }}",
-    "{% macro show(m, up=false) %}{{ m.content.upper() if up else m.content.split(' ')[0] }}{% endmacro %}{% for m in messages %}{{ show(m, up=loop.last) }}{{ ', ' if not loop.last }}{% endfor %}",
-    "{% for m in messages if m.role == 'user' %}{{ loop.index0 }}{{ m | tojson }}{% else %}none{% endfor %}{{ messages | length }}{{ messages[-1].content[::-1] }}",
+    "{%- set ns = namespace(n=0, seen=[]) -%}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+        "{% set ns.seen = ns.seen + [m.role] %}{% endfor %}{{ ns.n }} {{ ns.seen }} {{ ns.seen | join('-') }}",
+    "{% macro show(m, up=false) %}{{ m.content.upper() if up else m.content.split(' ')[0] }}{% endmacro %}{% for m in messages %}"
+        "{{ show(m, up=loop.last) }}{{ ', ' if not loop.last }}{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ loop.index0 }}{{ m | tojson }}{% else %}none{% endfor %}"
+        "{{ messages | length }}{{ messages[-1].content[::-1] }}",
     "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | first | replace('rain', 'snow') | title }}",
-    "{% set x %}a{{ messages[0].role }}b{% endset %}{{ x | upper }}{% filter lower %}ABC{% endfilter %}{{ {'k': (1, 2)} }}{{ 7 // 2 }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ 5 % 3 }}",
+    "{% set x %}a{{ messages[0].role }}b{% endset %}{{ x | upper }}{% filter lower %}ABC{% endfilter %}{{ {'k': (1, 2)} }}"
+        "{{ 7 // 2 }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ 5 % 3 }}",
     "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n<u>{{ m.content }}</u>\n    {%- endif %}\n{%- endfor %}\n",
-    "{{ '%s' }}{{ messages | map(attribute='role') | unique | sort | join }}{{ [3, 1, 2] | sort | last }}{{ messages[0].missing }}{{ messages[0].missing | default('d') }}",
+    "{{ '%s' }}{{ messages | map(attribute='role') | unique | sort | join }}{{ [3, 1, 2] | sort | last }}"
+        "{{ messages[0].missing }}{{ messages[0].missing | default('d') }}",
     "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ 'x'.replace('x', 'yy') }}{{ '/'.join(['a', 'b']) }}",
-    "{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}{{ messages[0] is mapping }}{{ 'rain' in messages[1].content }}"])
+    "{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}{{ messages[0] is mapping }}"
+        "{{ 'rain' in messages[1].content }}"])
 def test_same_as_plain_jinja(source):
     "What the sandbox lets through it does not change"
     env = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
@@ -47,22 +53,33 @@ def test_same_as_plain_jinja(source):
     assert ChatTemplate(source, dict(bos_token='<s>')).render(TALK) == want
 
 
-ATTACKS = ["{{ 'a' * 10**10 }}", "{{ [1] * 10**9 }}", "{{ (1,) * 10**9 }}", "{{ 10 ** (10 ** 10) }}", "{{ 2.0 ** 5000 }}", "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
-    "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", "{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+ATTACKS = ["{{ 'a' * 10**10 }}", "{{ [1] * 10**9 }}", "{{ (1,) * 10**9 }}", "{{ 10 ** (10 ** 10) }}", "{{ 2.0 ** 5000 }}",
+    "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+    "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}"
+        "{% endfor %}{{ n.x == n.y }}",
     "{% set n = namespace(x={}) %}{% for i in range(50) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}",
     "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}",
     "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = namespace(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}",
     "{% set n = namespace(x='a') %}{% for i in range(50) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ range(10**12) | list }}", "{% for a in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ range(10**12) | list }}",
+    "{% for a in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "{% macro m(n) %}{% if n %}{{ m(n - 1, varargs, varargs) }}{% else %}{{ varargs }}{% endif %}{% endmacro %}{{ m(60, 'x') }}",
-    "{{ '%9999999999d' % 1 }}", "{{ '{:>9999999999}'.format(1) }}", "{{ 'a'.zfill(10**10) }}", "{{ 'a'.ljust(10**10) }}", "{{ 'a'.center(10**10) }}", "{{ 'a\t'.expandtabs(10**10) }}", "{{ 'a' | center(10**10) }}",
-    "{{ 'a' | indent(10**10, true) }}", "{{ [1] | tojson(indent=10**10) }}", "{{ 'a' | wordwrap(1) }}", "{{ range(99999) | join('a' * 99999) }}", "{% set a = 'a' * 9999 %}{{ a | replace('a', a) }}", "{{ lipsum(n=10**7) }}",
-    "{% macro m() %}{% set a = 'a' * 4000000 %}{% for i in range(9999) %}{{ a[:-1] }}{% endfor %}{% endmacro %}{{ m() }}", "{{ 1.5 | round(10**10, 'ceil') }}{{ nope() }}", "{{ 1 .to_bytes(10**9) }}",
-    "{{ ''.__class__.__mro__ }}{{ ''.__class__() }}", "{{ messages.append(1) }}", "{{ self.__init__.__globals__ }}{{ self._x() }}", "{{ cycler.__init__.__globals__.os.system('id') }}", "{% include 'x' %}", "{% import 'x' as y %}",
-    "{{ strftime_now('%9999999999Y') }}", "{{ messages | map('attr', '__class__') | list }}", "{% if %}", "{{ " + "[" * 9999 + "]" * 9999 + " }}", "{{ " + "-" * 99999 + "1 }}", "{{ 1 / 0 }}", "{{ missing.x }}", "x" * 300_000]
+    "{{ '%9999999999d' % 1 }}", "{{ '{:>9999999999}'.format(1) }}", "{{ 'a'.zfill(10**10) }}", "{{ 'a'.ljust(10**10) }}",
+    "{{ 'a'.center(10**10) }}", "{{ 'a\t'.expandtabs(10**10) }}", "{{ 'a' | center(10**10) }}",
+    "{{ 'a' | indent(10**10, true) }}", "{{ [1] | tojson(indent=10**10) }}", "{{ 'a' | wordwrap(1) }}",
+    "{{ range(99999) | join('a' * 99999) }}", "{% set a = 'a' * 9999 %}{{ a | replace('a', a) }}", "{{ lipsum(n=10**7) }}",
+    "{% macro m() %}{% set a = 'a' * 4000000 %}{% for i in range(9999) %}{{ a[:-1] }}{% endfor %}{% endmacro %}{{ m() }}",
+    "{{ 1.5 | round(10**10, 'ceil') }}{{ nope() }}", "{{ 1 .to_bytes(10**9) }}",
+    "{{ ''.__class__.__mro__ }}{{ ''.__class__() }}", "{{ messages.append(1) }}", "{{ self.__init__.__globals__ }}{{ self._x() }}",
+    "{{ cycler.__init__.__globals__.os.system('id') }}", "{% include 'x' %}", "{% import 'x' as y %}",
+    "{{ strftime_now('%9999999999Y') }}", "{{ messages | map('attr', '__class__') | list }}", "{% if %}",
+    "{{ " + "[" * 9999 + "]" * 9999 + " }}", "{{ " + "-" * 99999 + "1 }}", "{{ 1 / 0 }}", "{{ missing.x }}", "x" * 300_000]
 
 
 def test_attacks_are_bounded():
@@ -114,19 +131,24 @@ def test_a_long_chat_is_no_attack():
     assert len(ChatTemplate(CHATML).render(long)) > 900_000
 
 
-# --- messages ----------------------------------------------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('bad', [None, [], 'hi', {}, [1], [{}], [dict(role='user')], [dict(role=1, content='')], [dict(role='', content='x')], [dict(role='user', content=3)],
-    [dict(role='user', content=[dict(type='image_url')])], [dict(role='user', content='\udc00')], [dict(role='user', content='x', extra=float('nan'))], [dict(role='user', content='x', extra={1})]])
+@pytest.mark.parametrize('bad',
+    [None, [], 'hi', {}, [1], [{}], [dict(role='user')], [dict(role=1, content='')], [dict(role='', content='x')],
+    [dict(role='user', content=3)],
+    [dict(role='user', content=[dict(type='image_url')])], [dict(role='user', content='\udc00')],
+    [dict(role='user', content='x', extra=float('nan'))], [dict(role='user', content='x', extra={1})]])
 def test_bad_messages(bad):
     with pytest.raises(RequestError): check_messages(bad)
 
 
 def test_system_message_that_would_vanish():
-    deaf = "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% elif m.role == 'assistant' %}<A>{{ m.content }}{% endif %}{% endfor %}"
+    deaf = ("{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}"
+            "{% elif m.role == 'assistant' %}<A>{{ m.content }}{% endif %}{% endfor %}")
     tok = byte_tokenizer(['<e>'], deaf)
     assert tok.chat(TALK) == '<U>Answer in verse.\n\nWhere is the rain?'
-    assert tok.chat([TALK[1], dict(role='assistant', content='Here.'), TALK[0], dict(role='user', content='And now?')]) == '<U>Where is the rain?<A>Here.<U>Answer in verse.\n\nAnd now?'
+    assert tok.chat([TALK[1], dict(role='assistant', content='Here.'), TALK[0],
+        dict(role='user', content='And now?')]) == '<U>Where is the rain?<A>Here.<U>Answer in verse.\n\nAnd now?'
     assert tok.decode(tok.encode_chat(TALK)) == tok.chat(TALK)
     assert byte_tokenizer(CHATML_TOKENS).chat(TALK).count('Answer in verse.') == 1
     refuses = byte_tokenizer(['<e>'], "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
@@ -138,7 +160,8 @@ def test_no_template():
     with pytest.raises(ChatTemplateError, match='no chat template'): byte_tokenizer(['<e>']).chat(TALK)
 
 
-snippets = st.lists(st.sampled_from([*CHATML_TOKENS, '<|im_', 'start|>', '<', '|>', 'rain', '\n', '\U000F0000', '\U000F0001', 'system\n', '"', '\\']), max_size=10).map(''.join)
+snippets = st.lists(st.sampled_from([*CHATML_TOKENS, '<|im_', 'start|>', '<', '|>', 'rain', '\n', '\U000F0000', '\U000F0001', 'system\n',
+    '"', '\\']), max_size=10).map(''.join)
 
 
 @settings(max_examples=200, deadline=None)
@@ -153,7 +176,7 @@ def test_typed_text_never_becomes_control(turns):
     if not any(t in c or t in r for t in CHATML_TOKENS for r, c in turns): assert ids == tok.encode(tok.chat(messages))
 
 
-# --- channels ----------------------------------------------------------------------------------------------------------------------------------------
+# --- channels -------------------------------------------------------------------------------------
 
 def reply(text, prompt=''):
     tok = byte_tokenizer(CHANNELS)
@@ -167,11 +190,14 @@ def reply(text, prompt=''):
     ('<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Grüße 🌧', 'Grüße 🌧', 'Hm.', []),
     ('<|channel|>final<|message|>yes<|return|>', 'yes', '', []),
     ('<|channel|>analysis<|message|>never ends', '', 'never ends', []),
-    ('<|channel|>commentary to=functions.get <|constrain|>json<|message|>{"a": 1}<|call|>', '', '', [dict(recipient='functions.get', content='{"a": 1}')]),
+    ('<|channel|>commentary to=functions.get <|constrain|>json<|message|>{"a": 1}<|call|>', '', '',
+    [dict(recipient='functions.get', content='{"a": 1}')]),
     (' to=functions.get<|channel|>commentary<|message|>{}<|call|>', '', '', [dict(recipient='functions.get', content='{}')]),
     ('<|channel|>commentary<|message|>I look it up.<|end|><|start|>assistant<|channel|>final<|message|>Done', 'Done', '', []),
-    ('just text', 'just text', '', []), ('to be', 'to be', '', []), ('a', 'a', '', []), ('\nassistants', '\nassistants', '', []), ('', '', '', []),
-    ('<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>b', 'b', 'a', []), ('<|message|>c', 'c', '', []), ('<|end|><|end|>d', 'd', '', []), ('<|channel|>', '', '', []),
+    ('just text', 'just text', '', []), ('to be', 'to be', '', []), ('a', 'a', '', []), ('\nassistants', '\nassistants', '', []),
+    ('', '', '', []),
+    ('<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>b', 'b', 'a', []), ('<|message|>c', 'c', '', []),
+    ('<|end|><|end|>d', 'd', '', []), ('<|channel|>', '', '', []),
     ('<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>', '', 'ab', [])])
 def test_harmony(text, final, analysis, tools):
     out, h = reply(text)
@@ -198,11 +224,12 @@ def test_plain_reply():
     assert ''.join(r.push(i) for i in tok.encode('Grüße')) + r.flush() == 'Grüße' and r.analysis == ''
 
 
-# --- the published templates -------------------------------------------------------------------------------------------------------------------------
+# --- the published templates ----------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def chats(shared, tmp_path_factory):
-    d, names = tmp_path_factory.mktemp('headers'), dict(qwen2='qwen2.5-0.5b-instruct-q4_k_m', phi3='phi-3-mini-4k-instruct-q4', gptoss='gpt-oss-20b-mxfp4')
+    d, names = tmp_path_factory.mktemp('headers'), dict(qwen2='qwen2.5-0.5b-instruct-q4_k_m', phi3='phi-3-mini-4k-instruct-q4',
+        gptoss='gpt-oss-20b-mxfp4')
     out = {}
     for k, name in names.items():
         (d / k).write_bytes(lzma.decompress((shared / 'headers' / f'{name}.header.xz').read_bytes()))
@@ -228,7 +255,9 @@ def test_phi3_keeps_the_system_message(chats):
     assert tok.chat(TALK) == '<s><|user|>\nAnswer in verse.\n\nWhere is the rain?<|end|>\n<|assistant|>\n'
 
 
-@pytest.mark.parametrize('name, marks', [('qwen2', ['<|im_start|>', '<|im_end|>', '<|endoftext|>']), ('phi3', ['<|user|>', '<|assistant|>', '<|end|>', '<|system|>', '<s>', '</s>']),
+@pytest.mark.parametrize('name, marks',
+    [('qwen2', ['<|im_start|>', '<|im_end|>', '<|endoftext|>']),
+    ('phi3', ['<|user|>', '<|assistant|>', '<|end|>', '<|system|>', '<s>', '</s>']),
     ('gptoss', ['<|start|>', '<|channel|>', '<|message|>', '<|end|>', '<|return|>'])])
 def test_published_markers_in_user_text(chats, name, marks):
     tok = chats[0][name]

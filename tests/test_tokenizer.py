@@ -10,9 +10,12 @@ from orcd.gguf import GGUF
 from orcd.tokenizer import ALPHABET, PRE, Tokenizer
 
 NAMES = dict(qwen2='qwen2.5-0.5b-instruct-q4_k_m', phi3='phi-3-mini-4k-instruct-q4', gptoss='gpt-oss-20b-mxfp4')
-SAMPLES = ['', ' ', '  ', '\n\n \t\r\n', 'Hello world', ' Hello', "I'LL say we'll", 'x = 1234567 * 89', 'camelCaseHTTPServer', 'Grüße aus Köln', 'é vs e\u0301',
-    'नमस्ते दुनिया', 'สวัสดี', '中文分词测试', 'こんにちは', 'مرحبا', '🦙🌧️👨‍👩‍👧', '\u200b\ufeff', 'a\x00b', '½ ² Ⅷ', 'for (i = 0; i < n; ++i) { a[i] += b[i]; }', 'tail   ', '<s> </s> <unk> <0x0A>']
-WORDS = 'the rain falls on old pond frog jumps water sound twilight over wintry forest wind howls in rage moon snow river Grüße Köln naïve 123 45'.split()
+SAMPLES = ['', ' ', '  ', '\n\n \t\r\n', 'Hello world', ' Hello', "I'LL say we'll", 'x = 1234567 * 89', 'camelCaseHTTPServer',
+    'Grüße aus Köln', 'é vs e\u0301',
+    'नमस्ते दुनिया', 'สวัสดี', '中文分词测试', 'こんにちは', 'مرحبا', '🦙🌧️👨‍👩‍👧', '\u200b\ufeff', 'a\x00b', '½ ² Ⅷ',
+    'for (i = 0; i < n; ++i) { a[i] += b[i]; }', 'tail   ', '<s> </s> <unk> <0x0A>']
+WORDS = ('the rain falls on old pond frog jumps water sound twilight over wintry forest wind howls in rage moon snow river '
+         'Grüße Köln naïve 123 45').split()
 
 
 def corpus(n=400):
@@ -42,9 +45,11 @@ def train_bpe(pre):
     "A byte-level vocabulary, trained by the tokenizers library, and that library's tokenizer with special tokens: the oracle"
     hf = tokenizers.Tokenizer(models.BPE())
     if PRE[pre].nfc: hf.normalizer = normalizers.NFC()
-    hf.pre_tokenizer = pre_tokenizers.Sequence([*[pre_tokenizers.Split(Regex(r), 'isolated') for r in PRE[pre].patterns], pre_tokenizers.ByteLevel(False, use_regex=False)])
+    hf.pre_tokenizer = pre_tokenizers.Sequence([*[pre_tokenizers.Split(Regex(r), 'isolated') for r in PRE[pre].patterns],
+        pre_tokenizers.ByteLevel(False, use_regex=False)])
     hf.decoder = decoders.ByteLevel()
-    hf.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    hf.train_from_iterator(corpus(),
+        trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     hf.add_tokens([AddedToken(t, special=k == 3, normalized=False) for t, k in SPECIALS.items()])
     return hf
 
@@ -53,7 +58,8 @@ def bpe_arrays(hf):
     m = json.loads(hf.to_str())['model']
     tokens = sorted(m['vocab'], key=m['vocab'].get)
     types = [1]*len(tokens) + list(SPECIALS.values()) + [5]*3
-    return tokens + list(SPECIALS) + [f'[PAD{len(tokens) + len(SPECIALS) + i}]' for i in range(3)], types, [m if isinstance(m, str) else ' '.join(m) for m in m['merges']]
+    return tokens + list(SPECIALS) + [f'[PAD{len(tokens) + len(SPECIALS) + i}]' for i in range(3)], types, [m if isinstance(m, str)
+        else ' '.join(m) for m in m['merges']]
 
 
 @pytest.fixture(scope='session')
@@ -79,7 +85,8 @@ def test_bpe_equals_the_library(trained, pre):
     assert tok.kind == 'gguf-bpe' and tok.n_valid == tok.vocab_size - 3 and tok.bos_id in tok.stop_ids and tok.eos_id in tok.stop_ids
 
 
-pieces = st.lists(st.sampled_from([*SPECIALS, '<|im_', 'end|>', '<tool', ' ', '\n', 'rain', "'LL", 'é', 'e\u0301', '早', '🌧', '42']) | st.text(max_size=4), max_size=12).map(''.join)
+pieces = st.lists(st.sampled_from([*SPECIALS, '<|im_', 'end|>', '<tool', ' ', '\n', 'rain', "'LL", 'é', 'e\u0301', '早', '🌧',
+    '42']) | st.text(max_size=4), max_size=12).map(''.join)
 text = pieces.map(lambda s: ''.join(c for c in s if not 0xD800 <= ord(c) < 0xE000))
 
 
@@ -120,7 +127,7 @@ def test_stream_holds_back_code_points(trained):
     assert tok.decode([first, tok.special['<|im_end|>'].id]) == '\ufffd<|im_end|>'
 
 
-# --- SentencePiece -----------------------------------------------------------------------------------------------------------------------------------
+# --- SentencePiece --------------------------------------------------------------------------------
 
 def spm_arrays():
     "A SentencePiece-like vocabulary: merges of the tokenizers library's BPE trainer, as scores, with byte tokens"
@@ -141,7 +148,8 @@ def library_spm(tokens, types, scores):
     vocab = {t: i for i, t in enumerate(tokens)}
     normal = {t: scores[i] for t, i in vocab.items() if types[i] == 1}
     merges = sorted((-s, -k, t[:k], t[k:]) for t, s in normal.items() for k in range(1, len(t)) if t[:k] in normal and t[k:] in normal)
-    t = tokenizers.Tokenizer(models.BPE(vocab={t: i for t, i in vocab.items() if types[i] in (1, 2, 6)}, merges=[m[2:] for m in merges], unk_token='<unk>', byte_fallback=True, fuse_unk=True))
+    t = tokenizers.Tokenizer(models.BPE(vocab={t: i for t, i in vocab.items() if types[i] in (1, 2, 6)}, merges=[m[2:] for m in merges],
+        unk_token='<unk>', byte_fallback=True, fuse_unk=True))
     t.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
     return t
 
@@ -149,7 +157,8 @@ def library_spm(tokens, types, scores):
 @pytest.fixture(scope='session')
 def spm_vocab(tmp_path_factory):
     tokens, types, scores = spm_arrays()
-    path = write_gguf(tmp_path_factory.mktemp('spm') / 'm.gguf', 'phi3', 'llama', tokens, types, 'default', scores=scores, ggml__bos_token_id=1, ggml__eos_token_id=2,
+    path = write_gguf(tmp_path_factory.mktemp('spm') / 'm.gguf', 'phi3', 'llama', tokens, types, 'default', scores=scores,
+        ggml__bos_token_id=1, ggml__eos_token_id=2,
                       ggml__unknown_token_id=0, ggml__add_bos_token=True)
     with GGUF(path) as g: return Tokenizer.from_gguf(g), library_spm(tokens, types, scores)
 
@@ -160,7 +169,8 @@ def test_spm_equals_the_library(spm_vocab):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(alphabet=string.ascii_lowercase + ' \n.é早', max_size=40) | st.lists(st.sampled_from(WORDS + [' ', '  ']), max_size=8).map(' '.join))
+@given(st.text(alphabet=string.ascii_lowercase + ' \n.é早', max_size=40) | st.lists(st.sampled_from(WORDS + [' ', '  ']),
+    max_size=8).map(' '.join))
 def test_spm_round_trip(spm_vocab, s):
     tok, lib = spm_vocab
     ids = tok.encode(s, add_special=False)
@@ -172,13 +182,16 @@ def test_spm_equals_sentencepiece(tmp_path):
     spm = pytest.importorskip('sentencepiece', reason='needs the package sentencepiece')
     import io
     model = io.BytesIO()
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, model_type='bpe', vocab_size=360, byte_fallback=True, character_coverage=.99,
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, model_type='bpe', vocab_size=360,
+        byte_fallback=True, character_coverage=.99,
         normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=True, minloglevel=2)
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
     n = sp.get_piece_size()
     types = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in range(n)]
-    g = SimpleNamespace(path=None, metadata={'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.tokens': [sp.id_to_piece(i) for i in range(n)],
-        'tokenizer.ggml.scores': [sp.get_score(i) for i in range(n)], 'tokenizer.ggml.token_type': types, 'tokenizer.ggml.bos_token_id': sp.bos_id(), 'tokenizer.ggml.eos_token_id': sp.eos_id()})
+    g = SimpleNamespace(path=None,
+        metadata={'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.tokens': [sp.id_to_piece(i) for i in range(n)],
+        'tokenizer.ggml.scores': [sp.get_score(i) for i in range(n)], 'tokenizer.ggml.token_type': types,
+        'tokenizer.ggml.bos_token_id': sp.bos_id(), 'tokenizer.ggml.eos_token_id': sp.eos_id()})
     tok = Tokenizer.from_gguf(g)
     rng = random.Random(3)
     noise = [''.join(rng.choices(string.ascii_letters + '   \n.,!é早🌧', k=rng.randint(1, 60))) for _ in range(500)]
@@ -192,26 +205,31 @@ def test_phi3_rules(spm_vocab):
     tok = spm_vocab[0]
     end, user, assistant = (tok.special[t].id for t in ('<|end|>', '<|user|>', '<|assistant|>'))
     rain = tok.encode('rain', add_special=False)
-    assert tok.encode('<|user|>\n rain<|end|> \n<|assistant|>\n') == [1, user, *rain, end, assistant]     # white space behind is swallowed, the prefix space comes back
+    assert tok.encode('<|user|>\n rain<|end|> \n<|assistant|>\n') == [1, user, *rain, end,
+        assistant]     # white space behind is swallowed, the prefix space comes back
     assert tok.encode('<s>rain') == [1, *rain]                                                            # one BOS
-    assert not {user, end} & set(tok.encode('<|user|><|end|>', parse_special=False))                      # role markers are control tokens, whatever the file says
+    assert not {user, end} & set(tok.encode('<|user|><|end|>',
+        parse_special=False))                      # role markers are control tokens, whatever the file says
     assert tok.stop_ids == {2, end, assistant}
     assert tok.decode(rain) == 'rain' and ''.join(map(tok.stream(after=[assistant]).push, rain)) == 'rain'
-    assert ''.join(map(tok.stream(after=rain).push, rain)) == ' rain'                                     # in the middle of a text the space is real
+    assert ''.join(map(tok.stream(after=rain).push,
+        rain)) == ' rain'                                     # in the middle of a text the space is real
 
 
-# --- tokenizer.json ----------------------------------------------------------------------------------------------------------------------------------
+# --- tokenizer.json -------------------------------------------------------------------------------
 
 def test_json_beside_the_file(tmp_path, trained):
     tok, hf = trained['gpt-4o']
     hf.save(str(tmp_path / 'tokenizer.json'))
     tokens, types, merges = bpe_arrays(hf)
-    path = write_gguf(tmp_path / 'm.gguf', 'gpt-oss', 'gpt2', tokens, types, 'gpt-4o', merges, ggml__eos_token_id=tok.eos_id, chat_template='x')
+    path = write_gguf(tmp_path / 'm.gguf', 'gpt-oss', 'gpt2', tokens, types, 'gpt-4o', merges, ggml__eos_token_id=tok.eos_id,
+        chat_template='x')
     with GGUF(path) as g: j = Tokenizer.from_gguf(g)
     assert (j.kind, j.vocab_size, j.n_valid, j.stop_ids, j.chat_template) == ('hf-json', tok.vocab_size, tok.n_valid, tok.stop_ids, 'x')
     only = Tokenizer.from_json(tmp_path / 'tokenizer.json')
     for s in SAMPLES + ['a<|im_end|>b<tool_call>c']:
-        for parse in (True, False): assert j.encode(s, parse_special=parse) == tok.encode(s, parse_special=parse) == only.encode(s, parse_special=parse), s
+        for parse in (True, False):
+            assert j.encode(s, parse_special=parse) == tok.encode(s, parse_special=parse) == only.encode(s, parse_special=parse), s
         assert j.decode(j.encode(s)) == s
     # of another model
     tokens[5:7] = tokens[6:4:-1]
@@ -226,17 +244,21 @@ def test_broken_json(tmp_path):
     with pytest.raises(TokenizerError): Tokenizer.from_json(tmp_path / 'nothing.json')
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 def meta(**changes):
-    base = {'model': 'gpt2', 'pre': 'qwen2', 'tokens': [*ALPHABET.values(), '<e>'], 'token_type': [1]*256 + [3], 'merges': [], 'eos_token_id': 256}
+    base = {'model': 'gpt2', 'pre': 'qwen2', 'tokens': [*ALPHABET.values(), '<e>'], 'token_type': [1]*256 + [3], 'merges': [],
+        'eos_token_id': 256}
     return SimpleNamespace(path=None, metadata={'tokenizer.ggml.' + k: v for k, v in (base | changes).items() if v is not None})
 
 
 @pytest.mark.parametrize('changes, says', [
-    (dict(pre='klingon'), 'qwen2'), (dict(model='bert'), 'known'), (dict(model=None), 'known'), (dict(tokens=None), 'tokens'), (dict(tokens=[]), 'tokens'), (dict(tokens=[1]*257), 'strings'),
-    (dict(token_type=[1]), 'token_type has 1'), (dict(merges=None), 'merges'), (dict(merges=['xx']), 'xx'), (dict(merges=['a b']), 'a b'), (dict(eos_token_id=257), 'eos_token_id'),
-    (dict(bos_token_id=-1), 'bos_token_id'), (dict(add_bos_token=1), 'add_bos_token'), (dict(model='llama'), 'scores'), (dict(model='llama', scores=[0.]), 'scores has 1')])
+    (dict(pre='klingon'), 'qwen2'), (dict(model='bert'), 'known'), (dict(model=None), 'known'), (dict(tokens=None), 'tokens'),
+    (dict(tokens=[]), 'tokens'), (dict(tokens=[1]*257), 'strings'),
+    (dict(token_type=[1]), 'token_type has 1'), (dict(merges=None), 'merges'), (dict(merges=['xx']), 'xx'), (dict(merges=['a b']), 'a b'),
+    (dict(eos_token_id=257), 'eos_token_id'),
+    (dict(bos_token_id=-1), 'bos_token_id'), (dict(add_bos_token=1), 'add_bos_token'), (dict(model='llama'), 'scores'),
+    (dict(model='llama', scores=[0.]), 'scores has 1')])
 def test_bad_metadata(changes, says):
     with pytest.raises(TokenizerError, match=says): Tokenizer.from_gguf(meta(**changes))
 
@@ -255,7 +277,7 @@ def test_bad_arguments(trained):
     assert tok.decode([tok.vocab_size - 1]) == '' and tok.decode([]) == ''
 
 
-# --- the published vocabularies ----------------------------------------------------------------------------------------------------------------------
+# --- the published vocabularies -------------------------------------------------------------------
 
 @pytest.fixture(scope='session')
 def published(shared, tmp_path_factory):
@@ -279,12 +301,14 @@ def oss_json(shared, tmp_path_factory):
 
 def check_vectors(tok, shared, name):
     vectors = json.loads((shared / 'golden' / f'tokens_{name}.json').read_text())['vectors']
-    for v in vectors: assert tok.encode(v['text'], add_special=v.get('add_bos', False), parse_special=v['parse_special']) == v['ids'], v['text']
+    for v in vectors:
+        assert tok.encode(v['text'], add_special=v.get('add_bos', False), parse_special=v['parse_special']) == v['ids'], v['text']
     return len(vectors)
 
 
 @pytest.mark.parametrize('name, n, valid, stops, kind', [
-    ('qwen2', 56, 151665, {151645, 151643}, 'gguf-bpe'), ('phi3', 63, 32011, {32007, 32000, 32001}, 'gguf-bpe'), ('gptoss', 56, 200019, {200002, 199999, 200012}, 'gguf-bpe')])
+    ('qwen2', 56, 151665, {151645, 151643}, 'gguf-bpe'), ('phi3', 63, 32011, {32007, 32000, 32001}, 'gguf-bpe'),
+    ('gptoss', 56, 200019, {200002, 199999, 200012}, 'gguf-bpe')])
 def test_golden(published, shared, name, n, valid, stops, kind):
     tok = published(name)
     assert check_vectors(tok, shared, name) == n
@@ -301,7 +325,9 @@ def test_both_kinds_agree(published, oss_json):
     "The vocabulary inside the GGUF and the tokenizer.json are the same tokenizer"
     a, b = published('gptoss'), published('gptoss', oss_json)
     rng = random.Random(7)
-    alphabet = [chr(c) for lo, hi in ((32, 127), (0xA0, 0x180), (0x400, 0x460), (0x900, 0x980), (0xE00, 0xE60), (0x4E00, 0x4F00), (0x1F300, 0x1F380)) for c in range(lo, hi)] + ['\n', '\r', '\t', '  ', "'s"]
+    alphabet = [chr(c) for lo,
+        hi in ((32, 127), (0xA0, 0x180), (0x400, 0x460), (0x900, 0x980), (0xE00, 0xE60), (0x4E00, 0x4F00), (0x1F300, 0x1F380))
+        for c in range(lo, hi)] + ['\n', '\r', '\t', '  ', "'s"]
     for _ in range(400):
         s = ''.join(rng.choices(alphabet, k=rng.randint(1, 60)))
         assert a.encode(s) == b.encode(s), s
