@@ -142,7 +142,8 @@ def test_pages_of_the_web_are_refused(w): assert w.post('/shutdown', headers={'O
 def test_openapi(w):
     doc = w.request('GET', '/openapi.json')[2]
     assert set(doc['paths']) == {'/execute', '/cancel', '/cancel/{job_id}', '/health', '/shutdown'}
-    assert set(doc['paths']['/execute']['post']['requestBody']['content']['application/json']['schema']['properties']) >= {'job_id', 'prompt', 'messages', 'seed', 'stop'}
+    schemas = doc['paths']['/execute']['post']['requestBody']['content']['application/json']['schema']['oneOf']
+    assert [set(s['required']) for s in schemas] == [{'job_id', 'prompt'}, {'job_id', 'messages'}] and all({'seed', 'stop', 'min_p'} <= set(s['properties']) for s in schemas)
 
 
 def test_heartbeat_while_nothing_is_sent():

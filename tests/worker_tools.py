@@ -131,6 +131,21 @@ def worker(env=None, wait=True, read=True, **settings):
 
 
 @contextlib.contextmanager
+def quiet_logs():
+    "Log lines of this process go nowhere"
+    import logging, structlog
+    from orcd.logs import configure
+    root, hooks = logging.getLogger(), (sys.excepthook, threading.excepthook)
+    before = root.handlers, root.level
+    configure('json', lambda line: None)
+    try: yield
+    finally:
+        (root.handlers, root.level), (sys.excepthook, threading.excepthook) = before, hooks
+        logging.captureWarnings(False)
+        structlog.reset_defaults()
+
+
+@contextlib.contextmanager
 def orcd(*args, env=None, wait=False):
     "A process of the real command line"
     p = Proc(['-m', 'orcd.cli', *args], env, wait)
