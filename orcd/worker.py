@@ -30,7 +30,7 @@ from .logs import LoadProgress, configure, log
 from .protocol import (HEARTBEAT, MAX_BODY, Problem, correlation_id, error_body, parse_json, parse_request, public_error,
     remaining_ms, rule, to_json)
 
-# %% ../nbs/43_worker.ipynb #e5faeb63
+# %% ../nbs/43_worker.ipynb #0d06203d
 @dataclass(frozen=True)
 class Settings:
     "Everything a worker wants to know before it starts"
@@ -57,10 +57,10 @@ class Settings:
     drain_s:float = 30                # for the running job after SIGTERM
     hang_s:float = 10                 # an engine that does not answer a cancel for so long hangs
     fatal_s:float = 1                 # /health says 503 for so long before the process ends
-    pace_s:float = .005               # shortest time between two writes of one stream
+    pace_s:float = .01                # shortest time between two writes of one stream
     max_connections:int = 256
 
-# %% ../nbs/43_worker.ipynb #6333f8f7
+# %% ../nbs/43_worker.ipynb #b30c394e
 class EventStream(Response):
     "The answer to `/execute`: the events of one job"
     def __init__(self,
@@ -71,7 +71,7 @@ class EventStream(Response):
     ):
         super().__init__()
         self.raw_headers = [(b'content-type', b'text/event-stream'), (b'cache-control', b'no-cache'), (b'x-accel-buffering', b'no')]
-        self.jobs, self.job, self.settings, self.abort = jobs, job, settings, abort
+        self.jobs, self.job, self.settings, self.abort, self.sending_since, self.done = jobs, job, settings, abort, None, False
 
     def stop(self, why): self.jobs.cancel(self.job.id, why, job=self.job)
 
@@ -79,31 +79,38 @@ class EventStream(Response):
         while (await receive())['type'] != 'http.disconnect': pass
         self.stop('gone')
 
-# %% ../nbs/43_worker.ipynb #d4e52ffc
+# %% ../nbs/43_worker.ipynb #9fb0a785
 async def _call(self, scope, receive, send):
     watcher = asyncio.create_task(self.watch(receive))
     try:
         await send(dict(type='http.response.start', status=200, headers=self.raw_headers))
         frames = Frames()
         while not frames.over: await self.step(frames, send)
-    except TimeoutError:
-        self.stop('stalled')
-        self.abort()
     except BaseException:
         self.stop('gone')
         raise
-    finally: watcher.cancel()
+    finally:
+        self.done = True
+        watcher.cancel()
+
+def _look(self, now):
+    "Called now and then: a client that does not read loses its job and its connection"
+    if self.sending_since is not None and now - self.sending_since > self.settings.stall_s:
+        self.stop('stalled')
+        self.abort()
 
 async def _step(self, frames, send):
     "Wait for something to say, say it"
     s, box = self.settings, self.job.outbox
     data = frames(await box.take(s.heartbeat_s)) or HEARTBEAT
-    async with asyncio.timeout(s.stall_s): await send(dict(type='http.response.body', body=data, more_body=not frames.over))
+    self.sending_since = time.monotonic()
+    await send(dict(type='http.response.body', body=data, more_body=not frames.over))   # waits while the client does not read
+    self.sending_since = None
     if not frames.over: await asyncio.sleep(s.pace_s)
 
-EventStream.__call__, EventStream.step = _call, _step
+EventStream.__call__, EventStream.step, EventStream.look = _call, _step, _look
 
-# %% ../nbs/43_worker.ipynb #2bde95a2
+# %% ../nbs/43_worker.ipynb #2c1023fe
 class Worker:
     "The state behind the routes"
     def __init__(self,
@@ -111,14 +118,17 @@ class Worker:
         jobs:Jobs,         # the engine's side
     ):
         self.settings, self.jobs, self.began = settings, jobs, time.monotonic()
-        self.open, self.shutdown = {}, asyncio.Event()     # connections by client address; set when the worker shall end
+        self.open, self.streams, self.shutdown = {}, set(), asyncio.Event()   # connections by client address; streams; set when the worker shall end
 
-    async def watch_engine(self):
-        "An engine that does not end a job soon after it was told to hangs, and only a new process helps"
+    async def watch(self):
+        "Look at every stream and every job now and then: cheaper than a timer for each write"
+        s = self.settings
         while True:
-            await asyncio.sleep(min(1, self.settings.hang_s / 4))
+            await asyncio.sleep(min(1, s.hang_s / 4, s.stall_s / 4))
+            self.streams = {x for x in self.streams if not x.done}
+            for x in self.streams: x.look(time.monotonic())
             for job in list(self.jobs.active.values()):
-                late = job.must_stop() and time.monotonic() - job.stopped_at > self.settings.hang_s
+                late = job.must_stop() and time.monotonic() - job.stopped_at > s.hang_s
                 if late: self.jobs.abandon(job, Problem(*STOPPED[job.reason]))
 
     def health(self)->dict:
@@ -163,7 +173,7 @@ async def read_body(
     except TimeoutError: raise Problem('INVALID_REQUEST', f'the body did not arrive within {limit_s:g} s', status=408) from None
     return bytes(body)
 
-# %% ../nbs/43_worker.ipynb #10c3b00a
+# %% ../nbs/43_worker.ipynb #bb53129c
 def _accepting(jobs):
     "Say no early to what will be refused anyway"
     if jobs.draining or jobs.model is None: raise Problem('SHUTTING_DOWN', 'the worker is shutting down')
@@ -178,6 +188,7 @@ async def _execute(self, http):
     transport = self.open.get(tuple(http.scope.get('client') or ()))
     stream = EventStream(self.jobs, job, self.settings, transport.abort if transport else lambda: None)
     self.jobs.submit(job)                # last: an accepted job has somebody who reads its events
+    self.streams.add(stream)
     return stream
 
 async def _cancel(self, http, job_id=None):
@@ -468,14 +479,14 @@ async def _load(self):
 
 Process.run, Process.load = _run, _load
 
-# %% ../nbs/43_worker.ipynb #0705b9f1
+# %% ../nbs/43_worker.ipynb #5881f953
 async def _serve(self, sock):
     "Open the port; return when everything is said"
     server = Server(self.worker, make_app(self.worker))
     sock.listen(512)                     # here a port taken in the meantime shows
     sock.setblocking(False)
     serving = asyncio.create_task(server.serve([sock]))
-    watching = asyncio.create_task(self.worker.watch_engine())
+    watching = asyncio.create_task(self.worker.watch())
     while not server.started and not serving.done(): await asyncio.sleep(.001)
     log.info('ready', uri=uri(sock))
     calling = asyncio.create_task(self.call_back(uri(sock))) if self.settings.callback_url else None
