@@ -173,7 +173,7 @@ def trace(
     arch.layer(ops, ops.start(), w, i)
     return ops.steps
 
-# %% ../nbs/09_arch.ipynb #2f352595
+# %% ../nbs/09_arch.ipynb #cd736670
 COLOR = dict(x='#dddddd', rms_norm='#cfe8cf', head_norm='#cfe8cf', linear='#cfdcf2', expert_linear='#cfdcf2', expert_sum='#cfdcf2', route='#f2dccf',
     attention='#f2cfcf', rope='#f2eccf', split='#eeeeee', swiglu='#e3cff2', swiglu_oai='#e3cff2')
 
@@ -200,16 +200,16 @@ def draw(
     from matplotlib import pyplot as plt
     at = _places(steps)
     wide, deep = max(abs(x) for x, _ in at.values()) + .5, max(d for _, d in at.values())
-    if ax is None: _, ax = plt.subplots(figsize=(2.2*max(2*wide, 2) + .6, .52*(deep + 1)), dpi=46, layout='constrained')
-    arrow = dict(arrowstyle='->', color='#555555', lw=.9)
+    if ax is None: _, ax = plt.subplots(figsize=(1.9*max(2*wide, 2) + .6, .58*(deep + 1)), dpi=38, layout='constrained')
     for j, s in enumerate(steps):
         (x, y), n = at[j], f'{s.shape[0]} x {s.shape[1]}' if s.shape[0] > 1 else s.shape[1]
-        name = ' '.join(filter(None, (s.op, s.label)))
-        ax.text(x, y, f'{name} → {n}', ha='center', va='center', size=8, bbox=dict(boxstyle='round', fc=COLOR[s.op], ec='#888888'))
-        for k in s.inputs: ax.annotate('', (x, y - .28), (at[k][0], at[k][1] + .28), arrowprops=arrow)
+        ax.text(x, y, f'{s.op}\n{s.label} → {n}', ha='center', va='center', size=7.5, zorder=3, bbox=dict(boxstyle='round', fc=COLOR[s.op], ec='none'))
+        for k in s.inputs:
+            bend = .5 if at[k][0] == x and y - at[k][1] > 1 else 0 # past the boxes between
+            ax.annotate('', (x, y - .3), (at[k][0], at[k][1] + .3), zorder=1,
+                arrowprops=dict(arrowstyle='->', color='#555555', lw=.9, connectionstyle=f'arc3,rad={bend}'))
         if s.residual is not None:
-            side, top = wide + .12, at[s.residual][1]
-            ax.plot([at[s.residual][0], side, side], [top, top, y], color='#bbbbbb', lw=3, zorder=0, solid_joinstyle='round')
-            ax.annotate('', (x, y), (side, y), arrowprops=dict(arrow, color='#bbbbbb', lw=3), zorder=0)
+            (x0, y0), side, grey = at[s.residual], wide + .12, dict(color='#bbbbbb', lw=3, zorder=0)
+            ax.plot([x0, side, side, x], [y0, y0, y, y], solid_joinstyle='round', **grey)
     ax.set(xlim=(-wide - .1, wide + .25), ylim=(deep + .5, -.5), title=title)
     ax.axis('off')

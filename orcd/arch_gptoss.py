@@ -12,7 +12,7 @@ from .arch import Architecture, register, specs
 from .config import Hyper, read_config
 from .errors import ModelError
 
-# %% ../nbs/13_gptoss.ipynb #94a57f60
+# %% ../nbs/13_gptoss.ipynb #935deaa6
 @register
 class GptOss(Architecture):
     "gpt-oss-20b and -120b"
@@ -21,7 +21,7 @@ class GptOss(Architecture):
     @classmethod
     def config(cls, g):
         h = Hyper(g.metadata, cls.name)
-        n_expert = h.int('expert_count', hi=1024)
+        n_expert, _ = h.int('expert_count', hi=1024), h.int('attention.key_length', hi=1024) # n_embd / n_head would be wrong, so it is no default
         return read_config(g, h, cls.style, window=h.int('attention.sliding_window', hi=1 << 24), windowed=lambda i: i % 2 == 0,
             n_expert=n_expert, n_expert_used=h.int('expert_used_count', hi=n_expert), n_ff_exp=h.int('expert_feed_forward_length'))
 
