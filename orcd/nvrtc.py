@@ -144,7 +144,7 @@ def cubin(
     _store(path, data)
     return data
 
-# %% ../nbs/20_nvrtc.ipynb #1e9c63fd
+# %% ../nbs/20_nvrtc.ipynb #fc49d6e6
 _modules, _lock = {}, threading.Lock()
 
 def device_arch(device=None):
@@ -154,13 +154,15 @@ def device_arch(device=None):
 
 def _module(name, device, defines=()):
     key = (name, device, defines)
-    with _lock:
-        if key not in _modules:
-            from cupy.cuda.function import Module
-            m = Module()
-            m.load(cubin(name, device_arch(device), defines))
-            _modules[key] = m
-        return _modules[key]
+    if key not in _modules:
+        code = cubin(name, device_arch(device), defines) # outside of the lock: several threads may compile at once
+        with _lock:
+            if key not in _modules:
+                from cupy.cuda.function import Module
+                m = Module()
+                m.load(code)
+                _modules[key] = m
+    return _modules[key]
 
 def _arg(a):
     "One launch argument as CuPy takes it"
@@ -171,8 +173,8 @@ def _arg(a):
 
 class Kernel:
     "A CUDA function on one device: `k(grid, block, args, shared_mem=0, stream=None)`"
-    def __init__(self, module, name, device):
-        self.name, self.device, self.fn, self._shared = name, device, _module(module, device).get_function(name), 48 << 10
+    def __init__(self, module, name, device, defines=()):
+        self.name, self.device, self.fn, self._shared = name, device, _module(module, device, defines).get_function(name), 48 << 10
 
     def __call__(self, grid, block, args, shared_mem=0, stream=None):
         if shared_mem > self._shared:
@@ -182,18 +184,19 @@ class Kernel:
         self.fn(grid, block, [_arg(a) for a in args], shared_mem, stream)
 
 @lru_cache(None)
-def _kernel(module, name, device): return Kernel(module, name, device)
+def _kernel(module, name, device, defines): return Kernel(module, name, device, defines)
 
 def kernel(
     module:str,      # the cell's name
     name:str,        # the function in it
     device:int=None, # CUDA device, the current one by default
+    defines:tuple=(), # e.g. ('ONLY=Q4_K',), to compile a part of the file
 )->Kernel:
     "A kernel, compiled and loaded on first use"
     if device is None:
         import cupy
         device = cupy.cuda.runtime.getDevice()
-    return _kernel(module, name, device)
+    return _kernel(module, name, device, defines)
 
 # %% ../nbs/20_nvrtc.ipynb #f8212ff3
 @dataclass(frozen=True, eq=False)

@@ -152,8 +152,9 @@ def test_one_graph_for_all_positions():
     stream.synchronize()
 
 
-def test_long_context():
-    n, (H, K, d) = 40000, (8, 1, 64)
+@pytest.mark.parametrize('H,K,d', [(8, 1, 64), (8, 8, 32)])
+def test_long_context(H, K, d):
+    n = 40000
     (q, k, v), g = random_qkv(n, H, K, d)
     layer = Layer(H, K, d, 131072)
     layer.state[0] = 0

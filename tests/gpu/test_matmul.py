@@ -67,12 +67,12 @@ def test_gemv_vocabulary(cp, t):
 def test_gemm(cp, t, rows, n_out, k):
     from orcd.k_gemv import product64
     blocks, x, bias, res = inputs(t, rows, n_out, columns(t, k))
-    y, _ = product64(blocks, t, x)
-    assert by_norm(gemm_out(cp, t, blocks, x, n_out, bias, res), y + bias + res) < 2e-3
-    out = gemm_out(cp, t, blocks, x, n_out)
-    assert by_norm(out, y) < 2e-3
-    small = t in (GGMLType.F32, GGMLType.BF16)
-    if small: assert by_norm(out, y) < 1e-6
+    y, size = product64(blocks, t, x)
+    out, fused = gemm_out(cp, t, blocks, x, n_out), gemm_out(cp, t, blocks, x, n_out, bias, res)
+    assert (abs(out - y) <= 1e-3 * size).all()
+    assert (abs(fused - (y + bias + res)) <= 1e-3 * size + 1e-6 * (abs(bias) + abs(res))).all()
+    if y.size > 30: assert by_norm(out, y) < 2e-3 and by_norm(fused, y + bias + res) < 2e-3     # a single number may cancel
+    if t in (GGMLType.F32, GGMLType.BF16): assert (abs(out - y) <= 1e-5 * size).all()
 
 
 @pytest.mark.parametrize('t', TYPES, ids=ids)
@@ -173,7 +173,7 @@ def test_mxfp4_negative_zero(cp):
 
 MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
     nibbles=('__byte_perm(lo, hi, 0x6420), __byte_perm(lo, hi, 0x7531)', '__byte_perm(lo, hi, 0x7531), __byte_perm(lo, hi, 0x6420)'),
-    scale_at=('u32 v = load4<1>(p + 1 + 4 * (u & 3))', 'u32 v = load4<1>(p + 4 * (u & 3))'),
+    scale_at=('r.q.load(p + 1 + 4 * (u & 3))', 'r.q.load(p + 4 * (u & 3))'),
     table=('0x18141210', '0x18161210'),
     exponent=('(e - 1) << 23', 'e << 23'))
 
@@ -208,7 +208,7 @@ def mxfp4_errors(cp, mutation=None):
         m.load(compile_text(name, source, device_arch()).cubin)
         l, s = np.int64, np.int32
         common = (out[i], np.uintp(0), np.uintp(0))
-        if name == 'gemv': grid, args = (n_out // 8, rows), (W, xd, *common, s(n_out), s(n_in), l(n_in), l(n_out), l(0), s(1))
+        if name == 'gemv': grid, args = (n_out // 8, rows), (W, xd, *common, s(n_out), s(n_in), l(n_in), l(n_out), l(0), s(1))    # one warp a row
         else: grid, args = (1, 2), (W, h.half, h.inv, h.sums, *common, s(rows), s(n_out), s(n_in), s(h.ld), l(n_out), l(0))
         m.get_function(function)(grid, (256,), args)
         errors.append(by_norm(out[i].get(), y))
