@@ -48,119 +48,122 @@ extern "C" __global__ void __launch_bounds__(128) attend_decode(const float* q, 
     __shared__ __align__(16) f16 ps[HEADS][SPLIT + 8];
     __shared__ float ss[HEADS][SPLIT + 4], ms[HEADS], ls[HEADS];
     __shared__ int last;
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
     const int kv = blockIdx.y, group = n_head / n_head_kv, head0 = kv * group + blockIdx.z * HEADS, heads = min(HEADS, group - (int)blockIdx.z * HEADS);
     const int pos = state[0], row = cache_row(pos, rows, ring), n = ring ? min(pos + 1, rows) : pos + 1;
-    const int split = blockIdx.x, begin = split * SPLIT, splits = (n + SPLIT - 1) / SPLIT;
-    if (row < 0 || split >= splits) return;
+    const int splits = (n + SPLIT - 1) / SPLIT, max_splits = (rows + SPLIT - 1) / SPLIT;
+    if (row < 0 || blockIdx.x >= splits) return;
     k_cache += (i64)kv * rows * D, v_cache += (i64)kv * rows * D;
-
-    // The newest row, when it is given, is taken from k and v, and stored in the cache on the way.
-    const int fresh = k && row / SPLIT == split ? row : -1;
-    for (int i = tid; i < SPLIT * D / 8; i += 128) {
-        const int r = begin + i / (D / 8), c = i % (D / 8) * 8;
-        f16* to = &vs[(r - begin) * PAD + c];
-        if (r == fresh) {
-            const float* x = v + kv * D + c;
-            *(uint4*)(v_cache + (i64)r * D + c) = *(uint4*)to = make_uint4(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]), pack_f16(x[4], x[5]), pack_f16(x[6], x[7]));
-        } else copy16(to, v_cache + (r < n ? (i64)r * D + c : 0), r < n);
-    }
-    copy_commit();
-
-    // A warp scores 32 positions. The order of the dims in a dot product is free: each thread takes LOAD neighbours, in Q as in K.
-    struct alignas(2 * LOAD) Keys { u32 pair[LOAD / 2]; };
-    Keys keys[2][2][CHUNKS];
-    #pragma unroll
-    for (int m = 0; m < 2; m++)
-        #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int r = begin + warp * 32 + m * 16 + h * 8 + g;
-            f16* from = k_cache + (i64)r * D + t * LOAD;
-            #pragma unroll
-            for (int c = 0; c < CHUNKS; c++) {
-                Keys& x = keys[m][h][c];
-                if (r == fresh) {
-                    const float* y = k + kv * D + c * 4 * LOAD + t * LOAD;
-                    #pragma unroll
-                    for (int i = 0; i < LOAD / 2; i++) x.pair[i] = pack_f16(y[2 * i], y[2 * i + 1]);
-                    *(Keys*)(from + c * 4 * LOAD) = x;
-                } else x = r < n ? *(const Keys*)(from + c * 4 * LOAD) : Keys{};
-            }
-        }
-    float acc[2][4] = {};
-    #pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-        #pragma unroll
-        for (int s = 0; s < LOAD / 4; s++) {
-            float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (g < heads) x = *(const float4*)(q + (head0 + g) * D + c * 4 * LOAD + t * LOAD + s * 4);
-            x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
-            const u32 b0 = pack_f16(x.x, x.y), b1 = pack_f16(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
-            #pragma unroll
-            for (int m = 0; m < 2; m++) {
-                mma(acc[m], keys[m][0][c].pair[2 * s], keys[m][1][c].pair[2 * s], keys[m][0][c].pair[2 * s + 1], keys[m][1][c].pair[2 * s + 1], b0, b1);
-                mma(acc[m], keys[m][0][c].pair[2 * s], keys[m][1][c].pair[2 * s], keys[m][0][c].pair[2 * s + 1], keys[m][1][c].pair[2 * s + 1], r0, r1);
-            }
-        }
-    #pragma unroll
-    for (int m = 0; m < 2; m++)
-        #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int p = warp * 32 + m * 16 + (e >> 1) * 8 + g;
-            ss[2 * t + (e & 1)][p] = begin + p < n ? acc[m][e] : NEG_INF;
-        }
-    __syncthreads();
-
-    // softmax of this split, a warp a head
-    for (int h = warp; h < HEADS; h += 4) {
-        float x[SPLIT / 32], m = NEG_INF, l = 0.f;
-        #pragma unroll
-        for (int i = 0; i < SPLIT / 32; i++) x[i] = ss[h][i * 32 + lane], m = fmaxf(m, x[i]);
-        m = warp_max(m);
-        #pragma unroll
-        for (int i = 0; i < SPLIT / 32; i++) {
-            const float p = exp2f(x[i] - m);
-            l += p;
-            ps[h][i * 32 + lane] = to_f16(p);
-        }
-        l = warp_sum(l);
-        if (lane == 0) ms[h] = m, ls[h] = l;
-    }
-    copy_wait<0>();
-    __syncthreads();
-
-    const int max_splits = gridDim.x;
     float* ml = partial + (i64)n_head * max_splits * D;
-    for (int tile = warp; tile < D / 16; tile += 4) {
-        float o[4] = {};
-        #pragma unroll
-        for (int s = 0; s < SPLIT / 16; s++) {
-            u32 a[4];
-            load_tiles_transposed(a, &vs[(s * 16 + (lane >> 4) * 8 + (lane & 7)) * PAD + tile * 16 + (lane >> 3 & 1) * 8]);
-            mma(o, a[0], a[1], a[2], a[3], *(const u32*)&ps[g][s * 16 + 2 * t], *(const u32*)&ps[g][s * 16 + 8 + 2 * t]);
+
+    for (int split = blockIdx.x; split < splits; split += gridDim.x) {
+        int tid = threadIdx.x;
+        asm volatile("" : "+r"(tid));  // or the compiler computes every address before the loop and holds it in a register
+        const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, begin = split * SPLIT;
+
+        // The newest row, when it is given, is taken from k and v, and stored in the cache on the way.
+        const int fresh = k && row / SPLIT == split ? row : -1;
+        for (int i = tid; i < SPLIT * D / 8; i += 128) {
+            const int r = begin + i / (D / 8), c = i % (D / 8) * 8;
+            f16* to = &vs[(r - begin) * PAD + c];
+            if (r == fresh) {
+                const float* x = v + kv * D + c;
+                *(uint4*)(v_cache + (i64)r * D + c) = *(uint4*)to = make_uint4(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]), pack_f16(x[4], x[5]), pack_f16(x[6], x[7]));
+            } else copy16(to, v_cache + (r < n ? (i64)r * D + c : 0), r < n);
         }
+        copy_commit();
+
+        // A warp scores 32 positions. The order of the dims in a dot product is free: each thread takes LOAD neighbours, in Q as in K.
+        struct alignas(2 * LOAD) Keys { u32 pair[LOAD / 2]; };
+        Keys keys[2][2][CHUNKS];
         #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int h = 2 * t + (e & 1), d = tile * 16 + (e >> 1) * 8 + g;
-            if (h >= heads) continue;
-            if (splits > 1) partial[((i64)(head0 + h) * max_splits + split) * D + d] = o[e];
-            else {
-                const float sink = sinks ? sinks[head0 + h] * LOG2E : NEG_INF, m = fmaxf(ms[h], sink);
-                out[(head0 + h) * D + d] = o[e] * exp2f(ms[h] - m) / (ls[h] * exp2f(ms[h] - m) + exp2f(sink - m));
+        for (int m = 0; m < 2; m++)
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = begin + warp * 32 + m * 16 + h * 8 + g;
+                f16* from = k_cache + (i64)r * D + t * LOAD;
+                #pragma unroll
+                for (int c = 0; c < CHUNKS; c++) {
+                    Keys& x = keys[m][h][c];
+                    if (r == fresh) {
+                        const float* y = k + kv * D + c * 4 * LOAD + t * LOAD;
+                        #pragma unroll
+                        for (int i = 0; i < LOAD / 2; i++) x.pair[i] = pack_f16(y[2 * i], y[2 * i + 1]);
+                        *(Keys*)(from + c * 4 * LOAD) = x;
+                    } else x = r < n ? *(const Keys*)(from + c * 4 * LOAD) : Keys{};
+                }
+            }
+        float acc[2][4] = {};
+        #pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+            #pragma unroll
+            for (int s = 0; s < LOAD / 4; s++) {
+                float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+                if (g < heads) x = *(const float4*)(q + (head0 + g) * D + c * 4 * LOAD + t * LOAD + s * 4);
+                x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
+                const u32 b0 = pack_f16(x.x, x.y), b1 = pack_f16(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
+                #pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    mma(acc[m], keys[m][0][c].pair[2 * s], keys[m][1][c].pair[2 * s], keys[m][0][c].pair[2 * s + 1], keys[m][1][c].pair[2 * s + 1], b0, b1);
+                    mma(acc[m], keys[m][0][c].pair[2 * s], keys[m][1][c].pair[2 * s], keys[m][0][c].pair[2 * s + 1], keys[m][1][c].pair[2 * s + 1], r0, r1);
+                }
+            }
+        #pragma unroll
+        for (int m = 0; m < 2; m++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int p = warp * 32 + m * 16 + (e >> 1) * 8 + g;
+                ss[2 * t + (e & 1)][p] = begin + p < n ? acc[m][e] : NEG_INF;
+            }
+        __syncthreads();
+
+        // softmax of this split, a warp a head
+        for (int h = warp; h < HEADS; h += 4) {
+            float x[SPLIT / 32], m = NEG_INF, l = 0.f;
+            #pragma unroll
+            for (int i = 0; i < SPLIT / 32; i++) x[i] = ss[h][i * 32 + lane], m = fmaxf(m, x[i]);
+            m = warp_max(m);
+            #pragma unroll
+            for (int i = 0; i < SPLIT / 32; i++) {
+                const float p = exp2f(x[i] - m);
+                l += p;
+                ps[h][i * 32 + lane] = to_f16(p);
+            }
+            l = warp_sum(l);
+            if (lane == 0) ms[h] = m, ls[h] = l;
+        }
+        copy_wait<0>();
+        __syncthreads();
+
+        for (int tile = warp; tile < D / 16; tile += 4) {
+            float o[4] = {};
+            #pragma unroll
+            for (int s = 0; s < SPLIT / 16; s++) {
+                u32 a[4];
+                load_tiles_transposed(a, &vs[(s * 16 + (lane >> 4) * 8 + (lane & 7)) * PAD + tile * 16 + (lane >> 3 & 1) * 8]);
+                mma(o, a[0], a[1], a[2], a[3], *(const u32*)&ps[g][s * 16 + 2 * t], *(const u32*)&ps[g][s * 16 + 8 + 2 * t]);
+            }
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int h = 2 * t + (e & 1), d = tile * 16 + (e >> 1) * 8 + g;
+                if (h >= heads) continue;
+                if (splits > 1) partial[((i64)(head0 + h) * max_splits + split) * D + d] = o[e];
+                else {
+                    const float sink = sinks ? sinks[head0 + h] * LOG2E : NEG_INF, m = fmaxf(ms[h], sink);
+                    out[(head0 + h) * D + d] = o[e] * exp2f(ms[h] - m) / (ls[h] * exp2f(ms[h] - m) + exp2f(sink - m));
+                }
             }
         }
-    }
-    if (splits == 1) return;
-    if (tid < heads) {
-        float* to = ml + ((i64)(head0 + tid) * max_splits + split) * 2;
-        to[0] = ms[tid], to[1] = ls[tid];
+        if (splits == 1) return;
+        if (tid < heads) *(float2*)(ml + ((i64)(head0 + tid) * max_splits + split) * 2) = make_float2(ms[tid], ls[tid]);
+        __syncthreads();  // shared memory may be used again
     }
 
     // the last block of this head combines
+    const int tid = threadIdx.x;
     __threadfence();
     __syncthreads();
     int* ticket = tickets + kv * gridDim.z + blockIdx.z;
-    if (tid == 0) last = atomicAdd(ticket, 1) == splits - 1;
+    if (tid == 0) last = atomicAdd(ticket, 1) == min(splits, (int)gridDim.x) - 1;
     __syncthreads();
     if (!last) return;
     __threadfence();

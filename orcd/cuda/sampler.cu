@@ -59,6 +59,18 @@ __device__ u64 block_scan(u64 v, u64& total) {
     return before + s - v;
 }
 
+// the largest of all threads, in every thread
+__device__ u64 block_best(u64 v) {
+    __shared__ u64 part[THREADS / 32];
+    for (int o = 16; o; o >>= 1) { const u64 x = __shfl_xor_sync(~0u, v, o); v = x > v ? x : v; }
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
+    __syncthreads();
+    for (int i = 0; i < THREADS / 32; i++) v = part[i] > v ? part[i] : v;
+    return v;
+}
+__device__ float block_max(float v) { return from_key(block_best(to_key(v))); }
+
 // true in every thread of the block that finishes last
 __device__ bool last_block(Header* h) {
     __shared__ bool last;
@@ -89,71 +101,68 @@ __device__ void emit(int id, const float* logits, Header* h, int* state, u32* se
     seen[id >> 5] |= 1u << (id & 31);
     const int step = state[2];
     state[0] += 1, state[1] = id, state[2] = step + 1, h->drawn = 1;
-    __threadfence_system();
     *(volatile u64*)(ring + step % ring_size) = (u32)id | (u64)__float_as_uint(logprob) << 32;
 }
 
 // Forget a job: the tokens seen and every ticket
 extern "C" __global__ void sample_reset(Header* h, u32* seen, int n_words) {
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n_words; i += gridDim.x * blockDim.x) seen[i] = 0;
-    if (blockIdx.x == 0 && threadIdx.x == 0) h->ticket = 0, h->drawn = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) h->ticket = 0, h->drawn = 0, h->n_valid = 0;
 }
 
 // 1: temperature and repetition penalty; the largest; log-sum-exp. Draws at once when the temperature is 0.
 extern "C" __global__ void __launch_bounds__(THREADS) sample_prepare(const float* logits, const Params* params, Header* h, int* state, u32* seen,
                                                                      u64* ring, int ring_size, int n_vocab) {
-    __shared__ u64 best_of[THREADS / 32];
-    __shared__ float max_of[THREADS / 32];
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, n_valid = min(params->n_valid, n_vocab);
+    const int tid = threadIdx.x;
+    float raw[CHUNK / THREADS], max = NEG_INF, sum = 0.f;
+    #pragma unroll
+    for (int i = 0; i < CHUNK / THREADS; i++) {
+        const int id = blockIdx.x * CHUNK + i * THREADS + tid;
+        raw[i] = id < n_vocab ? logits[id] : NEG_INF;
+    }
+    const Params p = *params;
+    const int n_valid = min(p.n_valid, n_vocab);
     if (state[3]) { if (blockIdx.x == 0 && tid == 0) h->drawn = 1; return; }  // the job is over
     for (int i = blockIdx.x * THREADS + tid; i < 3 * BINS; i += gridDim.x * THREADS) h->mass[0][i] = 0, h->count[0][i] = 0;
     float* l_out = adjusted(h, gridDim.x);
-    const float temperature = params->temperature, penalty = params->penalty;
-    float raw[CHUNK / THREADS], max = NEG_INF, sum = 0.f;
     u64 best = 0;
     #pragma unroll
     for (int i = 0; i < CHUNK / THREADS; i++) {
         const int id = blockIdx.x * CHUNK + i * THREADS + tid;
-        raw[i] = id < n_valid ? logits[id] : NEG_INF;
-        if (raw[i] != raw[i]) raw[i] = NEG_INF;  // NaN is never drawn
+        if (id >= n_valid || raw[i] != raw[i]) raw[i] = NEG_INF;  // NaN is never drawn
         max = fmaxf(max, raw[i]);
         if (id >= n_valid) continue;
-        float l = temperature == 0.f ? raw[i] : __fdiv_rn(raw[i], temperature);
-        if (penalty != 1.f && seen[id >> 5] >> (id & 31) & 1) l = l > 0.f ? __fdiv_rn(l, penalty) : __fmul_rn(l, penalty);
+        float l = p.temperature == 0.f ? raw[i] : __fdiv_rn(raw[i], p.temperature);
+        if (p.penalty != 1.f && seen[id >> 5] >> (id & 31) & 1) l = l > 0.f ? __fdiv_rn(l, p.penalty) : __fmul_rn(l, p.penalty);
         l = __fadd_rn(l, 0.f);  // -0 is 0
         l_out[id] = l;
         const u64 key = (u64)to_key(l) << 32 | ~(u32)id;  // larger is better, of equals the lower id
         best = key > best ? key : best;
     }
-    for (int o = 16; o; o >>= 1) { const u64 x = __shfl_xor_sync(~0u, best, o); best = x > best ? x : best; }
-    max = warp_max(max);
-    if (lane == 0) best_of[warp] = best, max_of[warp] = max;
-    __syncthreads();
-    for (int i = 0; i < THREADS / 32; i++) best = best_of[i] > best ? best_of[i] : best, max = fmaxf(max, max_of[i]);
+    best = block_best(best), max = block_max(max);
     for (int i = 0; i < CHUNK / THREADS; i++)
         if (blockIdx.x * CHUNK + i * THREADS + tid < n_valid) sum += raw[i] == max ? 1.f : expf(raw[i] - max);
     sum = block_sum(sum);
     if (tid == 0) { Chunk& c = chunks(h)[blockIdx.x]; c.best = best, c.max = max, c.sum = sum; }
     if (!last_block(h)) return;
 
+    // each thread adds up its blocks' sums on its own maximum, then all move to the common one
     best = 0, max = NEG_INF, sum = 0.f;
     for (int i = tid; i < gridDim.x; i += THREADS) {
-        const u64 b = __ldcg(&chunks(h)[i].best);
-        best = b > best ? b : best, max = fmaxf(max, __ldcg(&chunks(h)[i].max));
+        const Chunk* c = chunks(h) + i;
+        const u64 b = __ldcg(&c->best);
+        const float m = __ldcg(&c->max), s = __ldcg(&c->sum), top = fmaxf(max, m);
+        best = b > best ? b : best;
+        sum = sum * (max == top ? 1.f : expf(max - top)) + s * (m == top ? 1.f : expf(m - top));
+        max = top;
     }
-    for (int o = 16; o; o >>= 1) { const u64 x = __shfl_xor_sync(~0u, best, o); best = x > best ? x : best; }
-    max = warp_max(max);
-    if (lane == 0) best_of[warp] = best, max_of[warp] = max;
-    __syncthreads();
-    for (int i = 0; i < THREADS / 32; i++) best = best_of[i] > best ? best_of[i] : best, max = fmaxf(max, max_of[i]);
-    for (int i = tid; i < gridDim.x; i += THREADS) {
-        const float m = __ldcg(&chunks(h)[i].max);
-        sum += __ldcg(&chunks(h)[i].sum) * (m == max ? 1.f : expf(m - max));
-    }
+    const float own = max;
+    best = block_best(best), max = block_max(max);
+    sum *= own == max ? 1.f : expf(own - max);
     sum = block_sum(sum);
     if (tid) return;
     h->max = from_key(best >> 32), h->raw_max = max, h->log_sum = logf(sum), h->n_valid = n_valid, h->drawn = 0;
-    if (temperature == 0.f || h->max == NEG_INF) emit(~(u32)best, logits, h, state, seen, ring, ring_size);
+    if (p.temperature == 0.f || h->max == NEG_INF) emit(~(u32)best, logits, h, state, seen, ring, ring_size);
 }
 
 // does the job cut a prefix by count or by mass?
@@ -188,20 +197,29 @@ __device__ Found find_bin(const Header* h, const Params* params, int level) {
     return f.all ? f : found;
 }
 
-// Add up weights and counts by `bits` bits of the key, for keys whose upper bits are those found so far
-__device__ void histogram(Header* h, const Params* params, int level, u32 prefix) {
+// this thread's logits; asked for at the start of a kernel, so that they are there when the decisions have been made
+struct Mine { float l[CHUNK / THREADS]; };
+__device__ __forceinline__ Mine my_logits(Header* h) {
+    Mine x;
+    #pragma unroll
+    for (int i = 0; i < CHUNK / THREADS; i++) {
+        const int id = blockIdx.x * CHUNK + i * THREADS + threadIdx.x;
+        x.l[i] = id < h->n_valid ? adjusted(h, gridDim.x)[id] : NEG_INF;
+    }
+    return x;
+}
+
+// Add up weights and counts by the next bits of the key, for keys whose upper bits are those found so far
+__device__ void histogram(Header* h, const Mine& x, int level, u32 prefix) {
     __shared__ u32 count[BINS], low[BINS], high[BINS];  // 16 + 17 bits of a weight, so that 32-bit sums of CHUNK of them cannot overflow
-    const int shift = level == 0 ? 21 : level == 1 ? 10 : 0, above = level == 2 ? 10 : 11, n_valid = h->n_valid;
-    const float* l = adjusted(h, gridDim.x);
+    const int shift = level == 0 ? 21 : level == 1 ? 10 : 0, above = level == 2 ? 10 : 11;
     for (int i = threadIdx.x; i < BINS; i += THREADS) count[i] = 0, low[i] = 0, high[i] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < CHUNK; i += THREADS) {
-        const int id = blockIdx.x * CHUNK + i;
-        if (id >= n_valid) break;
-        const u32 key = to_key(l[id]) >> shift;
-        const u64 w = weight(l[id], h->max);
+    #pragma unroll
+    for (int i = 0; i < CHUNK / THREADS; i++) {
+        const u32 key = to_key(x.l[i]) >> shift, bin = key & ((1u << above) - 1);
+        const u64 w = weight(x.l[i], h->max);
         if (w == 0 || (level && key >> above != prefix)) continue;
-        const u32 bin = key & ((1u << above) - 1);
         atomicAdd(&count[bin], 1), atomicAdd(&low[bin], (u32)w & 0xffff), atomicAdd(&high[bin], (u32)(w >> 16));
     }
     __syncthreads();
@@ -211,15 +229,17 @@ __device__ void histogram(Header* h, const Params* params, int level, u32 prefix
 
 // 2: histogram by the top 11 bits of the key
 extern "C" __global__ void __launch_bounds__(THREADS) sample_weigh(const Params* params, Header* h) {
-    if (!h->drawn && has_prefix(params)) histogram(h, params, 0, 0);
+    const Mine x = my_logits(h);
+    if (!h->drawn && has_prefix(params)) histogram(h, x, 0, 0);
 }
 
 // 3 and 4: the next bits, of the keys in the bin where the prefix ends
 extern "C" __global__ void __launch_bounds__(THREADS) sample_refine(const Params* params, Header* h, int level) {
+    const Mine x = my_logits(h);
     if (h->drawn || !has_prefix(params)) return;
     const Found f = find_bin(h, params, level - 1);
     if (blockIdx.x == 0 && threadIdx.x == 0) h->found[level - 1] = f;
-    if (!f.all) histogram(h, params, level, f.key);
+    if (!f.all) histogram(h, x, level, f.key);
 }
 
 // 5: every block weighs what it keeps; the last one turns a random number into an id
