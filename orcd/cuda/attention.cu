@@ -42,7 +42,7 @@ constexpr int LOAD = D % 32 ? 4 : 8, CHUNKS = D / (4 * LOAD);  // halves of a K 
 
 // Scores are K (16 positions x D) times Q^T (D x 8 heads) on the tensor cores, the output V^T (16 dims x positions) times P^T.
 // Blocks beyond the context leave at once; the last block of a head to finish adds the splits up in order.
-extern "C" __global__ void __launch_bounds__(128) attend_decode(const float* q, const float* k, const float* v, f16* k_cache, f16* v_cache,
+extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(const float* q, const float* k, const float* v, f16* k_cache, f16* v_cache,
         const int* state, const float* sinks, float* out, float* partial, int* tickets, float scale, int n_head, int n_head_kv, int rows, int ring) {
     __shared__ __align__(16) f16 vs[SPLIT * PAD];
     __shared__ __align__(16) f16 ps[HEADS][SPLIT + 8];
@@ -212,7 +212,7 @@ __device__ __forceinline__ void load_kv_tile(f16* to, const f16* from, int first
 
 // Softmax over the keys so far, tile by tile, with a running maximum m and sum l. Tiles lie at absolute positions: what a row sees does
 // not depend on the chunk it came with. k, v: (n_head_kv, kv_rows, D), row r is position base + r; base is pos - window in a staged layer.
-extern "C" __global__ void __launch_bounds__(128) attend_prefill(const float* q, i64 q_stride, const f16* k, const f16* v, const int* state,
+extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill(const float* q, i64 q_stride, const f16* k, const f16* v, const int* state,
         const float* sinks, float* out, i64 out_stride, float scale, int n_rows, int n_head, int n_head_kv, int kv_rows, int window) {
     __shared__ __align__(16) f16 ks[TILE * PAD];
     __shared__ __align__(16) f16 vs[TILE * PAD];
