@@ -210,7 +210,7 @@ def from_flags(command):
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
-# %% ../nbs/44_cli.ipynb #5cb0d0ab
+# %% ../nbs/44_cli.ipynb #2a720d49
 def worker_settings(
     given:dict,         # flag -> text
     settings:str=None,  # --settings
@@ -218,7 +218,8 @@ def worker_settings(
     "Flags, environment and file -> `worker.Settings`; `UsageError` before anything is imported or started"
     s = settle(given, os.environ, read_settings(settings))
     if not s['model']: raise UsageError('--model: a GGUF file, a pulled name or demo is required')
-    token = read_token(s['token_file']) if s.pop('token_file') is not None else None
+    file = s.pop('token_file')
+    token = None if file is None else read_token(file)
     guard(s['host'], token, s.pop('insecure'))
     if s['log_format'] == 'auto': s['log_format'] = 'pretty' if sys.stderr.isatty() else 'json'
     from orcd.worker import Settings
@@ -479,7 +480,7 @@ def doctor():
     print('Everything is there for the GPU.' if ok else 'The reference engine (--device reference) needs no GPU: orcd demo --device reference')
     raise typer.Exit(0 if ok else 1)
 
-# %% ../nbs/44_cli.ipynb #8b857834
+# %% ../nbs/44_cli.ipynb #88f3fa31
 _UsageError = typer.BadParameter.__mro__[1]
 _ClickError = _UsageError.__mro__[1]
 
@@ -507,6 +508,10 @@ def run(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)          # nobody reads our output any more: nothing to say
         return 0
+    except Exception as e:
+        if os.environ.get('ORCD_DEBUG'): raise
+        _say(f'internal error: {type(e).__name__}: {e} (ORCD_DEBUG=1 shows where)')
+        return 1
 
 # %% ../nbs/44_cli.ipynb #e7726754
 def main():

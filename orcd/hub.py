@@ -7,8 +7,8 @@ Docs: https://orcd-dev.github.io/orcd/hub.html.md"""
 # %% auto #0
 __all__ = ['MODELS', 'Remote', 'remote', 'models_dir', 'place', 'find', 'sha256', 'check', 'pull']
 
-# %% ../nbs/45_hub.ipynb #533054cd
-import hashlib, os, re, shutil
+# %% ../nbs/45_hub.ipynb #38618757
+import hashlib, os, re, shutil, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,24 +94,30 @@ def check(
     os.remove(path)
     raise HubError(f'{r.repo}/{r.file} is not the file that was expected: {wrong}. It was deleted; pull it again.')
 
-# %% ../nbs/45_hub.ipynb #ba111cba
+# %% ../nbs/45_hub.ipynb #29d08934
 def _hub():
-    try: import huggingface_hub
+    try: import huggingface_hub, huggingface_hub.utils
     except ImportError: raise HubError('pulling models needs one more package: pip install "orcd[hub]"') from None
     return huggingface_hub
 
-def _stated(hub, r, endpoint):
-    "`r` with the revision, size and checksum that the hub states, for files that we have no entry for"
+def _stated(hub, r, url):
+    "`r` with the size and checksum that the hub states, for files that we have no entry for"
     if r.sha256: return r
-    m = hub.get_hf_file_metadata(hub.hf_hub_url(r.repo, r.file, revision=r.revision, endpoint=endpoint), endpoint=endpoint)
+    m = hub.get_hf_file_metadata(url)
     is_hash = re.fullmatch('[0-9a-f]{64}', m.etag or '')       # large files have their SHA-256 as their tag
     return Remote(r.repo, r.file, r.revision, m.size, m.etag if is_hash else None)
+
+def _append(hub, url, path, size):
+    "Download what is missing of the file"
+    from huggingface_hub.file_download import http_get
+    with open(path, 'ab') as f:
+        if size is None or f.tell() < size: http_get(url, f, resume_size=f.tell(), headers=hub.utils.build_hf_headers())   # `check` looks at the size
 
 def _bar(total, show):
     from tqdm.auto import tqdm
     return tqdm(total=total, unit='B', unit_scale=True, desc='checking', disable=None if show else True, leave=False)
 
-# %% ../nbs/45_hub.ipynb #f6b905cb
+# %% ../nbs/45_hub.ipynb #2e471ea4
 def pull(
     name:str,           # a short name or `owner/repo/file.gguf`
     progress:bool=True, # show bars on a terminal
@@ -121,25 +127,26 @@ def pull(
     wanted = remote(name)
     target = place(wanted)
     if target.is_file(): return target
-    hub, partial = _hub(), models_dir()/'.partial'/wanted.repo.replace('/', '--')
+    hub, part = _hub(), target.with_name(target.name + '.part')
+    if not (progress and sys.stderr.isatty()): hub.utils.disable_progress_bars()
     try:
-        r = _stated(hub, wanted, endpoint)
-        partial.mkdir(parents=True, exist_ok=True)
-        _check_space(r, partial)
-        got = hub.hf_hub_download(r.repo, r.file, revision=r.revision, local_dir=partial, endpoint=endpoint)
+        url = hub.hf_hub_url(wanted.repo, wanted.file, revision=wanted.revision, endpoint=endpoint)
+        r = _stated(hub, wanted, url)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(r, part)
+        _append(hub, url, part, r.size)
     except HubError: raise
     except Exception as e: raise HubError(f'{wanted.repo}/{wanted.file}: {_reason(e)}. Run the same command again: it goes on where it stopped.') from e
-    with _bar(r.size, progress) as bar: check(got, r, bar.update)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(got, target)
+    with _bar(r.size, progress) as bar: check(part, r, bar.update)
+    os.replace(part, target)
     return target
 
-# %% ../nbs/45_hub.ipynb #6337cfc5
+# %% ../nbs/45_hub.ipynb #f5825bb7
 def _reason(e):
     "The first line of an error, without the many lines of advice that some have"
     first = (str(e).strip().splitlines() or [''])[0].rstrip('.')
     return f'{type(e).__name__}: {first}' if first else type(e).__name__
 
-def _check_space(r, folder):
-    free = shutil.disk_usage(folder).free
-    if r.size and r.size > free: raise HubError(f'{r.file} has {r.size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {models_dir()}')
+def _check_space(r, part):
+    free, here = shutil.disk_usage(part.parent).free, part.stat().st_size if part.exists() else 0
+    if r.size and r.size - here > free: raise HubError(f'{r.file} has {r.size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {models_dir()}')

@@ -22,12 +22,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# %% ../nbs/43_worker.ipynb #16375053
+# %% ../nbs/43_worker.ipynb #7c48a639
 from . import __version__
 from .errors import Cancelled, ModelError, OrcdError
 from .jobs import STOPPED, Frames, Job, Jobs, Outbox
 from .logs import LoadProgress, configure, log
-from .protocol import (HEARTBEAT, MAX_BODY, Problem, correlation_id, error_body, parse_json, parse_request, public_error,
+from .protocol import (HEARTBEAT, MAX_BODY, Problem, correlation_id, error_body, is_uuid, parse_json, parse_request, public_error,
     remaining_ms, rule, to_json)
 
 # %% ../nbs/43_worker.ipynb #0d06203d
@@ -453,12 +453,13 @@ class Process:
     def hurry(self):
         for job in list(self.jobs.active.values()): job.cancel('shutdown')
 
-# %% ../nbs/43_worker.ipynb #eb12cd77
+# %% ../nbs/43_worker.ipynb #197b03d0
 async def _run(self):
     s = self.settings
     self.loop, self.worker = asyncio.get_running_loop(), Worker(s, self.jobs)
     for sig in signal.SIGTERM, signal.SIGINT: self.loop.add_signal_handler(sig, self.on_signal, sig.name)
     log.info('startup', version=__version__, pid=os.getpid(), model_path=s.model, host=s.host, port=s.port)
+    if not is_uuid(s.worker_id): log.warning('worker_id', message=f'{s.worker_id} is not a UUID; kept as it is')
     if s.gpu_device == 'reference': log.warning('reference_engine', message='NumPy on the CPU: for demos and tests, not the production engine')
     sock = None
     try:
