@@ -46,7 +46,7 @@ def expert_sum(
     kernel('route', 'expert_sum')((-(-n//256), T), (256,), (y, vector('weights', weights, T*k), residual, out, np.int32(n), np.int32(k), *map(np.int64, strides)), stream=stream)
     return out
 
-# %% ../nbs/25_moe.ipynb #d8d023e7
+# %% ../nbs/25_moe.ipynb #f3e84838
 def _slots(ids, rows):
     "Slots, and how many of them share a row of x"
     if ids.size % rows: raise KernelError(f'{ids.size} slots cannot share {rows} rows of x evenly')
@@ -66,8 +66,8 @@ def expert_gemv(
     n, per = _slots(ids, rows)
     if n > 65535: raise KernelError(f'expert_gemv takes at most 65535 slots, got {n}')
     ldx, ldo = stride('x', x, rows, n_in), stride('out', out, n, n_out)
-    kernel('expert_gemv', f'expert_gemv_{W.type.name.lower()}')((-(-n_out//16), n), (256,), (W, x, vector('ids', ids, n, np.int32), out, vector('bias', bias, n_expert*n_out),
-        *map(np.int32, (n_expert, n_out, n_in, per)), np.int64(ldx), np.int64(ldo), is_wide(x, ldx)), stream=stream)
+    kernel('expert_gemv', f'expert_gemv_{W.type.name.lower()}' + ('' if is_wide(x, ldx) else '_any'))((-(-n_out//16), n), (256,), (W, x, vector('ids', ids, n, np.int32), out, vector('bias', bias, n_expert*n_out),
+        *map(np.int32, (n_expert, n_out, n_in, per)), np.int64(ldx), np.int64(ldo)), stream=stream)
     return out
 
 # %% ../nbs/25_moe.ipynb #680d1c92

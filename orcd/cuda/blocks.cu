@@ -16,65 +16,94 @@ __device__ __forceinline__ float half_bits(u32 h) { float f; asm("cvt.f32.f16 %0
 __device__ __forceinline__ float half_at(const u8* p) { return half_bits(*(const u16*)p); }
 __device__ __forceinline__ u32 byte_of(u32 v, int i) { return (v >> 8 * i) & 255; }
 
-// Four bytes from an address that is a multiple of ALIGN only: two aligned words hold them, a funnel shift cuts them out.
-template<int ALIGN> __device__ __forceinline__ u32 load4(const u8* p) {
-    if (ALIGN >= 4) return *(const u32*)p;
-    u64 at = (u64)p;
-    u32 lo = *(const u32*)(at & ~3ull), hi = *(const u32*)((at + 3) & ~3ull);
-    return __funnelshift_r(lo, hi, 8 * (u32)(at & 3));
-}
+// Four bytes at any address, in two steps: `load` only moves words, so that many loads can be on their way; `word` puts them together.
+template<int ALIGN> struct Four;
+template<> struct Four<4> { u32 v; __device__ void load(const u8* p) { v = *(const u32*)p; } __device__ u32 word() const { return v; } };
+template<> struct Four<2> {
+    u16 lo, hi;
+    __device__ void load(const u8* p) { lo = *(const u16*)p; hi = *(const u16*)(p + 2); }
+    __device__ u32 word() const { return lo | (u32)hi << 16; }
+};
+template<> struct Four<1> {     // the byte before is the block's too, so the two aligned words around all five hold nothing but bytes of the tensor's words
+    u32 lo, hi, shift;
+    __device__ void load(const u8* p) {
+        u32 odd = (u32)(u64)(p - 1) & 3;
+        p -= 1 + odd; lo = *(const u32*)p; hi = *(const u32*)(p + 4); shift = 8 * odd + 8;
+    }
+    __device__ u32 word() const { return __funnelshift_rc(lo, hi, shift); }
+};
+// byte i of v as a float minus bias: 0x4B0000xx is the float 2^23 + xx, so one subtraction converts exactly
+__device__ __forceinline__ float byte_float(u32 v, int i, int bias) { return __uint_as_float(__byte_perm(v, 0x4B000000, 0x7540 + i)) - (8388608.f + bias); }
 __device__ __forceinline__ u32 low_nibbles(u32 v) { return v & 0x0F0F0F0F; }
 __device__ __forceinline__ u32 high_nibbles(u32 v) { return (v >> 4) & 0x0F0F0F0F; }
 // bits 0..3 of x to bit 4 of bytes 0..3
 __device__ __forceinline__ u32 fifth_bits(u32 x) { return (((x & 15) * 0x00204081) & 0x01010101) << 4; }
 
+// Type<T>: Raw holds an octet's bytes as they lie in memory, load() fetches them, octet() decodes them
 template<int T> struct Type;
 
 // ---- blocks of 32: octet u is block u/4 of the span; its a are elements 4(u%4)…+3, its b those 16 further on
 struct Of32 { enum { block = 32, delta = 16, group = 32 }; };
+template<int BYTES> __device__ __forceinline__ const u8* block32(const u8* row, int span, int u) { return row + (2 * span + u / 4) * BYTES; }
 
 template<> struct Type<Q4_0> : Of32 {
     enum { bytes = 18, bias = 8, mins = 0 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
-        const u8* p = row + (2 * span + u / 4) * bytes;
-        u32 v = load4<2>(p + 2 + 4 * (u & 3));
-        float d = half_at(p);
+    struct Raw { u16 d; Four<2> q; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
+        const u8* p = block32<bytes>(row, span, u);
+        r.d = *(const u16*)p; r.q.load(p + 2 + 4 * (u & 3));
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {
+        u32 v = r.q.word(); float d = half_bits(r.d);
         return {low_nibbles(v), high_nibbles(v), d, d, 0, 0};
     }
 };
 template<> struct Type<Q4_1> : Of32 {
     enum { bytes = 20, bias = 0, mins = 1 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
-        const u8* p = row + (2 * span + u / 4) * bytes;
-        u32 v = load4<4>(p + 4 + 4 * (u & 3)), dm = load4<4>(p);
-        float d = half_bits(dm), m = half_bits(dm >> 16);
+    struct Raw { Four<4> dm, q; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
+        const u8* p = block32<bytes>(row, span, u);
+        r.dm.load(p); r.q.load(p + 4 + 4 * (u & 3));
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {
+        u32 v = r.q.v; float d = half_bits(r.dm.v), m = half_bits(r.dm.v >> 16);
         return {low_nibbles(v), high_nibbles(v), d, d, m, m};
     }
 };
 template<> struct Type<Q5_0> : Of32 {
     enum { bytes = 22, bias = 16, mins = 0 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
-        const u8* p = row + (2 * span + u / 4) * bytes;
-        u32 v = load4<2>(p + 6 + 4 * (u & 3)), h = load4<2>(p + 2) >> 4 * (u & 3);
-        float d = half_at(p);
-        return {low_nibbles(v) | fifth_bits(h), high_nibbles(v) | fifth_bits(h >> 16), d, d, 0, 0};
+    struct Raw { u16 d; Four<2> h, q; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
+        const u8* p = block32<bytes>(row, span, u);
+        r.d = *(const u16*)p; r.h.load(p + 2); r.q.load(p + 6 + 4 * (u & 3));
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {
+        u32 v = r.q.word(), s = 4 * (u & 3); float d = half_bits(r.d);
+        return {low_nibbles(v) | fifth_bits(r.h.lo >> s), high_nibbles(v) | fifth_bits(r.h.hi >> s), d, d, 0, 0};
     }
 };
 template<> struct Type<Q5_1> : Of32 {
     enum { bytes = 24, bias = 0, mins = 1 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
-        const u8* p = row + (2 * span + u / 4) * bytes;
-        u32 v = load4<4>(p + 8 + 4 * (u & 3)), h = load4<4>(p + 4) >> 4 * (u & 3), dm = load4<4>(p);
-        float d = half_bits(dm), m = half_bits(dm >> 16);
+    struct Raw { Four<4> dm, h, q; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
+        const u8* p = block32<bytes>(row, span, u);
+        r.dm.load(p); r.h.load(p + 4); r.q.load(p + 8 + 4 * (u & 3));
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {
+        u32 v = r.q.v, h = r.h.v >> 4 * (u & 3); float d = half_bits(r.dm.v), m = half_bits(r.dm.v >> 16);
         return {low_nibbles(v) | fifth_bits(h), high_nibbles(v) | fifth_bits(h >> 16), d, d, m, m};
     }
 };
 template<> struct Type<Q8_0> : Of32 {
     enum { bytes = 34, bias = 128, mins = 0 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
-        const u8* p = row + (2 * span + u / 4) * bytes;
-        float d = half_at(p);       // flipping the top bit adds 128 to a signed byte
-        return {load4<2>(p + 2 + 4 * (u & 3)) ^ 0x80808080, load4<2>(p + 18 + 4 * (u & 3)) ^ 0x80808080, d, d, 0, 0};
+    struct Raw { u16 d; Four<2> a, b; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
+        const u8* p = block32<bytes>(row, span, u);
+        r.d = *(const u16*)p; r.a.load(p + 2 + 4 * (u & 3)); r.b.load(p + 18 + 4 * (u & 3));
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {      // flipping the top bit adds 128 to a signed byte
+        float d = half_bits(r.d);
+        return {r.a.word() ^ 0x80808080, r.b.word() ^ 0x80808080, d, d, 0, 0};
     }
 };
 
@@ -88,10 +117,14 @@ __device__ __forceinline__ u32 mxfp4_bytes(u32 s) {
 }
 template<> struct Type<MXFP4> : Of32 {
     enum { bytes = 17, bias = 12, mins = 0 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
-        const u8* p = row + (2 * span + u / 4) * bytes;
-        u32 v = load4<1>(p + 1 + 4 * (u & 3)), lo = mxfp4_bytes(v), hi = mxfp4_bytes(v >> 16);
-        float d = mxfp4_scale(p[0]);
+    struct Raw { u8 e; Four<1> q; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
+        const u8* p = block32<bytes>(row, span, u);
+        r.e = p[0]; r.q.load(p + 1 + 4 * (u & 3));
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {
+        u32 v = r.q.word(), lo = mxfp4_bytes(v), hi = mxfp4_bytes(v >> 16);
+        float d = mxfp4_scale(r.e);
         return {__byte_perm(lo, hi, 0x6420), __byte_perm(lo, hi, 0x7531), d, d, 0, 0};
     }
 };
@@ -100,46 +133,55 @@ template<> struct Type<MXFP4> : Of32 {
 struct Of256 { enum { block = 256, delta = 32 }; };
 
 // d, m of sub-blocks 2g and 2g+1 of a Q4_K or Q5_K block, from its 16-byte head
-__device__ __forceinline__ void k_scales(uint4 h, int g, Octet& o) {
+__device__ __forceinline__ void k_scales(const uint4& h, int g, Octet& o) {
     u32 sc = g < 2 ? h.y & 0x3F3F3F3F : (h.w & 0x0F0F0F0F) | ((h.y >> 2) & 0x30303030);
     u32 mn = g < 2 ? h.z & 0x3F3F3F3F : ((h.w >> 4) & 0x0F0F0F0F) | ((h.z >> 2) & 0x30303030);
     float d = half_bits(h.x), m = -half_bits(h.x >> 16);
-    int j = 2 * (g & 1);
-    o.da = __fmul_rn(d, byte_of(sc, j)); o.db = __fmul_rn(d, byte_of(sc, j + 1));
-    o.ma = __fmul_rn(m, byte_of(mn, j)); o.mb = __fmul_rn(m, byte_of(mn, j + 1));
+    sc >>= 16 * (g & 1); mn >>= 16 * (g & 1);
+    o.da = __fmul_rn(d, byte_float(sc, 0, 0)); o.db = __fmul_rn(d, byte_float(sc, 1, 0));
+    o.ma = __fmul_rn(m, byte_float(mn, 0, 0)); o.mb = __fmul_rn(m, byte_float(mn, 1, 0));
 }
 template<> struct Type<Q4_K> : Of256 {
     enum { bytes = 144, bias = 0, mins = 1, group = 32 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
+    struct Raw { uint4 head; Four<4> q; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
         const u8* p = row + span / 4 * bytes;
-        int g = span & 3;
-        u32 v = load4<4>(p + 16 + 32 * g + 4 * u);
-        Octet o; k_scales(*(const uint4*)p, g, o);
-        o.a = low_nibbles(v); o.b = high_nibbles(v);
+        r.head = *(const uint4*)p; r.q.load(p + 16 + 32 * (span & 3) + 4 * u);
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {
+        Octet o; k_scales(r.head, span & 3, o);
+        o.a = low_nibbles(r.q.v); o.b = high_nibbles(r.q.v);
         return o;
     }
 };
 template<> struct Type<Q5_K> : Of256 {
     enum { bytes = 176, bias = 0, mins = 1, group = 32 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
+    struct Raw { uint4 head; Four<4> h, q; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
         const u8* p = row + span / 4 * bytes;
-        int g = span & 3;
-        u32 v = load4<4>(p + 48 + 32 * g + 4 * u), h = load4<4>(p + 16 + 4 * u) >> 2 * g;
-        Octet o; k_scales(*(const uint4*)p, g, o);
+        r.head = *(const uint4*)p; r.h.load(p + 16 + 4 * u); r.q.load(p + 48 + 32 * (span & 3) + 4 * u);
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {
+        Octet o; k_scales(r.head, span & 3, o);
+        u32 v = r.q.v, h = r.h.v >> 2 * (span & 3);
         o.a = low_nibbles(v) | (h & 0x01010101) << 4; o.b = high_nibbles(v) | (h & 0x02020202) << 3;
         return o;
     }
 };
-template<> struct Type<Q6_K> : Of256 {
+template<> struct Type<Q6_K> : Of256 {      // a span is one nibble (low, high) of one half of the block
     enum { bytes = 210, bias = 32, mins = 0, group = 16 };
-    __device__ static Octet octet(const u8* row, int span, int u) {
+    struct Raw { Four<2> a, b, h; signed char sa, sb; u16 d; };
+    __device__ static void load(Raw& r, const u8* row, int span, int u) {
         const u8* p = row + span / 4 * bytes;
-        int n = (span >> 1) & 1, top = span & 1;    // which half of the block, and which nibble of its bytes
-        u32 v = load4<2>(p + 64 * n + 4 * u) >> 4 * top, w = load4<2>(p + 64 * n + 32 + 4 * u) >> 4 * top;
-        u32 h = load4<2>(p + 128 + 32 * n + 4 * u) >> 4 * top;
-        const signed char* sc = (const signed char*)p + 192 + 8 * n + 4 * top + u / 4;
-        float d = half_at(p + 208);
-        return {low_nibbles(v) | (h & 0x03030303) << 4, low_nibbles(w) | (h & 0x0C0C0C0C) << 2, __fmul_rn(d, sc[0]), __fmul_rn(d, sc[2]), 0, 0};
+        int n = (span >> 1) & 1;
+        r.a.load(p + 64 * n + 4 * u); r.b.load(p + 64 * n + 32 + 4 * u); r.h.load(p + 128 + 32 * n + 4 * u);
+        const signed char* s = (const signed char*)p + 192 + 8 * n + 4 * (span & 1) + u / 4;
+        r.sa = s[0]; r.sb = s[2]; r.d = *(const u16*)(p + 208);
+    }
+    __device__ static Octet octet(const Raw& r, int span, int u) {
+        int s = 4 * (span & 1);
+        u32 h = r.h.word() >> s; float d = half_bits(r.d);
+        return {low_nibbles(r.a.word() >> s) | (h & 0x03030303) << 4, low_nibbles(r.b.word() >> s) | (h & 0x0C0C0C0C) << 2, __fmul_rn(d, r.sa), __fmul_rn(d, r.sb), 0, 0};
     }
 };
 
@@ -154,31 +196,44 @@ template<int T> __device__ constexpr bool is_plain() { return Type<T>::block == 
 // first element of octet u within its span of 64; its b elements come Type<T>::delta later
 template<int T> __device__ __forceinline__ int octet_start(int u) { return Type<T>::delta == 16 ? 32 * (u / 4) + 4 * (u & 3) : 4 * u; }
 
-// byte i of v as a float minus bias: 0x4B0000xx is the float 2^23 + xx, so one subtraction converts exactly
-__device__ __forceinline__ float byte_float(u32 v, int i, int bias) { return __uint_as_float(__byte_perm(v, 0x4B000000, 0x7540 + i)) - (8388608.f + bias); }
-
 // Eight weights: a[j] = element i+j, b[j] = element i+delta+j where i = 64 span + octet_start(u). Weight = d * a + m.
 struct Eight { float a[4], b[4], da, db, ma, mb; };
-template<int T> __device__ __forceinline__ Eight eight(const u8* row, int span, int u, int n) {
-    Eight e;
-    if constexpr (is_plain<T>()) {
-        int i = 64 * span + 4 * u;
-        for (int j = 0; j < 4; j++) { e.a[j] = i + j < n ? Type<T>::at(row, i + j) : 0; e.b[j] = i + 32 + j < n ? Type<T>::at(row, i + 32 + j) : 0; }
-        e.da = e.db = 1; e.ma = e.mb = 0;
-    } else {
-        Octet o = Type<T>::octet(row, span, u);
+template<int T> struct Unpack {     // load, then decode
+    typename Type<T>::Raw raw;
+    __device__ __forceinline__ void load(const u8* row, int span, int u, int n) { Type<T>::load(raw, row, span, u); }
+    __device__ __forceinline__ Eight eight(int span, int u) const {
+        Octet o = Type<T>::octet(raw, span, u);
+        Eight e;
+#pragma unroll
         for (int j = 0; j < 4; j++) { e.a[j] = byte_float(o.a, j, Type<T>::bias); e.b[j] = byte_float(o.b, j, Type<T>::bias); }
         e.da = o.da; e.db = o.db; e.ma = o.ma; e.mb = o.mb;
+        return e;
     }
-    return e;
-}
+};
+template<int T> struct UnpackPlain {
+    float a[4], b[4];
+    __device__ __forceinline__ void load(const u8* row, int span, int u, int n) {
+        int i = 64 * span + 4 * u;
+#pragma unroll
+        for (int j = 0; j < 4; j++) { a[j] = i + j < n ? Type<T>::at(row, i + j) : 0; b[j] = i + 32 + j < n ? Type<T>::at(row, i + 32 + j) : 0; }
+    }
+    __device__ __forceinline__ Eight eight(int span, int u) const { return {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, 1, 1, 0, 0}; }
+};
+template<> struct Unpack<F32> : UnpackPlain<F32> {};
+template<> struct Unpack<F16> : UnpackPlain<F16> {};
+template<> struct Unpack<BF16> : UnpackPlain<BF16> {};
+
+// Both steps at once. The octet must start before n, the row's length.
+template<int T> __device__ __forceinline__ Eight eight(const u8* row, int span, int u, int n) { Unpack<T> w; w.load(row, span, u, n); return w.eight(span, u); }
 
 // Element i of a row, rounded as the reference rounds it (product, then sum)
 template<int T> __device__ __forceinline__ float dequant_one(const u8* row, int i) {
     if constexpr (is_plain<T>()) return Type<T>::at(row, i);
     else {
         int r = i & 63, second = (r / Type<T>::delta) & 1, u = Type<T>::delta == 16 ? 4 * (r / 32) + (r & 15) / 4 : (r & 31) / 4;
-        Octet o = Type<T>::octet(row, i / 64, u);
+        typename Type<T>::Raw raw;
+        Type<T>::load(raw, row, i / 64, u);
+        Octet o = Type<T>::octet(raw, i / 64, u);
         float q = (float)((int)byte_of(second ? o.b : o.a, r & 3) - Type<T>::bias);
         return __fadd_rn(__fmul_rn(second ? o.db : o.da, q), second ? o.mb : o.ma);
     }

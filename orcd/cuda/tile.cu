@@ -47,14 +47,18 @@ template<int BIAS> __device__ __forceinline__ u32 byte_halves(u32 v, u32 select)
     return r;
 }
 
-// An octet on its way from global to shared memory: it waits in registers as bytes, a scale of zero when there is none
+// An octet on its way from global to shared memory: it waits in registers as it came, `there` says whether there is one
 template<int T> struct Fetch {
-    Octet o;
+    typename Type<T>::Raw raw;
+    bool there;
     __device__ __forceinline__ void get(const u8* row, int span, int u, int n, bool valid) {
-        if (valid && 64 * span + octet_start<T>(u) < n) o = Type<T>::octet(row, span, u); else o = {0, 0, 0, 0, 0, 0};
+        there = valid && 64 * span + octet_start<T>(u) < n;
+        if (there) Type<T>::load(raw, row, span, u);
     }
-    __device__ __forceinline__ Halves halves() {
+    __device__ __forceinline__ Halves halves(int span, int u) {
         constexpr int B = Type<T>::bias;
+        if (!there) return {{0, 0, 0, 0}, 0, 0, 0, 0};
+        Octet o = Type<T>::octet(raw, span, u);
         return {{byte_halves<B>(o.a, 0x4140), byte_halves<B>(o.a, 0x4342), byte_halves<B>(o.b, 0x4140), byte_halves<B>(o.b, 0x4342)}, o.da, o.db, o.ma, o.mb};
     }
 };
@@ -69,7 +73,7 @@ template<> struct Fetch<F16> {      // are halves already
             q[j] = (valid && k < n ? p[k] : 0) | (valid && k + 1 < n ? p[k + 1] : 0) << 16;
         }
     }
-    __device__ __forceinline__ Halves halves() { return {{q[0], q[1], q[2], q[3]}, 1, 1, 0, 0}; }
+    __device__ __forceinline__ Halves halves(int span, int u) { return {{q[0], q[1], q[2], q[3]}, 1, 1, 0, 0}; }
 };
 
 struct Shared {
@@ -95,9 +99,9 @@ template<int T> __device__ __forceinline__ void tile(Shared& s, const u8* w, int
     auto load_w = [&](int span) {
         for (int j = 0; j < 2; j++) { int r = tid / 8 + 32 * j; f[j].get(w + r * w_row, span, tid & 7, n_in, r < rows); }
     };
-    auto store_w = [&]() {
+    auto store_w = [&](int span) {
         for (int j = 0; j < 2; j++) {
-            Halves h = f[j].halves();
+            Halves h = f[j].halves(span, tid & 7);
             int r = tid / 8 + 32 * j, i = octet_start<T>(tid & 7), k = i + Type<T>::delta;
             *(uint2*)&s.w[chunk(r, i / 8) + (i & 7)] = {h.q[0], h.q[1]};
             *(uint2*)&s.w[chunk(r, k / 8) + (k & 7)] = {h.q[2], h.q[3]};
@@ -111,25 +115,26 @@ template<int T> __device__ __forceinline__ void tile(Shared& s, const u8* w, int
     const bool busy = s.xrow[wm] >= 0;      // rows are filled from the first, so an empty first row means none
     load_x(0); load_w(0);
     for (int span = 0; span < spans; span++) {
-        store_w(); copies_done(); __syncthreads();
+        store_w(span); copies_done(); __syncthreads();
         if (span + 1 < spans) { load_x(span + 1); load_w(span + 1); }
         if (busy) {
 #pragma unroll
             for (int g = 0; g < BK / GROUP; g++) {
-                float c[2][4][4] = {};
+                u32 b[GROUP / 16][2][4];
 #pragma unroll
-                for (int k = g * GROUP / 16; k < (g + 1) * GROUP / 16; k++) {
-                    u32 a[2][4], b[2][4];
-                    for (int i = 0; i < 2; i++) ldmatrix(a[i], &s.x[span & 1][chunk(wm + 16 * i + (lane & 15), 2 * k + lane / 16)]);
-                    for (int i = 0; i < 2; i++) ldmatrix(b[i], &s.w[chunk(wn + 16 * i + lane / 16 * 8 + (lane & 7), 2 * k + (lane / 8 & 1))]);
-#pragma unroll
-                    for (int i = 0; i < 2; i++)
-#pragma unroll
-                        for (int j = 0; j < 4; j++) mma(c[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-                }
+                for (int k = 0; k < GROUP / 16; k++) for (int j = 0; j < 2; j++)
+                    ldmatrix(b[k][j], &s.w[chunk(wn + 16 * j + lane / 16 * 8 + (lane & 7), 2 * (g * GROUP / 16 + k) + (lane / 8 & 1))]);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    float sum[2] = {0, 0}, inv[2] = {1, 1};
+                    float c[4][4] = {}, sum[2] = {0, 0}, inv[2] = {1, 1};
+#pragma unroll
+                    for (int k = 0; k < GROUP / 16; k++) {
+                        u32 a[4];
+                        ldmatrix(a, &s.x[span & 1][chunk(wm + 16 * i + (lane & 15), 2 * (g * GROUP / 16 + k) + lane / 16)]);
+#pragma unroll
+                        for (int j = 0; j < 4; j++) mma(c[j], a, b[k][j / 2][j % 2 * 2], b[k][j / 2][j % 2 * 2 + 1]);
+                    }
+#pragma unroll
                     for (int e = 0; e < 2; e++) {
                         if (Type<T>::mins) sum[e] = xsum[(long long)max(x_row(i, e), 0) * (ldx / 32) + 2 * span + g];
                         if (T == MXFP4) inv[e] = inverse(i, e);         // before a block scale that may be 2^126
@@ -140,7 +145,7 @@ template<int T> __device__ __forceinline__ void tile(Shared& s, const u8* w, int
                         float2 d = *(const float2*)&s.d[g][o], m = *(const float2*)&s.m[g][o];
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
-                            float v = T == MXFP4 ? c[i][j][e] * inv[e / 2] : c[i][j][e];
+                            float v = T == MXFP4 ? c[j][e] * inv[e / 2] : c[j][e];
                             acc[i][j][e] = fmaf(v, e & 1 ? d.y : d.x, acc[i][j][e]);
                             if (Type<T>::mins) acc[i][j][e] = fmaf(sum[e / 2], e & 1 ? m.y : m.x, acc[i][j][e]);
                         }
