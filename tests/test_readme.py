@@ -28,4 +28,9 @@ def test_links_and_commands_exist():
     for name in re.findall(r'\bmake (\w+)', text): assert name in targets or name == 'and', f'make {name}'
 
 
+def test_sidebar_lists_every_notebook():
+    listed = re.findall(r'[\w]+\.ipynb', (ROOT / '_quarto.yml').read_text())
+    assert sorted(listed) == sorted(p.name for p in (ROOT / 'nbs').glob('*.ipynb'))
+
+
 if __name__ == '__main__': (ROOT / 'README.md').write_text(readme())
