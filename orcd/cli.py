@@ -12,8 +12,8 @@ __all__ = ['FLAGS', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature'
            'mib', 'info', 'bench', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks', 'doctor', 'run', 'main',
            'worker_main']
 
-# %% ../nbs/44_cli.ipynb #04370ad3
-import inspect, os, sys, time
+# %% ../nbs/44_cli.ipynb #ca78b11e
+import inspect, os, signal, sys, time
 from pathlib import Path
 from typing import Annotated, NamedTuple, Optional
 
@@ -513,13 +513,17 @@ def run(
         _say(f'internal error: {type(e).__name__}: {e} (ORCD_DEBUG=1 shows where)')
         return 1
 
-# %% ../nbs/44_cli.ipynb #e7726754
-def main():
+# %% ../nbs/44_cli.ipynb #34cbd5b3
+def main(
+    args=None, # without the program's name; default: the command line
+):
     "Entry point `orcd`"
-    sys.exit(run())
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ['serve']: signal.signal(signal.SIGTERM, lambda *_: os._exit(0))    # told to stop before anything began
+    sys.exit(run(args))
 
 def worker_main():
     "Entry point `worker-orcd`"
-    sys.exit(run(['serve', *sys.argv[1:]]))
+    main(['serve', *sys.argv[1:]])
 
 if __name__ == '__main__' and '__file__' in globals(): main()

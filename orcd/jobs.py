@@ -173,7 +173,7 @@ def _generate(self, job):
     matched = {} if out.stop_reason != 'STOP_SEQUENCE' else dict(stop_sequence_matched=out.stop_sequence_matched)
     return 'end', dict(tokens_out=out.tokens_out, decode_time_ms=round(out.decode_time_ms), stop_reason=out.stop_reason) | matched
 
-# %% ../nbs/42_jobs.ipynb #23fd98f3
+# %% ../nbs/42_jobs.ipynb #69fbf229
 def _run(self, job):
     bind_contextvars(job_id=job.id, correlation_id=job.correlation_id)
     job.deadline = time.monotonic() + self.timeout
@@ -186,8 +186,8 @@ def _run(self, job):
         problem = Problem(*STOPPED[job.reason or 'cancelled']) if isinstance(e, Cancelled) else public_error(e)
         type, fields = 'error', dict(code=problem.code, message=problem.message, retriable=problem.retriable)
         self._note(e)
-        if problem.code == 'CANCELLED': log.info('execute_end', stop_reason='CANCELLED', reason=job.reason)
-        else: log.error('error', code=problem.code, message=str(e), exc_info=e if problem.code == 'INTERNAL' else None)
+        if problem.code != 'CANCELLED': log.error('error', code=problem.code, message=str(e), exc_info=e if problem.code == 'INTERNAL' else None)
+        log.info('execute_end', stop_reason='CANCELLED' if problem.code == 'CANCELLED' else 'ERROR', reason=job.reason or problem.code)
     with self.cond:
         if self.active.get(job.id) is job: del self.active[job.id]
     job.finish(type, **fields)

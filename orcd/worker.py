@@ -248,14 +248,14 @@ def _says(body=None, **answers):
     extra = dict(requestBody=dict(required=True, content={'application/json': dict(schema=body)})) if body else {}
     return dict(openapi_extra=extra, responses=answers.pop('ok', {}) | {int(k[1:]): error for k in answers})
 
-# %% ../nbs/43_worker.ipynb #078ccbfe
+# %% ../nbs/43_worker.ipynb #18feba42
 def make_app(
     worker:Worker, # the state behind the routes
 )->FastAPI:
     "The routes"
     app = FastAPI(title='orcd', version=__version__, docs_url=None, redoc_url=None)
     stream = {200: dict(description='the events', content={'text/event-stream': dict(schema=EVENT)})}
-    errors = dict(e400=1, e401=1, e408=1, e413=1, e415=1, e500=1, e503=1)
+    errors = dict(e400=1, e401=1, e403=1, e408=1, e413=1, e415=1, e500=1, e503=1)
 
     @app.post('/execute', response_class=Response, **_says(EXECUTE, ok=stream, e409=1, **errors))
     async def execute(request:HTTPRequest): return await safely(worker.execute(request), request)
