@@ -70,13 +70,15 @@ class HuggingFace:
         self.model.load_state_dict(state(keys, tensors), strict=True)
         self.model.to(device)
         if 'rope_freqs.weight' in tensors: self.model.model.rotary_emb.inv_freq /= torch.from_numpy(tensors['rope_freqs.weight']).to(device)
-        self.device, self.streams = device, []
+        self.device, self.streams, self.router_scores = device, [], []
         take = lambda x: self.streams.append((x[0] if isinstance(x, tuple) else x)[0].detach().float().cpu().numpy())
         self.model.model.embed_tokens.register_forward_hook(lambda m, a, out: self.streams.append(out[0].detach().float().cpu().numpy()))
-        for layer in self.model.model.layers: layer.register_forward_hook(lambda m, a, out: take(out))
+        for layer in self.model.model.layers:
+            layer.register_forward_hook(lambda m, a, out: take(out))
+            if router := getattr(layer.mlp, 'router', None): router.register_forward_hook(lambda m, a, out: self.router_scores.append((a[0].reshape(-1, a[0].shape[-1]) @ m.weight.T + m.bias).cpu().numpy()))
 
     @torch.no_grad()
     def run(self, ids):
-        self.streams.clear()
+        self.streams.clear(); self.router_scores.clear()
         logits = self.model(torch.tensor(np.asarray(ids)[None], device=self.device), use_cache=False).logits[0].float().cpu().numpy()
         return logits, np.stack(self.streams)

@@ -15,8 +15,7 @@ from orcd.sampling import SamplingParams
 HEADS = {'32': dict(head_dim=32, n_embd=128), '48': dict(head_dim=48, n_head=6, n_head_kv=3, n_embd=288), '64': dict(head_dim=64, n_embd=256),
          '96': dict(head_dim=96, n_head=4, n_head_kv=1, n_embd=384), '128': dict(head_dim=128, n_head=2, n_head_kv=2, n_embd=256)}
 LENGTHS = 1, 2, 7, 8, 9, 31, 33, 63, 64, 65, 127, 128, 129, 300
-# a row's error is its largest |difference| over the standard deviation of all. FP16 keys, values and activations may tip the router between two experts
-# that are equally good, so that a few rows of a mixture may be far off
+# The error of a row is its largest |difference| over the standard deviation of all. The CUDA engine keeps keys, values and the inputs of matrix products in FP16.
 LIMIT = dict(reference=2e-4, cuda=2e-2)
 GREEDY = SamplingParams(temperature=0.)
 
@@ -34,17 +33,19 @@ ENGINES = ['reference', pytest.param('cuda', marks=pytest.mark.gpu)]
 def row_errors(got, want): return abs(got - want).reshape(len(want), -1).max(1)/want.std()
 
 def close(kind, arch, got, want, what):
-    e = row_errors(got, want)
-    far = (e > LIMIT[kind]).mean()
+    "Every row within the limit, which is three times wider for gpt-oss in FP16: its clamps and sinks scatter more"
+    e, limit = row_errors(got, want), LIMIT[kind]*(3 if kind == 'cuda' and arch == 'gpt-oss' else 1)
     assert np.isfinite(got).all(), what
-    assert far <= (.03 if kind == 'cuda' and arch == 'gpt-oss' else 0), f'{what}: {far:.1%} of the rows are off, the worst by {e.max():.2g} standard deviations, at row {e.argmax()}'
+    assert e.max() <= limit, f'{what}: {(e > limit).mean():.1%} of the rows are off, the worst by {e.max():.2g} standard deviations, at row {e.argmax()}'
 
 
 @pytest.fixture
 def case(tmp_path):
     opened = []
     def make(kind, arch, **kw):
-        path = make_model(tmp_path/'m.gguf', arch, **dict(dict(types={'exps': 'MXFP4', '': 'Q8_0'}, n_layer=4, n_ff=256, n_ff_exp=128, n_expert=8, n_expert_used=4, n_vocab=320) | kw))
+        # where two experts are nearly equal, FP16 may take the other one: right, but far off. With all of them in use nothing is chosen; `test_router` tests the choice
+        used = 4 if kind == 'reference' else 8
+        path = make_model(tmp_path/'m.gguf', arch, **dict(dict(types={'exps': 'MXFP4', '': 'Q8_0'}, n_layer=4, n_ff=256, n_ff_exp=128, n_expert=8, n_expert_used=used, n_vocab=320) | kw))
         g = GGUF(path)
         opened.append(g)
         engine = open_engine(kind, g)
@@ -74,6 +75,18 @@ def test_variants(case, kind, kw):
     engine, hf = case(kind, **dict(HEADS['64'] | kw))
     ids = np.random.default_rng(1).integers(0, 320, 200)
     close(kind, kw['arch'], engine.logits(ids), hf.run(ids)[0], 'logits')
+
+
+@pytest.mark.parametrize('kind', ENGINES)
+def test_router(case, kind):
+    "Four of 32 experts. A position whose fourth and fifth score are apart must take the same experts as the oracle, and so get the same sum"
+    engine, hf = case(kind, 'gpt-oss', **HEADS['64'], n_layer=1, n_expert=32, n_expert_used=4)
+    ids = np.random.default_rng(4).integers(0, 320, 300)
+    want = hf.run(ids)[1][1]
+    scores = np.sort(hf.router_scores[0], axis=1)[:, ::-1]
+    clear = scores[:, 3] - scores[:, 4] > .03
+    assert clear.mean() > .7
+    close(kind, 'gpt-oss', engine.residuals(ids)[1][clear], want[clear], 'positions with a clear choice')
 
 
 @pytest.mark.parametrize('arch', ARCHES)
