@@ -6,7 +6,7 @@ import orcd as package
 from orcd.cli import FLAGS, complete_model, run
 from orcd.hub import MODELS, place, remote
 from test_api import write_model
-from worker_tools import ROOT, check, orcd
+from worker_tools import ROOT, check, orcd, soak
 
 DEMO = Path(package.__file__).parent / 'models' / 'haiku-qwen2-q4_k_m.gguf'
 needs_demo = pytest.mark.skipif(not DEMO.exists(), reason='the demo model is not in the package yet')
@@ -287,3 +287,13 @@ def test_haiku_through_the_worker():
     with orcd('serve', '--model', 'demo', '--device', 'reference', '--port', '0', wait=True) as w:
         events = w.execute(messages=[dict(role='user', content='Write a haiku about GPU computing')], temperature=0, max_tokens=80).all()
         assert ''.join(e['t'] for e in events[1:-1]).strip().count('\n') == 2 and events[-1]['stop_reason'] == 'EOS'
+
+
+def test_soak(path):
+    "60 mixed jobs on a real model: every stream well formed, memory flat, the same seed the same text to the last"
+    with orcd('serve', '--model', str(path), '--device', 'reference', '--port', '0', wait=True) as w:
+        seen = soak(w, 60, long='rain ' * 300)
+        texts, speeds, host, _ = zip(*seen)
+        assert len(set(texts)) == 1 and host[-1] < host[2] + 16 * 2**20, host
+        w.signal()
+        assert w.end() == 0

