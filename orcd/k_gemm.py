@@ -1,4 +1,4 @@
-"""A prompt is read in one go: tensor cores multiply half-precision activations with the integers of the blocks, and the block scales stay in FP32
+"""Tensor cores multiply half-precision activations with the integers of the blocks; the block scales stay in FP32
 
 Docs: https://orcd-dev.github.io/orcd/gemm.html.md"""
 
@@ -45,7 +45,7 @@ class HalfRows:
             setattr(self, name, buffer[at:at+size].view(dtype))
             at += -(-size//256) * 256
 
-# %% ../nbs/23_gemm.ipynb #01e613a5
+# %% ../nbs/23_gemm.ipynb #942a3e19
 def to_half(
     x,           # float32 (rows, n_in)
     h:HalfRows,  # written
@@ -53,13 +53,14 @@ def to_half(
 )->HalfRows:
     "Convert activations; `h` also remembers `x` itself for F32 and BF16 weights, so keep `x` unchanged until the products are done"
     ldx = stride('x', x, h.rows, h.n_in)
-    kernel('to_half', 'to_half')((h.rows,), (256,), (x, h.half, h.inv, h.sums, np.int32(h.n_in), np.int64(ldx), np.int32(h.ld)), stream=stream)
+    kernel('to_half', 'to_half')((h.rows,), (256,), (x, h.half, h.inv, h.sums, np.int32(h.n_in), np.int64(ldx), np.int32(h.ld)),
+        stream=stream)
     h.x, h.ldx = x, ldx
     return h
 
 PLAIN = (GGMLType.F32, GGMLType.BF16) # types whose weights do not fit into halves
 
-# %% ../nbs/23_gemm.ipynb #ccb929ac
+# %% ../nbs/23_gemm.ipynb #1628a24a
 def gemm(
     W:QTensor,     # (n_out, n_in), any type
     h:HalfRows,    # from `to_half`
@@ -70,11 +71,13 @@ def gemm(
 ):
     "out = x @ W.T (+ bias) (+ residual), FP32 accumulation, any number of rows"
     n_out, n_in = matrix(W)
-    if h.x is None or h.n_in != n_in: raise KernelError(f'{W.name or "weights"}: rows of {n_in}, activations of {h.n_in if h.x is not None else "nothing (call to_half first)"}')
+    if h.x is None: raise KernelError('activations are not converted yet: call to_half first')
+    if h.n_in != n_in: raise KernelError(f'{W.name or "weights"}: rows of {n_in}, activations of {h.n_in}')
     ldo = stride('out', out, h.rows, n_out)
     ldr = 0 if residual is None else stride('residual', residual, h.rows, n_out)
     args = (out, vector('bias', bias, n_out), residual, np.int32(h.rows), np.int32(n_out), np.int32(n_in))
     module, side, inputs, ldx = (('gemm_plain', 64, (h.x,), np.int64(h.ldx)) if W.type in PLAIN else
                                  ('gemm', 128, (h.half, h.inv, h.sums), np.int32(h.ld)))
-    kernel(module, f'gemm_{W.type.name.lower()}')((-(-h.rows//side), -(-n_out//64)), (256,), (W, *inputs, *args, ldx, np.int64(ldo), np.int64(ldr)), stream=stream)
+    grid = -(-h.rows//side), -(-n_out//64)
+    kernel(module, f'gemm_{W.type.name.lower()}')(grid, (256,), (W, *inputs, *args, ldx, np.int64(ldo), np.int64(ldr)), stream=stream)
     return out

@@ -16,7 +16,7 @@ from .nvrtc import QTensor, kernel
 # %% ../nbs/22_gemv.ipynb #5ecc14cc
 import numpy as np
 
-# %% ../nbs/22_gemv.ipynb #7bc92aa2
+# %% ../nbs/22_gemv.ipynb #5b05a8e7
 def stride(
     name:str,   # how the error calls it
     a,          # CuPy array (rows, n), or (n,) for one row
@@ -30,7 +30,8 @@ def stride(
     if shape != (rows, n): raise KernelError(f'{name} has shape {tuple(a.shape)}, expected {(rows, n)}')
     if n > 1 and a.strides[-1] != a.itemsize: raise KernelError(f'{name}: neighbouring columns must be neighbours in memory')
     if a.ndim == 1 or rows == 1: return n
-    if a.strides[0] < n * a.itemsize or a.strides[0] % a.itemsize: raise KernelError(f'{name}: rows overlap or are not whole elements apart')
+    if a.strides[0] < n * a.itemsize or a.strides[0] % a.itemsize:
+        raise KernelError(f'{name}: rows overlap or are not whole elements apart')
     return a.strides[0] // a.itemsize
 
 def vector(
@@ -44,7 +45,7 @@ def vector(
         raise KernelError(f'{name} is {a.dtype} {tuple(a.shape)}, expected {n} contiguous {np.dtype(dtype)}')
     return a
 
-# %% ../nbs/22_gemv.ipynb #fc70662b
+# %% ../nbs/22_gemv.ipynb #bb1c4d8a
 def n_rows(
     x, # CuPy array (rows, n) or (n,)
 )->int:
@@ -58,7 +59,8 @@ def matrix(
     "Check the weights of a product: dimensions, alignment. Returns their shape."
     if len(W.shape) != ndim or min(W.shape) < 1: raise KernelError(f'{W.name or "weights"}: shape {W.shape}, expected {ndim} dimensions')
     if W.ptr % 16: raise KernelError(f'{W.name or "weights"}: the first block must be 16-byte aligned')
-    if max(W.shape) > 4_000_000: raise KernelError(f'{W.name or "weights"}: {W.shape} is larger than a launch takes (4,000,000 a dimension)')
+    if max(W.shape) > 4_000_000:
+        raise KernelError(f'{W.name or "weights"}: {W.shape} is larger than a launch takes (4,000,000 a dimension)')
     return W.shape
 
 def is_wide(
@@ -68,7 +70,7 @@ def is_wide(
     "Whether every row of x starts at a multiple of 16 bytes, so that four elements are one load"
     return x.data.ptr % 16 == 0 and ld % 4 == 0
 
-# %% ../nbs/22_gemv.ipynb #f5188074
+# %% ../nbs/22_gemv.ipynb #31a3e544
 def gemv_shape(
     n_out:int, # rows of the matrix
     n_in:int,  # columns
@@ -94,8 +96,9 @@ def gemv(
     R, parts = gemv_shape(n_out, n_in)
     wide = is_wide(x, ldx)
     if not wide: R = 1
-    kernel('gemv', f'gemv_{W.type.name.lower()}_{R if wide else "any"}')((-(-n_out*parts//(8*R)), rows), (256,), (W, x, out, vector('bias', bias, n_out), residual,
-        np.int32(n_out), np.int32(n_in), np.int64(ldx), np.int64(ldo), np.int64(ldr), np.int32(parts)), stream=stream)
+    grid, name = (-(-n_out*parts//(8*R)), rows), f'gemv_{W.type.name.lower()}_{R if wide else "any"}'
+    kernel('gemv', name)(grid, (256,), (W, x, out, vector('bias', bias, n_out),
+        residual, np.int32(n_out), np.int32(n_in), np.int64(ldx), np.int64(ldo), np.int64(ldr), np.int32(parts)), stream=stream)
     return out
 
 # %% ../nbs/22_gemv.ipynb #e04bbf75

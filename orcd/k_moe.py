@@ -1,4 +1,4 @@
-"""A router picks 4 of 32 experts for every token: how the choice is made, how only the chosen experts are read, and how a prompt's tokens are grouped by expert
+"""A router picks 4 of 32 experts a token: how only those are read, and how a prompt is grouped by expert
 
 Docs: https://orcd-dev.github.io/orcd/moe.html.md"""
 
@@ -16,7 +16,7 @@ from .nvrtc import QTensor, kernel
 # %% ../nbs/25_moe.ipynb #5ecc14cc
 import numpy as np
 
-# %% ../nbs/25_moe.ipynb #4072cd36
+# %% ../nbs/25_moe.ipynb #23446cef
 def route(
     logits,      # float32 (T, n_expert), the router's output with its bias
     k:int,       # experts a token
@@ -28,9 +28,10 @@ def route(
     T, n = n_rows(logits), logits.shape[-1]
     if not 1 <= k <= min(n, 32) or n > 1024: raise KernelError(f'route takes 1 to 32 of at most 1024 experts, got {k} of {n}')
     ld = stride('logits', logits, T, n)
-    kernel('route', 'route')((T,), (32,), (logits, vector('ids', ids, T*k, np.int32), vector('weights', weights, T*k), np.int32(n), np.int32(k), np.int64(ld)), stream=stream)
+    args = logits, vector('ids', ids, T*k, np.int32), vector('weights', weights, T*k), np.int32(n), np.int32(k), np.int64(ld)
+    kernel('route', 'route')((T,), (32,), args, stream=stream)
 
-# %% ../nbs/25_moe.ipynb #876d22f7
+# %% ../nbs/25_moe.ipynb #54d0886a
 def expert_sum(
     y,             # float32 (T*k, n), a row per slot
     weights,       # float32 (T, k)
@@ -43,10 +44,11 @@ def expert_sum(
     if not 1 <= T <= 65535 or weights.size % T: raise KernelError(f'weights {tuple(weights.shape)} do not fit {T} tokens (1 to 65535)')
     k = weights.size // T
     strides = (stride('y', y, T*k, n), stride('out', out, T, n), 0 if residual is None else stride('residual', residual, T, n))
-    kernel('route', 'expert_sum')((-(-n//256), T), (256,), (y, vector('weights', weights, T*k), residual, out, np.int32(n), np.int32(k), *map(np.int64, strides)), stream=stream)
+    args = y, vector('weights', weights, T*k), residual, out, np.int32(n), np.int32(k), *map(np.int64, strides)
+    kernel('route', 'expert_sum')((-(-n//256), T), (256,), args, stream=stream)
     return out
 
-# %% ../nbs/25_moe.ipynb #f3e84838
+# %% ../nbs/25_moe.ipynb #5b62f0e0
 def _slots(ids, rows):
     "Slots, and how many of them share a row of x"
     if ids.size % rows: raise KernelError(f'{ids.size} slots cannot share {rows} rows of x evenly')
@@ -66,8 +68,10 @@ def expert_gemv(
     n, per = _slots(ids, rows)
     if n > 65535: raise KernelError(f'expert_gemv takes at most 65535 slots, got {n}')
     ldx, ldo = stride('x', x, rows, n_in), stride('out', out, n, n_out)
-    kernel('expert_gemv', f'expert_gemv_{W.type.name.lower()}' + ('' if is_wide(x, ldx) else '_any'))((-(-n_out//16), n), (256,), (W, x, vector('ids', ids, n, np.int32), out, vector('bias', bias, n_expert*n_out),
-        *map(np.int32, (n_expert, n_out, n_in, per)), np.int64(ldx), np.int64(ldo)), stream=stream)
+    args = (W, x, vector('ids', ids, n, np.int32), out, vector('bias', bias, n_expert*n_out),
+        *map(np.int32, (n_expert, n_out, n_in, per)), np.int64(ldx), np.int64(ldo))
+    name = f'expert_gemv_{W.type.name.lower()}' + ('' if is_wide(x, ldx) else '_any')
+    kernel('expert_gemv', name)((-(-n_out//16), n), (256,), args, stream=stream)
     return out
 
 # %% ../nbs/25_moe.ipynb #680d1c92
@@ -94,7 +98,7 @@ def group(
     groups.ids = ids
     return groups
 
-# %% ../nbs/25_moe.ipynb #402554ea
+# %% ../nbs/25_moe.ipynb #d01592dd
 def expert_gemm(
     W:QTensor,     # (n_expert, n_out, n_in), any type
     h:HalfRows,    # activations, T rows shared by their slots or T*k rows
@@ -105,11 +109,13 @@ def expert_gemm(
 ):
     "out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, on the tensor cores: for prompts"
     n_expert, n_out, n_in = matrix(W, 3)
-    if h.x is None or groups.ids is None or h.n_in != n_in or groups.n_expert != n_expert:
-        raise KernelError(f'{W.name or "experts"} {W.shape}: activations of {h.n_in}, groups of {groups.n_expert} experts (call to_half and group first)')
+    if h.x is None or groups.ids is None: raise KernelError('activations and slots are not ready: call to_half and group first')
+    if h.n_in != n_in or groups.n_expert != n_expert:
+        raise KernelError(f'{W.name or "experts"} {W.shape}: activations of {h.n_in}, groups of {groups.n_expert} experts')
     if W.type in PLAIN: return expert_gemv(W, h.x, groups.ids, out, bias, stream)
     n, per = _slots(groups.ids, h.rows)
     ldo, tiles = stride('out', out, n, n_out), n//128 + min(n, n_expert)
-    kernel('expert_gemm', f'expert_gemm_{W.type.name.lower()}')((tiles, -(-n_out//64)), (256,), (W, h.half, h.inv, h.sums, groups.offset, groups.slots, out,
-        vector('bias', bias, n_expert*n_out), *map(np.int32, (n_expert, n_out, n_in, per, h.ld)), np.int64(ldo)), stream=stream)
+    args = (W, h.half, h.inv, h.sums, groups.offset, groups.slots, out, vector('bias', bias, n_expert*n_out),
+        *map(np.int32, (n_expert, n_out, n_in, per, h.ld)), np.int64(ldo))
+    kernel('expert_gemm', f'expert_gemm_{W.type.name.lower()}')((tiles, -(-n_out//64)), (256,), args, stream=stream)
     return out

@@ -12,7 +12,9 @@ SHIM = r'''
 #define __device__
 #define __forceinline__ inline
 struct uint4 { uint32_t x, y, z, w; };
-static uint32_t __funnelshift_rc(uint32_t lo, uint32_t hi, uint32_t s) { return s > 31 ? hi : (uint32_t)((((uint64_t)hi << 32) | lo) >> s); }
+static uint32_t __funnelshift_rc(uint32_t lo, uint32_t hi, uint32_t s) {
+    return s > 31 ? hi : (uint32_t)((((uint64_t)hi << 32) | lo) >> s);
+}
 static float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
     uint64_t v = ((uint64_t)y << 32) | x; uint32_t r = 0;
@@ -39,8 +41,12 @@ CALLS = r'''
                 if (k < n) y[(long)r * n + k] = e.db * e.b[j] + e.mb; } } }
 EACH_TYPE(CALL)
 '''
-MUTATIONS = dict(nibbles=('__byte_perm(lo, hi, 0x6420), __byte_perm(lo, hi, 0x7531)', '__byte_perm(lo, hi, 0x7531), __byte_perm(lo, hi, 0x6420)'),
-    scale_at=('r.q.load(p + 1 + 4 * (u & 3))', 'r.q.load(p + 4 * (u & 3))'), table=('0x18141210', '0x18161210'), exponent=('(e - 1) << 23', 'e << 23'))
+MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
+    nibbles=('__byte_perm(lo, hi, 0x6420), __byte_perm(lo, hi, 0x7531)', '__byte_perm(lo, hi, 0x7531), __byte_perm(lo, hi, 0x6420)'),
+    scale_at=('r.q.load(p + 1 + 4 * (u & 3))', 'r.q.load(p + 4 * (u & 3))'),
+    table=('0x18141210', '0x18161210'),
+    exponent=('(e - 1) << 23', 'e << 23'))
+
 
 
 @pytest.fixture(scope='module')

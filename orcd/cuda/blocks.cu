@@ -24,7 +24,8 @@ template<> struct Four<2> {
     __device__ void load(const u8* p) { lo = *(const u16*)p; hi = *(const u16*)(p + 2); }
     __device__ u32 word() const { return lo | (u32)hi << 16; }
 };
-template<> struct Four<1> {     // the byte before is the block's too, so the two aligned words around all five hold nothing but bytes of the tensor's words
+// the byte before is the block's too, so the two aligned words around all five hold nothing but bytes of the tensor's words
+template<> struct Four<1> {
     u32 lo, hi, shift;
     __device__ void load(const u8* p) {
         u32 odd = (u32)(u64)(p - 1) & 3;
@@ -33,7 +34,9 @@ template<> struct Four<1> {     // the byte before is the block's too, so the tw
     __device__ u32 word() const { return __funnelshift_rc(lo, hi, shift); }
 };
 // byte i of v as a float minus bias: 0x4B0000xx is the float 2^23 + xx, so one subtraction converts exactly
-__device__ __forceinline__ float byte_float(u32 v, int i, int bias) { return __uint_as_float(__byte_perm(v, 0x4B000000, 0x7540 + i)) - (8388608.f + bias); }
+__device__ __forceinline__ float byte_float(u32 v, int i, int bias) {
+    return __uint_as_float(__byte_perm(v, 0x4B000000, 0x7540 + i)) - (8388608.f + bias);
+}
 __device__ __forceinline__ u32 low_nibbles(u32 v) { return v & 0x0F0F0F0F; }
 __device__ __forceinline__ u32 high_nibbles(u32 v) { return (v >> 4) & 0x0F0F0F0F; }
 // bits 0..3 of x to bit 4 of bytes 0..3
@@ -44,7 +47,9 @@ template<int T> struct Type;
 
 // ---- blocks of 32: octet u is block u/4 of the span; its a are elements 4(u%4)…+3, its b those 16 further on
 struct Of32 { enum { block = 32, delta = 16, group = 32 }; };
-template<int BYTES> __device__ __forceinline__ const u8* block32(const u8* row, int span, int u) { return row + (2 * span + u / 4) * BYTES; }
+template<int BYTES> __device__ __forceinline__ const u8* block32(const u8* row, int span, int u) {
+    return row + (2 * span + u / 4) * BYTES;
+}
 
 template<> struct Type<Q4_0> : Of32 {
     enum { bytes = 18, bias = 8, mins = 0 };
@@ -181,15 +186,25 @@ template<> struct Type<Q6_K> : Of256 {      // a span is one nibble (low, high) 
     __device__ static Octet octet(const Raw& r, int span, int u) {
         int s = 4 * (span & 1);
         u32 h = r.h.word() >> s; float d = half_bits(r.d);
-        return {low_nibbles(r.a.word() >> s) | (h & 0x03030303) << 4, low_nibbles(r.b.word() >> s) | (h & 0x0C0C0C0C) << 2, __fmul_rn(d, r.sa), __fmul_rn(d, r.sb), 0, 0};
+        return {low_nibbles(r.a.word() >> s) | (h & 0x03030303) << 4, low_nibbles(r.b.word() >> s) | (h & 0x0C0C0C0C) << 2,
+            __fmul_rn(d, r.sa), __fmul_rn(d, r.sb), 0, 0};
     }
 };
 
 // ---- plain numbers: no bytes, no scales; a row may have any length
 struct Plain { enum { block = 1, delta = 32, bias = 0, mins = 0, group = 32 }; };
-template<> struct Type<F32> : Plain { enum { bytes = 4 }; __device__ static float at(const u8* row, int i) { return ((const float*)row)[i]; } };
-template<> struct Type<F16> : Plain { enum { bytes = 2 }; __device__ static float at(const u8* row, int i) { return half_at(row + 2 * i); } };
-template<> struct Type<BF16> : Plain { enum { bytes = 2 }; __device__ static float at(const u8* row, int i) { return __uint_as_float((u32)((const u16*)row)[i] << 16); } };
+template<> struct Type<F32> : Plain {
+    enum { bytes = 4 };
+    __device__ static float at(const u8* row, int i) { return ((const float*)row)[i]; }
+};
+template<> struct Type<F16> : Plain {
+    enum { bytes = 2 };
+    __device__ static float at(const u8* row, int i) { return half_at(row + 2 * i); }
+};
+template<> struct Type<BF16> : Plain {
+    enum { bytes = 2 };
+    __device__ static float at(const u8* row, int i) { return __uint_as_float((u32)((const u16*)row)[i] << 16); }
+};
 
 template<int T> __device__ constexpr bool is_plain() { return Type<T>::block == 1; }
 
@@ -215,16 +230,25 @@ template<int T> struct UnpackPlain {
     __device__ __forceinline__ void load(const u8* row, int span, int u, int n) {
         int i = 64 * span + 4 * u;
 #pragma unroll
-        for (int j = 0; j < 4; j++) { a[j] = i + j < n ? Type<T>::at(row, i + j) : 0; b[j] = i + 32 + j < n ? Type<T>::at(row, i + 32 + j) : 0; }
+        for (int j = 0; j < 4; j++) {
+            a[j] = i + j < n ? Type<T>::at(row, i + j) : 0;
+            b[j] = i + 32 + j < n ? Type<T>::at(row, i + 32 + j) : 0;
+        }
     }
-    __device__ __forceinline__ Eight eight(int span, int u) const { return {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, 1, 1, 0, 0}; }
+    __device__ __forceinline__ Eight eight(int span, int u) const {
+        return {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, 1, 1, 0, 0};
+    }
 };
 template<> struct Unpack<F32> : UnpackPlain<F32> {};
 template<> struct Unpack<F16> : UnpackPlain<F16> {};
 template<> struct Unpack<BF16> : UnpackPlain<BF16> {};
 
 // Both steps at once. The octet must start before n, the row's length.
-template<int T> __device__ __forceinline__ Eight eight(const u8* row, int span, int u, int n) { Unpack<T> w; w.load(row, span, u, n); return w.eight(span, u); }
+template<int T> __device__ __forceinline__ Eight eight(const u8* row, int span, int u, int n) {
+    Unpack<T> w;
+    w.load(row, span, u, n);
+    return w.eight(span, u);
+}
 
 // Element i of a row, rounded as the reference rounds it (product, then sum)
 template<int T> __device__ __forceinline__ float dequant_one(const u8* row, int i) {
@@ -243,6 +267,7 @@ template<int T> __device__ __forceinline__ float dequant_one(const u8* row, int 
 template<int T> __device__ __forceinline__ long long row_bytes(int n) { return (long long)(n / Type<T>::block) * Type<T>::bytes; }
 
 // F(lower-case name, type) for every type: one kernel per type is made with it
-#define EACH_QUANT(F) F(q4_0, Q4_0) F(q4_1, Q4_1) F(q5_0, Q5_0) F(q5_1, Q5_1) F(q8_0, Q8_0) F(q4_k, Q4_K) F(q5_k, Q5_K) F(q6_k, Q6_K) F(mxfp4, MXFP4)
+#define EACH_QUANT(F) F(q4_0, Q4_0) F(q4_1, Q4_1) F(q5_0, Q5_0) F(q5_1, Q5_1) F(q8_0, Q8_0) F(mxfp4, MXFP4) \
+    F(q4_k, Q4_K) F(q5_k, Q5_K) F(q6_k, Q6_K)
 #define EACH_TYPE(F) F(f32, F32) F(f16, F16) F(bf16, BF16) EACH_QUANT(F)
 #endif

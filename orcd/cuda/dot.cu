@@ -16,10 +16,12 @@ template<int T, bool WIDE> __device__ __forceinline__ float4 load_x(const float*
     return {x[i], x[i + 1], x[i + 2], x[i + 3]};
 }
 
-// sum[r] = row[r] . x over this lane's octets. One step of a warp covers 256 weights; the loads of U steps are issued before the first is used.
+// sum[r] = row[r] . x over this lane's octets. One step of a warp covers 256 weights; the loads of U steps are issued before the first is
+// used.
 // A lane beyond the row's end reads the row's start again and multiplies it by zero: no branch stands between the loads.
 // With several warps a row, `part` of `parts` takes every parts-th group of U steps.
-template<int T, int R, int U, bool WIDE> __device__ __forceinline__ void dot_rows(const u8* const (&row)[R], const float* x, int n, int part, int parts, float (&sum)[R]) {
+template<int T, int R, int U, bool WIDE>
+__device__ __forceinline__ void dot_rows(const u8* const (&row)[R], const float* x, int n, int part, int parts, float (&sum)[R]) {
     const int lane = threadIdx.x & 31, u = lane & 7;
 #pragma unroll
     for (int r = 0; r < R; r++) sum[r] = 0;

@@ -1,7 +1,8 @@
 #include "tile.cu"
 
 // The grid has room for the worst case, (slots/128 + experts) tiles; a block finds its expert by walking the offsets, surplus blocks leave.
-template<int T> __device__ __forceinline__ void expert_gemm(Shared& s, const u8* w, const u16* x, const float* xinv, const float* xsum, const int* offset,
+template<int T>
+__device__ __forceinline__ void expert_gemm(Shared& s, const u8* w, const u16* x, const float* xinv, const float* xsum, const int* offset,
     const int* slots, float* out, const float* bias, int n_expert, int n_out, int n_in, int per, int ldx, long long ldo) {
     int e = 0, tile_at = blockIdx.x, o = blockIdx.y * BN;
     for (; e < n_expert; e++) {
@@ -18,8 +19,9 @@ template<int T> __device__ __forceinline__ void expert_gemm(Shared& s, const u8*
     tile<T>(s, w + ((long long)e * n_out + o) * row_bytes<T>(n_in), n_out - o, x, xinv, xsum, ldx, n_in, out + o, ldo,
         bias ? bias + (long long)e * n_out + o : nullptr, nullptr, 0);
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256, 2) expert_gemm_##name(const u8* w, const u16* x, const float* xinv, const float* xsum, \
-    const int* offset, const int* slots, float* out, const float* bias, int n_expert, int n_out, int n_in, int per, int ldx, long long ldo) { \
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256, 2) expert_gemm_##name(const u8* w, const u16* x, \
+    const float* xinv, const float* xsum, const int* offset, const int* slots, float* out, const float* bias, \
+    int n_expert, int n_out, int n_in, int per, int ldx, long long ldo) { \
     __shared__ __align__(16) Shared s; \
     expert_gemm<T>(s, w, x, xinv, xsum, offset, slots, out, bias, n_expert, n_out, n_in, per, ldx, ldo); }
 KERNEL(f16, F16)

@@ -36,8 +36,8 @@ template<int T> __device__ __forceinline__ void plain(const u8* w, const float* 
             out[t * ldo + o] = y;
         }
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) gemm_##name(const u8* w, const float* x, float* out, const float* bias, \
-    const float* residual, int n_rows, int n_out, int n_in, long long ldx, long long ldo, long long ldr) { \
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) gemm_##name(const u8* w, const float* x, float* out, \
+    const float* bias, const float* residual, int n_rows, int n_out, int n_in, long long ldx, long long ldo, long long ldr) { \
     plain<T>(w, x, out, bias, residual, n_rows, n_out, n_in, ldx, ldo, ldr); }
 KERNEL(f32, F32)
 KERNEL(bf16, BF16)

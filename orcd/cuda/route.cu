@@ -27,8 +27,8 @@ extern "C" __global__ void __launch_bounds__(32) route(const float* logits, int*
 }
 
 // out[t] = sum over rank r of weights[t][r] * y[t k + r] (+ residual[t]), in rank order
-extern "C" __global__ void __launch_bounds__(256) expert_sum(const float* y, const float* weights, const float* residual, float* out, int n, int k,
-    long long ldy, long long ldo, long long ldr) {
+extern "C" __global__ void __launch_bounds__(256) expert_sum(const float* y, const float* weights, const float* residual, float* out,
+    int n, int k, long long ldy, long long ldo, long long ldr) {
     int i = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
     if (i >= n) return;
     float sum = 0;
@@ -48,7 +48,11 @@ extern "C" __global__ void __launch_bounds__(1024) group_slots(const int* ids, i
         if (lane == 0) count[e] = c;
     }
     __syncthreads();
-    if (threadIdx.x == 0) { int at = 0; for (int e = 0; e <= n_expert; e++) { int c = e < n_expert ? count[e] : 0; offset[e] = count[e] = at; at += c; } }
+    if (threadIdx.x == 0) for (int e = 0, at = 0; e <= n_expert; e++) {
+        int c = e < n_expert ? count[e] : 0;
+        offset[e] = count[e] = at;
+        at += c;
+    }
     __syncthreads();
     for (int e = warp; e < n_expert; e += 32) {
         int at = count[e];

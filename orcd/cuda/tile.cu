@@ -24,7 +24,8 @@ __device__ __forceinline__ void copies_done() {
 
 // Four 8x8 matrices of halves, one register of each per lane
 __device__ __forceinline__ void ldmatrix(u32 (&r)[4], const u16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
 }
 // c (16x8, float) += a (16x16, half) * b (16x8, half)
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -59,7 +60,8 @@ template<int T> struct Fetch {
         constexpr int B = Type<T>::bias;
         if (!there) return {{0, 0, 0, 0}, 0, 0, 0, 0};
         Octet o = Type<T>::octet(raw, span, u);
-        return {{byte_halves<B>(o.a, 0x4140), byte_halves<B>(o.a, 0x4342), byte_halves<B>(o.b, 0x4140), byte_halves<B>(o.b, 0x4342)}, o.da, o.db, o.ma, o.mb};
+        return {{byte_halves<B>(o.a, 0x4140), byte_halves<B>(o.a, 0x4342), byte_halves<B>(o.b, 0x4140), byte_halves<B>(o.b, 0x4342)},
+            o.da, o.db, o.ma, o.mb};
     }
 };
 template<> struct Fetch<F16> {      // are halves already
@@ -82,10 +84,13 @@ struct Shared {
     int xrow[BM], yrow[BM];         // rows of x and out that this tile's rows stand for, -1: none
 };
 
-// x: halves (ldx a row), xinv: 1/scale of each row, xsum: sums of 32 halves (ldx/32 a row). w: first row of W of this tile, rows: how many are left.
-// The scale of a block multiplies the accumulators of that block in FP32; integers times halves are summed exactly as the tensor core sums them.
-template<int T> __device__ __forceinline__ void tile(Shared& s, const u8* w, int rows, const u16* x, const float* xinv, const float* xsum, int ldx, int n_in,
-    float* out, long long ldo, const float* bias, const float* residual, long long ldr) {
+// x: halves (ldx a row), xinv: 1/scale of each row, xsum: sums of 32 halves (ldx/32 a row). w: first row of W of this tile, rows: how
+// many are left.
+// The scale of a block multiplies the accumulators of that block in FP32; integers times halves are summed exactly as the tensor core
+// sums them.
+template<int T>
+__device__ __forceinline__ void tile(Shared& s, const u8* w, int rows, const u16* x, const float* xinv, const float* xsum,
+    int ldx, int n_in, float* out, long long ldo, const float* bias, const float* residual, long long ldr) {
     constexpr int GROUP = Type<T>::group;
     const long long w_row = row_bytes<T>(n_in);
     const int tid = threadIdx.x, lane = tid & 31, wm = tid / 32 / 2 * 32, wn = tid / 32 % 2 * 32, spans = (n_in + BK - 1) / BK;

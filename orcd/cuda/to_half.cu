@@ -2,7 +2,8 @@
 
 // Row t of x to halves times a power of two that puts the largest magnitude into [2^13, 2^14), so that nothing overflows and
 // little underflows. inv[t] is the inverse. sums: sums of 32 halves each. Halves from n to ld are zero. One block a row.
-extern "C" __global__ void __launch_bounds__(256) to_half(const float* x, u16* half, float* inv, float* sums, int n, long long ldx, int ld) {
+extern "C" __global__ void __launch_bounds__(256) to_half(const float* x, u16* half, float* inv, float* sums,
+    int n, long long ldx, int ld) {
     __shared__ float top[8];
     int t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     x += t * ldx;

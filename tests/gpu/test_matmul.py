@@ -145,7 +145,7 @@ def test_large_and_small_activations(cp, t):
 # ---- MXFP4
 
 def mxfp4_rows(e, n_out=48, n_in=320):
-    "Every code (8 is negative zero in the OCP table, zero here) with one scale exponent; codes up to 4.0 for the largest, which would overflow"
+    "Every code (8: negative zero in the OCP table, zero here) with one exponent; the small codes for the largest, which would overflow"
     rng = np.random.default_rng()
     b = rng.integers(0, 256, (n_out, n_in // 32, 17), dtype=np.uint8)
     if e > 252: b &= 0xBB
@@ -199,7 +199,8 @@ def mxfp4_errors(cp, mutation=None):
     out, errors = cp.full((2, rows, n_out), np.nan, cp.float32), []
     for i, (name, function) in enumerate((('gemv', 'gemv_mxfp4_1'), ('gemm', 'gemm_mxfp4'))):
         source = inlined(name)
-        source = source.replace('EACH_TYPE(KERNELS)', 'KERNELS(mxfp4, MXFP4)').replace('EACH_QUANT(KERNEL)\n', 'KERNEL(mxfp4, MXFP4)\n').replace('KERNEL(f16, F16)\n', '')
+        for all_types, one in (('EACH_TYPE(KERNELS)', 'KERNELS(mxfp4, MXFP4)'), ('KERNEL(f16, F16)\nEACH_QUANT(KERNEL)', 'KERNEL(mxfp4, MXFP4)')):
+            source = source.replace(all_types, one)
         if mutation:
             old, new = MUTATIONS[mutation]
             assert source.count(old) == 1, f'{mutation}: the source has changed'
@@ -208,7 +209,7 @@ def mxfp4_errors(cp, mutation=None):
         m.load(compile_text(name, source, device_arch()).cubin)
         l, s = np.int64, np.int32
         common = (out[i], np.uintp(0), np.uintp(0))
-        if name == 'gemv': grid, args = (n_out // 8, rows), (W, xd, *common, s(n_out), s(n_in), l(n_in), l(n_out), l(0), s(1))    # one warp a row
+        if name == 'gemv': grid, args = (n_out // 8, rows), (W, xd, *common, s(n_out), s(n_in), l(n_in), l(n_out), l(0), s(1))
         else: grid, args = (1, 2), (W, h.half, h.inv, h.sums, *common, s(rows), s(n_out), s(n_in), s(h.ld), l(n_out), l(0))
         m.get_function(function)(grid, (256,), args)
         errors.append(by_norm(out[i].get(), y))
@@ -231,9 +232,11 @@ def test_refused(cp):
     blocks, x, bias, _ = inputs(GGMLType.Q8_0, 2, 32, 64)
     W, x, out = QTensor.upload(blocks, GGMLType.Q8_0, (32, 64)), cp.asarray(x), cp.empty((2, 32), cp.float32)
     z = lambda *s, d=cp.float32: cp.zeros(s, d)
-    for call in (lambda: gemv(W, z(2, 63), out), lambda: gemv(W, z(2, 64, d=cp.float64), out), lambda: gemv(W, x, z(3, 32)), lambda: gemv(W, x, out, z(31)),
-                 lambda: gemv(W, x, out, None, z(2, 31)), lambda: gemv(W, z(2, 128)[:, ::2], out), lambda: gemv(W, z(64, 2).T, out),
-                 lambda: HalfRows(z(100, d=cp.uint8), 2, 64), lambda: gemm(W, HalfRows(z(5000, d=cp.uint8), 2, 64), out),
-                 lambda: gemm(W, to_half(z(2, 96), HalfRows(z(5000, d=cp.uint8), 2, 96)), out), lambda: gemv(QTensor.upload(blocks, GGMLType.Q8_0, (2, 16, 64)), x, out)):
+    calls = [lambda: gemv(W, z(2, 63), out), lambda: gemv(W, z(2, 64, d=cp.float64), out), lambda: gemv(W, x, z(3, 32)),
+        lambda: gemv(W, x, out, z(31)), lambda: gemv(W, x, out, None, z(2, 31)), lambda: gemv(W, z(2, 128)[:, ::2], out),
+        lambda: gemv(W, z(64, 2).T, out), lambda: gemv(QTensor.upload(blocks, GGMLType.Q8_0, (2, 16, 64)), x, out),
+        lambda: HalfRows(z(100, d=cp.uint8), 2, 64), lambda: gemm(W, HalfRows(z(5000, d=cp.uint8), 2, 64), out),
+        lambda: gemm(W, to_half(z(2, 96), HalfRows(z(5000, d=cp.uint8), 2, 96)), out)]
+    for call in calls:
         with pytest.raises(KernelError): call()
     assert half_bytes(1, 32) == half_bytes(1, 64)
