@@ -6,7 +6,7 @@ Docs: https://orcd-dev.github.io/orcd/engine.html.md"""
 
 # %% auto #0
 __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'RING', 'DEPTH', 'Plan', 'dry_run', 'workspace', 'workspace_bytes', 'largest',
-           'plan', 'cuda_errors', 'CudaEngine']
+           'plan', 'cuda_errors', 'kernel_files', 'CudaEngine']
 
 # %% ../nbs/32_engine.ipynb #83bd849a
 from collections import namedtuple
@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import patch
 
-# %% ../nbs/32_engine.ipynb #f4c245be
-from . import arch as architectures, k_attention, k_elementwise, k_gemv, k_sampler, loader, nvrtc
+# %% ../nbs/32_engine.ipynb #040ec678
+from . import arch as architectures, k_attention, k_elementwise, k_gemm, k_gemv, k_sampler, loader, nvrtc
 from .blocks import GGMLType
 from .errors import Cancelled, CUDAError, InsufficientVRAM, OrcdError, OutOfVRAM, RequestError
 from .ops import CudaOps, cache_bytes, cache_shape
@@ -138,7 +138,14 @@ def cuda_errors(what):
         except Exception: sticky = True
         raise CUDAError(f'{what}: {e}', sticky=sticky) from e
 
-# %% ../nbs/32_engine.ipynb #3b6e37c1
+# %% ../nbs/32_engine.ipynb #acec397a
+def kernel_files(config, g):
+    "The `.cu` files that a model's kernels come from"
+    plain = any(t.type in k_gemm.PLAIN and len(t.shape) > 1 for t in g.tensors.values())
+    return ['state', 'elementwise', 'embed', 'gemv', 'gemm', 'to_half', 'sampler', f'attention_{config.head_dim}', *(['gemm_plain'] if plain else []),
+        *(['route', 'expert_gemv', 'expert_gemm'] if config.n_expert else [])]
+
+# %% ../nbs/32_engine.ipynb #40ffedb8
 DEPTH = 3 # decode steps that are queued ahead of the token being read
 
 class CudaEngine:
@@ -163,8 +170,10 @@ class CudaEngine:
                 self.n_ctx, self.n_kv, self.n_valid, self.length = self.plan.n_ctx, self.plan.n_kv, self.config.n_vocab, 0
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
+                code = nvrtc.compile_all(kernel_files(self.config, g), nvrtc.device_arch(device))
                 loader.load(g.fileno(), self._allocate(g), device, chunk_bytes, progress=progress)
                 g.check_unchanged()
+                for c in code: c.result()
                 self._prepare(g)
         except BaseException: self.close(); raise
 

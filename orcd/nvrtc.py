@@ -6,10 +6,11 @@ Docs: https://orcd-dev.github.io/orcd/nvrtc.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIONS', 'read_source', 'with_includes', 'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'cubin',
-           'device_arch', 'Kernel', 'kernel', 'QTensor']
+           'device_arch', 'Kernel', 'kernel', 'compile_all', 'QTensor']
 
-# %% ../nbs/20_nvrtc.ipynb #424483ad
+# %% ../nbs/20_nvrtc.ipynb #59e5ad29
 import hashlib, os, re, tempfile, threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -110,7 +111,7 @@ def compile_text(
     finally: nvrtc.nvrtcDestroyProgram(prog)
     return Compiled(name, arch, bytes(cubin), log, parse_resources(log))
 
-# %% ../nbs/20_nvrtc.ipynb #179fd9c9
+# %% ../nbs/20_nvrtc.ipynb #a7f19ee9
 def cache_dir():
     "Where machine code is kept"
     return Path(os.environ.get('ORCD_CACHE_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'orcd')/'kernels'
@@ -128,6 +129,7 @@ def _store(path, data):
         os.replace(tmp, path)
     except OSError: pass
 
+@lru_cache(None)
 def cubin(
     name:str,         # a cell's name
     arch:str,         # e.g. sm_90
@@ -197,6 +199,17 @@ def kernel(
         import cupy
         device = cupy.cuda.runtime.getDevice()
     return _kernel(module, name, device, defines)
+
+# %% ../nbs/20_nvrtc.ipynb #5f45c0da
+def compile_all(
+    names,      # cells' names
+    arch:str,   # e.g. sm_90
+):              # a list of futures
+    "Fill the cache with the machine code of several files, each in a thread of its own (NVRTC works without Python's lock)"
+    pool = ThreadPoolExecutor(len(names), 'orcd-nvrtc')
+    jobs = [pool.submit(cubin, n, arch) for n in names]
+    pool.shutdown(wait=False)
+    return jobs
 
 # %% ../nbs/20_nvrtc.ipynb #f8212ff3
 @dataclass(frozen=True, eq=False)
