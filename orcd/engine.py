@@ -125,16 +125,15 @@ def plan(
     raise InsufficientVRAM(f'{config.name or config.arch} needs {mib(p.total)} of VRAM (weights {mib(p.weights)}, KV cache for {p.n_kv} tokens {mib(p.kv_cache)}, '
         f'workspace {mib(p.workspace)}, kernels {mib(CODE)}), {mib(free)} are free: {hint}', required_bytes=p.total, available_bytes=free, max_context=best)
 
-# %% ../nbs/32_engine.ipynb #c2f940b8
+# %% ../nbs/32_engine.ipynb #a1833ea1
 @contextmanager
 def cuda_errors(what):
     "Turn CUDA's errors into ours. Out of memory can be survived; after any other the context may be lost, which a second call finds out."
-    from cupy.cuda.driver import CUDADriverError
-    from cupy.cuda.runtime import CUDARuntimeError, deviceSynchronize
+    from cupy.cuda import driver, runtime
     try: yield
-    except (CUDARuntimeError, CUDADriverError) as e:
+    except (runtime.CUDARuntimeError, driver.CUDADriverError) as e:
         if e.status == OUT_OF_MEMORY: raise OutOfVRAM(f'{what}: {e}') from e
-        try: deviceSynchronize(); sticky = False
+        try: runtime.deviceSynchronize(); sticky = False
         except Exception: sticky = True
         raise CUDAError(f'{what}: {e}', sticky=sticky) from e
 
