@@ -9,8 +9,8 @@ __all__ = ['FLAGS', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature'
            'ENGINES', 'whole', 'auto', 'choice', 'text', 'device', 'seconds', 'url', 'yes', 'Flag', 'settle',
            'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path', 'complete_model', 'from_flags',
            'worker_settings', 'serve', 'open_model', 'stream', 'has_chat', 'generate', 'summary', 'chat', 'by_type',
-           'mib', 'info', 'bench', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks', 'doctor', 'run', 'main',
-           'worker_main']
+           'mib', 'info', 'bench', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks', 'doctor',
+           'run', 'main', 'worker_main']
 
 # %% ../nbs/44_cli.ipynb #ca78b11e
 import inspect, os, signal, sys, time
@@ -24,13 +24,14 @@ import typer
 from . import __version__
 from .errors import OrcdError, UsageError
 
-# %% ../nbs/44_cli.ipynb #3cc2ad70
+# %% ../nbs/44_cli.ipynb #63923d7a
 def whole(lo, hi=None):
     "Parser of whole numbers from `lo` to `hi`"
     what = f'a whole number from {lo} to {hi}' if hi is not None else f'a whole number, at least {lo}'
     def parse(text):
-        if not (text.isascii() and text.isdigit() and len(text) < 20) or int(text) < lo or (hi is not None and int(text) > hi): raise ValueError(what)
-        return int(text)
+        n = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+        if n < lo or (hi is not None and n > hi): raise ValueError(what)
+        return n
     return parse
 
 def auto(parser):
@@ -102,7 +103,7 @@ FLAGS = [
     Flag('insecure', yes, False, 'listen on a public address without a token'),
     Flag('log-format', choice('auto', 'json', 'pretty'), 'auto', 'auto: pretty on a terminal, else json')]
 
-# %% ../nbs/44_cli.ipynb #5fe70ed0
+# %% ../nbs/44_cli.ipynb #fdc3d292
 def _first(name, given, env, ini):
     "(text, where it was found) of one setting; None when nobody set it"
     names = ('gpu-device', 'device') if name == 'gpu-device' else (name,)
@@ -120,7 +121,8 @@ def settle(
 )->dict:        # name with underscores -> value
     "One value for every setting; `UsageError` names the flag"
     unknown = set(ini) - {f.name for f in FLAGS} - {'device'}
-    if unknown: raise UsageError(f"--settings: unknown name {sorted(unknown)[0]!r} in the section [worker]; known: {', '.join(f.name for f in FLAGS)}")
+    known = ', '.join(f.name for f in FLAGS)
+    if unknown: raise UsageError(f'--settings: unknown name {sorted(unknown)[0]!r} in the section [worker]; known: {known}')
     out = {}
     for f in FLAGS:
         found = _first(f.name, given, env, ini)
@@ -141,7 +143,7 @@ def read_settings(
     except (OSError, Error, UnicodeDecodeError) as e: raise UsageError(f"--settings: {str(e).splitlines()[0]}") from None
     return {k: v for k, v in ini['worker'].items() if k not in ini.defaults()} if 'worker' in ini else {}
 
-# %% ../nbs/44_cli.ipynb #6b5db6fc
+# %% ../nbs/44_cli.ipynb #d7a78bf6
 def is_loopback(
     host:str, # address or name
 )->bool:
@@ -155,8 +157,10 @@ def read_token(
 )->str:
     "The token in a file: one line of printable ASCII"
     try: t = Path(path).read_text('ascii').strip()
-    except (OSError, UnicodeDecodeError) as e: raise UsageError(f'--token-file: {getattr(e, "strerror", None) or "not ASCII"}: {path}') from None
-    if not t or not t.isprintable() or ' ' in t: raise UsageError(f'--token-file: {path} must hold one line of printable ASCII without spaces')
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f'--token-file: {getattr(e, "strerror", None) or "not ASCII"}: {path}') from None
+    if not t or not t.isprintable() or ' ' in t:
+        raise UsageError(f'--token-file: {path} must hold one line of printable ASCII without spaces')
     return t
 
 def guard(
@@ -188,7 +192,7 @@ def complete_model(incomplete:str):
     at = incomplete[:len(incomplete) - len(start)]
     return names + [f'{at}{p.name}{"/" if p.is_dir() else ""}' for p in files]
 
-# %% ../nbs/44_cli.ipynb #d879bf60
+# %% ../nbs/44_cli.ipynb #15147d8d
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help='An LLM inference worker for one NVIDIA GPU.', context_settings=dict(help_option_names=['-h', '--help']))
 
@@ -199,18 +203,19 @@ def _option(f):
     extra = dict(autocompletion=complete_model) if f.name == 'model' else {}
     if kind is str: extra['metavar'] = f.name.split('-')[-1].upper()
     o = typer.Option(*names, help=f.help + shown, show_default=False, **extra)
-    return inspect.Parameter(f.name.replace('-', '_'), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[kind], o])
+    return inspect.Parameter(f.name.replace('-', '_'), inspect.Parameter.KEYWORD_ONLY, default=None,
+        annotation=Annotated[Optional[kind], o])
 
 def from_flags(command):
     "Give a function the options of `FLAGS`"
     path = inspect.Parameter('settings', inspect.Parameter.KEYWORD_ONLY, default=None,
-        annotation=Annotated[Optional[str], typer.Option('--settings', help='settings file [./settings.ini when it is there]', metavar='PATH')])
+        annotation=Annotated[Optional[str], typer.Option('--settings', metavar='PATH', help='settings file [./settings.ini if there]')])
     parameters = [*map(_option, FLAGS), path]
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
-# %% ../nbs/44_cli.ipynb #2a720d49
+# %% ../nbs/44_cli.ipynb #952fb786
 def worker_settings(
     given:dict,         # flag -> text
     settings:str=None,  # --settings
@@ -232,14 +237,16 @@ def serve(settings=None, **given):
     s = worker_settings({k.replace('_', '-'): None if v is None else str(v) for k, v in given.items()}, settings)
     from dataclasses import replace
     from orcd.worker import load_model, serve as run
-    def load(s, progress): return load_model(replace(s, model=str(model_path(s.model))), progress)   # a missing file is an error of the start: in the log
+    def load(s, progress):                                  # here, so that a missing file is an error of the start, in the log
+        return load_model(replace(s, model=str(model_path(s.model))), progress)
     try: file = model_path(s.model)
     except OrcdError: file = Path(s.model)
     raise typer.Exit(run(replace(s, model_ref=s.model_ref or file.name), load))
 
-# %% ../nbs/44_cli.ipynb #d125ae6d
+# %% ../nbs/44_cli.ipynb #cb6a84a8
 Model = Annotated[str, typer.Argument(help='a GGUF file, a pulled name or demo', autocompletion=complete_model)]
-Device = Annotated[str, typer.Option('--device', '--gpu-device', metavar='DEVICE', help='index of the GPU, or reference (NumPy on the CPU)')]
+Device = Annotated[str, typer.Option('--device', '--gpu-device', metavar='DEVICE',
+    help='index of the GPU, or reference (NumPy on the CPU)')]
 Context = Annotated[Optional[int], typer.Option('--context-length', metavar='N', min=1, help='tokens of prompt and answer together')]
 Tokens = Annotated[int, typer.Option('--max-tokens', '-n', metavar='N', help='at most so many tokens')]
 Temperature = Annotated[float, typer.Option('--temperature', '-t', metavar='T', help='0: always the likeliest token')]
@@ -254,27 +261,29 @@ def open_model(name, device_text, context=None):
     try: d = device(device_text)
     except ValueError as e: raise UsageError(f'--device: {device_text!r} is not {e}') from None
     from orcd.generation import load
-    return load(str(model_path(name)), device='reference' if d == 'reference' else f'cuda:{d}', context_length=context, progress=sys.stderr.isatty())
+    d = d if d == 'reference' else f'cuda:{d}'
+    return load(str(model_path(name)), device=d, context_length=context, progress=sys.stderr.isatty())
 
 def stream(out):
     "Print a generation as it comes; returns its text"
     for token in out: print(token.text, end='', flush=True)
     return out.text
 
-# %% ../nbs/44_cli.ipynb #652908a4
+# %% ../nbs/44_cli.ipynb #8ec79aab
 def has_chat(model): return bool(getattr(model.tokenizer, 'chat_template', None))
 
 @app.command()
-def generate(model:Model, prompt:Annotated[str, typer.Argument(help='- reads it from stdin')], max_tokens:Tokens=512, temperature:Temperature=1.0, top_k:TopK=0,
-    top_p:TopP=1.0, min_p:MinP=0.0, repetition_penalty:Penalty=1.0, seed:Seed=None, device:Device='0', context_length:Context=None,
+def generate(model:Model, prompt:Annotated[str, typer.Argument(help='- reads it from stdin')],
+    max_tokens:Tokens=512, temperature:Temperature=1.0, top_k:TopK=0, top_p:TopP=1.0, min_p:MinP=0.0,
+    repetition_penalty:Penalty=1.0, seed:Seed=None, device:Device='0', context_length:Context=None,
     stop:Annotated[Optional[list[str]], typer.Option('--stop', metavar='TEXT', help='end before this text; may be repeated')]=None,
     raw:Annotated[bool, typer.Option('--raw', help='continue the text as it is, without the chat template')]=False):
     "Write one answer."
     if prompt == '-': prompt = sys.stdin.read()
     with open_model(model, device, context_length) as m:
         ask = prompt if raw or not has_chat(m) else [dict(role='user', content=prompt)]
-        out = m.generate(ask, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-            seed=seed, stop=stop or ())
+        out = m.generate(ask, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, seed=seed, stop=stop or ())
         stream(out)
         print()
         if sys.stderr.isatty(): print(summary(out), file=sys.stderr)
@@ -284,10 +293,11 @@ def summary(out):
     rate = f'{out.tokens_out / out.decode_time_ms * 1e3:.1f} tok/s, ' if out.decode_time_ms else ''
     return f'[{out.tokens_out} tokens, {rate}{out.stop_reason}, seed {out.seed}]'
 
-# %% ../nbs/44_cli.ipynb #5d531de0
+# %% ../nbs/44_cli.ipynb #4f8047da
 @app.command()
-def chat(model:Model, system:Annotated[Optional[str], typer.Option('--system', metavar='TEXT', help='what the assistant is told first')]=None, max_tokens:Tokens=2048,
-    temperature:Temperature=0.7, top_k:TopK=0, top_p:TopP=1.0, min_p:MinP=0.0, repetition_penalty:Penalty=1.0, seed:Seed=None, device:Device='0', context_length:Context=None):
+def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k:TopK=0, top_p:TopP=1.0, min_p:MinP=0.0,
+    repetition_penalty:Penalty=1.0, seed:Seed=None, device:Device='0', context_length:Context=None,
+    system:Annotated[Optional[str], typer.Option('--system', metavar='TEXT', help='what the assistant is told first')]=None):
     "Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."
     with open_model(model, device, context_length) as m:
         if not has_chat(m): raise UsageError(f'MODEL: {model} has no chat template; orcd generate continues a text')
@@ -296,14 +306,14 @@ def chat(model:Model, system:Annotated[Optional[str], typer.Option('--system', m
             try: said = input('> ' if sys.stdin.isatty() else '')
             except (EOFError, KeyboardInterrupt): return print()
             if not said.strip(): continue
-            out = m.generate([*messages, dict(role='user', content=said)], max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                repetition_penalty=repetition_penalty, seed=seed)
+            out = m.generate([*messages, dict(role='user', content=said)], max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+                top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
             try: stream(out)
             except KeyboardInterrupt: pass
             print()
             messages += [dict(role='user', content=said), dict(role='assistant', content=out.text)]
 
-# %% ../nbs/44_cli.ipynb #8fed0b81
+# %% ../nbs/44_cli.ipynb #1e9f8acb
 def by_type(g):
     "(type, tensors, bytes) of a GGUF file, the largest first"
     rows = {}
@@ -322,7 +332,8 @@ def info(model:Model, context_length:Context=None):
     with GGUF(str(model_path(model))) as g:
         _, c = arch.resolve(g)
         print(f'{c.name or Path(model).name}: {c.arch}, {c.quant_kind}, {len(g.tensors)} tensors')
-        print(f'  layers {c.n_layer}, width {c.n_embd}, heads {c.n_head} of {c.head_dim} ({c.n_head_kv} for keys and values), feed-forward {c.n_ff}, vocabulary {c.n_vocab}')
+        print(f'  layers {c.n_layer}, width {c.n_embd}, feed-forward {c.n_ff}, vocabulary {c.n_vocab}')
+        print(f'  heads {c.n_head} of {c.head_dim}, {c.n_head_kv} for keys and values')
         if c.n_expert: print(f'  experts {c.n_expert}, {c.n_expert_used} used for a token, feed-forward {c.n_ff_exp}')
         print(f'  context {c.context_length}, KV cache {c.kv_bytes_per_token / 1024:.1f} KiB a token')
         for kind, n, size in by_type(g): print(f'  {kind:8} {n:5} tensors {mib(size):>14}')
@@ -330,10 +341,11 @@ def info(model:Model, context_length:Context=None):
         print(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
         for what in 'weights', 'kv_cache', 'workspace': print(f'  {what:10} {mib(getattr(p, what)):>14}')
 
-# %% ../nbs/44_cli.ipynb #2be7a1c9
+# %% ../nbs/44_cli.ipynb #b56c49a9
 @app.command()
 def bench(model:Model, device:Device='0', prompt_tokens:Annotated[int, typer.Option('--prompt', metavar='N', min=1)]=512,
-    tokens:Annotated[int, typer.Option('--tokens', metavar='N', min=1)]=128, repeat:Annotated[int, typer.Option('--repeat', metavar='N', min=1)]=3):
+    tokens:Annotated[int, typer.Option('--tokens', metavar='N', min=1)]=128,
+    repeat:Annotated[int, typer.Option('--repeat', metavar='N', min=1)]=3):
     "Measure prefill and decode speed."
     from statistics import median
     from orcd.sampling import SamplingParams
@@ -345,11 +357,16 @@ def bench(model:Model, device:Device='0', prompt_tokens:Annotated[int, typer.Opt
             prefill.append(b - a); decode.append((time.perf_counter() - b) / n)
         i = m.engine.info()
         print(f"{m.config.name or model}, {m.config.quant_kind}, {m.engine.kind} engine{', ' + str(i['name']) if i.get('name') else ''}")
-        print(f'  prefill {prompt_tokens / median(prefill[1:]):10.1f} tok/s  ({prompt_tokens} tokens in {median(prefill[1:]) * 1e3:.1f} ms)')
-        print(f'  decode  {1 / median(decode[1:]):10.1f} tok/s  ({median(decode[1:]) * 1e3:.3f} ms a token)')
+        p, d = median(prefill[1:]), median(decode[1:])
+        print(f'  prefill {prompt_tokens / p:10.1f} tok/s  ({prompt_tokens} tokens in {p * 1e3:.1f} ms)')
+        print(f'  decode  {1 / d:10.1f} tok/s  ({d * 1e3:.3f} ms a token)')
+
+def complete_name(incomplete:str):
+    from orcd import hub
+    return [n for n in hub.MODELS if n.startswith(incomplete)]
 
 @app.command()
-def pull(name:Annotated[str, typer.Argument(help='a short name or owner/repo/file.gguf', autocompletion=lambda: list(__import__('orcd.hub').hub.MODELS))]):
+def pull(name:Annotated[str, typer.Argument(help='a short name or owner/repo/file.gguf', autocompletion=complete_name)]):
     "Fetch a model from the Hugging Face hub."
     from orcd import hub
     print(hub.pull(name))
@@ -396,12 +413,12 @@ def _drain_pipe(p):
     import threading
     threading.Thread(target=p.stderr.read, daemon=True).start()
 
-# %% ../nbs/44_cli.ipynb #86dc1626
+# %% ../nbs/44_cli.ipynb #693cb36f
 ENGINES = dict(cuda='CUDA on GPU 0', reference='the NumPy reference engine on the CPU')
 
 @app.command()
 def demo(prompt:Annotated[str, typer.Argument()]='Write a haiku about GPU computing', temperature:Temperature=0.7, seed:Seed=42,
-    device:Annotated[Optional[str], typer.Option('--device', metavar='DEVICE', help='index of the GPU, or reference; by default the GPU when there is one')]=None):
+    device:Annotated[Optional[str], typer.Option('--device', metavar='DEVICE', help='a GPU, or reference [the GPU if there]')]=None):
     "Start a worker with the small model that comes along, let it write a haiku, end it."
     problem = cuda_problem() if device is None else None
     tries = [device] if device else ['0', 'reference'] if problem is None else ['reference']
@@ -415,7 +432,8 @@ def demo(prompt:Annotated[str, typer.Argument()]='Write a haiku about GPU comput
         print(f'It did not start: {where}')
     else: raise typer.Exit(1)
     print(f'POST {where}/execute after {time.monotonic() - began:.1f} s: {prompt}\n')
-    raise typer.Exit(_perform(p, where, engine, dict(job_id='demo', messages=[dict(role='user', content=prompt)], temperature=temperature, seed=seed, max_tokens=128)))
+    body = dict(job_id='demo', messages=[dict(role='user', content=prompt)], temperature=temperature, seed=seed, max_tokens=128)
+    raise typer.Exit(_perform(p, where, engine, body))
 
 def _perform(p, where, engine, body):
     _drain_pipe(p)
@@ -425,15 +443,17 @@ def _perform(p, where, engine, body):
             if e['type'] == 'token': print(e['t'], end='', flush=True)
             else: end = e
         ok = end.get('type') == 'end'
-        rate = end['tokens_out'] / max(end['decode_time_ms'], 1) * 1e3 if ok else 0
-        print(f"\n\n{end['stop_reason']} after {end['tokens_out']} tokens, {rate:.0f} tok/s, {engine}" if ok else f"\n\n{end.get('code')}: {end.get('message')}")
+        if not ok: print(f"\n\n{end.get('code')}: {end.get('message')}")
+        else:
+            rate = end['tokens_out'] / max(end['decode_time_ms'], 1) * 1e3
+            print(f"\n\n{end['stop_reason']} after {end['tokens_out']} tokens, {rate:.0f} tok/s, {engine}")
     finally:
         p.terminate()
         code = p.wait(60)
     print(f'The worker ended with exit code {code}')
     return 0 if ok and code == 0 else 1
 
-# %% ../nbs/44_cli.ipynb #98433eb8
+# %% ../nbs/44_cli.ipynb #7c19896e
 def _version(package):
     from importlib.metadata import PackageNotFoundError, version
     try: return version(package)
@@ -442,8 +462,10 @@ def _version(package):
 def _driver():
     "(name of the GPU, version of the driver, CUDA version that it supports), or an error message"
     import shutil, subprocess
-    if not shutil.which('nvidia-smi'): return 'no nvidia-smi: install the NVIDIA driver (on a machine without an NVIDIA GPU: --device reference)'
-    r = subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version,memory.total', '--format=csv,noheader'], capture_output=True, text=True, timeout=30)
+    if not shutil.which('nvidia-smi'):
+        return 'no nvidia-smi: install the NVIDIA driver (on a machine without an NVIDIA GPU: --device reference)'
+    command = ['nvidia-smi', '--query-gpu=name,driver_version,memory.total', '--format=csv,noheader']
+    r = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return r.stdout.strip().splitlines() if r.returncode == 0 and r.stdout.strip() else (r.stdout + r.stderr).strip().splitlines()[0]
 
 def checks():
@@ -453,8 +475,9 @@ def checks():
     gpus = _driver()
     yield 'driver', isinstance(gpus, list), '; '.join(gpus) if isinstance(gpus, list) else gpus
     cupys = [p for p in ('cupy-cuda12x', 'cupy-cuda13x', 'cupy') if _version(p)]
-    yield 'cupy', len(cupys) == 1, f'{cupys[0]} {_version(cupys[0])}' if len(cupys) == 1 else 'pip install "orcd[cuda13]" (CUDA 12 driver: orcd[cuda12])' if not cupys \
-        else f'more than one is installed: pip uninstall {" ".join(cupys[1:])}'
+    if not cupys: yield 'cupy', False, 'pip install "orcd[cuda13]" (CUDA 12 driver: orcd[cuda12])'
+    elif len(cupys) > 1: yield 'cupy', False, f'more than one is installed: pip uninstall {" ".join(cupys[1:])}'
+    else: yield 'cupy', True, f'{cupys[0]} {_version(cupys[0])}'
     yield 'nvrtc', *_nvrtc()
     problem = cuda_problem()
     yield 'gpu engine', problem is None, problem or 'GPU 0 answers'
@@ -462,7 +485,7 @@ def checks():
     yield 'demo model', demo.is_file(), demo.name if demo.is_file() else 'reinstall orcd: its package data is missing'
     yield 'hub (optional)', True, _version('huggingface_hub') or 'orcd pull needs: pip install "orcd[hub]"'
 
-# %% ../nbs/44_cli.ipynb #1ff7cdd7
+# %% ../nbs/44_cli.ipynb #bda4fc50
 def _nvrtc():
     try:
         from orcd.nvrtc import compile_text
@@ -477,7 +500,8 @@ def doctor():
     for what, well, details in checks():
         ok &= well
         print(f"{'ok ' if well else 'NO '} {what:15} {details}")
-    print('Everything is there for the GPU.' if ok else 'The reference engine (--device reference) needs no GPU: orcd demo --device reference')
+    print('Everything is there for the GPU.' if ok else
+        'The reference engine (--device reference) needs no GPU: orcd demo --device reference')
     raise typer.Exit(0 if ok else 1)
 
 # %% ../nbs/44_cli.ipynb #88f3fa31

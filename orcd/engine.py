@@ -6,7 +6,7 @@ Docs: https://orcd-dev.github.io/orcd/engine.html.md"""
 
 # %% auto #0
 __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'RING', 'DEPTH', 'Plan', 'dry_run', 'workspace', 'workspace_bytes', 'largest',
-           'plan', 'cuda_errors', 'kernel_files', 'CudaEngine']
+           'plan', 'cuda_errors', 'is_float_array', 'kernel_files', 'CudaEngine']
 
 # %% ../nbs/32_engine.ipynb #83bd849a
 from collections import namedtuple
@@ -137,14 +137,22 @@ def cuda_errors(what):
         except Exception: sticky = True
         raise CUDAError(f'{what}: {e}', sticky=sticky) from e
 
-# %% ../nbs/32_engine.ipynb #acec397a
-def kernel_files(config, g):
-    "The `.cu` files that a model's kernels come from"
-    plain = any(t.type in k_gemm.PLAIN and len(t.shape) > 1 for t in g.tensors.values())
-    return ['state', 'elementwise', 'embed', 'gemv', 'gemm', 'to_half', 'sampler', f'attention_{config.head_dim}', *(['gemm_plain'] if plain else []),
-        *(['route', 'expert_gemv', 'expert_gemm'] if config.n_expert else [])]
+# %% ../nbs/32_engine.ipynb #ebfb5cde
+def is_float_array(t):
+    "Norm weights, biases and the like: kernels read them as float32 arrays, not as the weights of a product"
+    return t.type == GGMLType.F32 and (len(t.shape) == 1 or t.name.endswith('.bias'))
 
-# %% ../nbs/32_engine.ipynb #40ffedb8
+def kernel_files(config, bound):
+    "The `.cu` files that a model's kernels come from, with the weight type where it matters"
+    files = {(n, ()) for n in ('state', 'elementwise', 'to_half', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
+    files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
+    files.add(('gemv', nvrtc.only(bound.model['output'].type)))
+    for t in {id(t): t for layer in bound.layers for t in layer.values() if t is not None and len(t.shape) > 1 and not is_float_array(t)}.values():
+        one, many = ('expert_gemv', 'expert_gemm') if len(t.shape) == 3 else ('gemv', 'gemm')
+        files |= {(one, nvrtc.only(t.type)), ('gemm_plain', ()) if t.type in k_gemm.PLAIN else (many, nvrtc.only(t.type))}
+    return sorted(files)
+
+# %% ../nbs/32_engine.ipynb #cad5afdd
 DEPTH = 3 # decode steps that are queued ahead of the token being read
 
 class CudaEngine:
@@ -169,7 +177,7 @@ class CudaEngine:
                 self.n_ctx, self.n_kv, self.n_valid, self.length = self.plan.n_ctx, self.plan.n_kv, self.config.n_vocab, 0
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
-                code = nvrtc.compile_all(kernel_files(self.config, g), nvrtc.device_arch(device))
+                code = nvrtc.compile_all(kernel_files(self.config, architectures.bind(self.family, g, self.config)), nvrtc.device_arch(device))
                 loader.load(g.fileno(), self._allocate(g), device, chunk_bytes, progress=progress)
                 g.check_unchanged()
                 for c in code: c.result()
@@ -188,7 +196,7 @@ class CudaEngine:
         for t in bound.unique:
             data = weights.take((t.n_bytes,), np.uint8, t.name)
             copies.append(loader.Copy(t.offset, t.n_bytes, data.data.ptr))
-            arrays[t.name] = data.view(np.float32).reshape(t.shape) if t.type == GGMLType.F32 and (len(t.shape) == 1 or t.name.endswith('.bias')) else nvrtc.QTensor(t.type, t.shape, data, t.name)
+            arrays[t.name] = data.view(np.float32).reshape(t.shape) if is_float_array(t) else nvrtc.QTensor(t.type, t.shape, data, t.name)
         roles = lambda d: SimpleNamespace(**{role: t and arrays[t.name] for role, t in d.items()})
         self.model, self.layers = roles(bound.model), [roles(d) for d in bound.layers]
         self.cache = [tuple(kv.take(cache_shape(c, i, p.n_kv), np.float16, f'kv.{i}.{x}') for x in 'kv') for i in range(c.n_layer)]

@@ -15,7 +15,7 @@ from pathlib import Path
 # %% ../nbs/45_hub.ipynb #5aabc3de
 from .errors import HubError, ModelError
 
-# %% ../nbs/45_hub.ipynb #5f90fd7c
+# %% ../nbs/45_hub.ipynb #07a07711
 @dataclass(frozen=True)
 class Remote:
     "One file on the hub"
@@ -26,11 +26,14 @@ class Remote:
     sha256:str=None
 
 MODELS = {
-    'qwen2.5-0.5b': Remote('Qwen/Qwen2.5-0.5B-Instruct-GGUF', 'qwen2.5-0.5b-instruct-q4_k_m.gguf', '9217f5db79a29953eb74d5343926648285ec7e67',
+    'qwen2.5-0.5b': Remote('Qwen/Qwen2.5-0.5B-Instruct-GGUF', 'qwen2.5-0.5b-instruct-q4_k_m.gguf',
+        '9217f5db79a29953eb74d5343926648285ec7e67',
         491_400_032, '74a4da8c9fdbcd15bd1f6d01d621410d31c6fc00986f5eb687824e7b93d7a9db'),
-    'phi-3-mini': Remote('microsoft/Phi-3-mini-4k-instruct-gguf', 'Phi-3-mini-4k-instruct-q4.gguf', 'a64113399c2f6b8ad3e11c394733a2ddadaa7f33',
+    'phi-3-mini': Remote('microsoft/Phi-3-mini-4k-instruct-gguf', 'Phi-3-mini-4k-instruct-q4.gguf',
+        'a64113399c2f6b8ad3e11c394733a2ddadaa7f33',
         2_393_231_072, '8a83c7fb9049a9b2e92266fa7ad04933bb53aa1e85136b7b30f1b8000ff2edef'),
-    'gpt-oss-20b': Remote('ggml-org/gpt-oss-20b-GGUF', 'gpt-oss-20b-mxfp4.gguf', 'e1dc459feff949ff451ce107337a2026daa80df8',
+    'gpt-oss-20b': Remote('ggml-org/gpt-oss-20b-GGUF', 'gpt-oss-20b-mxfp4.gguf',
+        'e1dc459feff949ff451ce107337a2026daa80df8',
         12_109_566_560, 'be37a636aca0fc1aae0d32325f82f6b4d21495f06823b5fbc1898ae0303e9935')}
 
 # %% ../nbs/45_hub.ipynb #5db0ce12
@@ -94,7 +97,7 @@ def check(
     os.remove(path)
     raise HubError(f'{r.repo}/{r.file} is not the file that was expected: {wrong}. It was deleted; pull it again.')
 
-# %% ../nbs/45_hub.ipynb #29d08934
+# %% ../nbs/45_hub.ipynb #f34b1259
 def _hub():
     try: import huggingface_hub, huggingface_hub.utils
     except ImportError: raise HubError('pulling models needs one more package: pip install "orcd[hub]"') from None
@@ -111,13 +114,14 @@ def _append(hub, url, path, size):
     "Download what is missing of the file"
     from huggingface_hub.file_download import http_get
     with open(path, 'ab') as f:
-        if size is None or f.tell() < size: http_get(url, f, resume_size=f.tell(), headers=hub.utils.build_hf_headers())   # `check` looks at the size
+        if size is None or f.tell() < size:      # what arrives is judged by `check`
+            http_get(url, f, resume_size=f.tell(), headers=hub.utils.build_hf_headers())
 
 def _bar(total, show):
     from tqdm.auto import tqdm
     return tqdm(total=total, unit='B', unit_scale=True, desc='checking', disable=None if show else True, leave=False)
 
-# %% ../nbs/45_hub.ipynb #2e471ea4
+# %% ../nbs/45_hub.ipynb #e7a3a36c
 def pull(
     name:str,           # a short name or `owner/repo/file.gguf`
     progress:bool=True, # show bars on a terminal
@@ -136,12 +140,14 @@ def pull(
         _check_space(r, part)
         _append(hub, url, part, r.size)
     except HubError: raise
-    except Exception as e: raise HubError(f'{wanted.repo}/{wanted.file}: {_reason(e)}. Run the same command again: it goes on where it stopped.') from e
+    except Exception as e:
+        what = f'{wanted.repo}/{wanted.file}: {_reason(e)}'
+        raise HubError(f'{what}. Run the same command again: it goes on where it stopped.') from e
     with _bar(r.size, progress) as bar: check(part, r, bar.update)
     os.replace(part, target)
     return target
 
-# %% ../nbs/45_hub.ipynb #f5825bb7
+# %% ../nbs/45_hub.ipynb #5f28d91a
 def _reason(e):
     "The first line of an error, without the many lines of advice that some have"
     first = (str(e).strip().splitlines() or [''])[0].rstrip('.')
@@ -149,4 +155,5 @@ def _reason(e):
 
 def _check_space(r, part):
     free, here = shutil.disk_usage(part.parent).free, part.stat().st_size if part.exists() else 0
-    if r.size and r.size - here > free: raise HubError(f'{r.file} has {r.size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {models_dir()}')
+    if r.size and r.size - here > free:
+        raise HubError(f'{r.file} has {r.size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {models_dir()}')

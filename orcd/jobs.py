@@ -48,10 +48,11 @@ class Outbox:
         self.waiting = False
         return [self.items.popleft() for _ in range(len(self.items))]
 
-# %% ../nbs/42_jobs.ipynb #5146c06f
+# %% ../nbs/42_jobs.ipynb #8029170d
 # why a job was stopped -> the error its client sees
 STOPPED = dict(
-    cancelled=('CANCELLED', 'the job was cancelled'), gone=('CANCELLED', 'the client is gone'), stalled=('CANCELLED', 'the client does not read'),
+    cancelled=('CANCELLED', 'the job was cancelled'), gone=('CANCELLED', 'the client is gone'),
+    stalled=('CANCELLED', 'the client does not read'),
     shutdown=('CANCELLED', 'the worker is shutting down'), timeout=('INFERENCE_TIMEOUT', 'the job took longer than the worker allows'))
 
 class Job:
@@ -76,8 +77,9 @@ class Job:
 
     def start(self):
         self.started = True
-        self.outbox.put(('started', dict(job_id=self.id, model=self.model, started_at=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), seed=self.seed,
-            correlation_id=self.correlation_id)))
+        at = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+        self.outbox.put(('started',
+            dict(job_id=self.id, model=self.model, started_at=at, seed=self.seed, correlation_id=self.correlation_id)))
 
     def finish(self, type, **fields)->bool:
         "Put the terminal event; False when there is one already"
@@ -173,7 +175,7 @@ def _generate(self, job):
     matched = {} if out.stop_reason != 'STOP_SEQUENCE' else dict(stop_sequence_matched=out.stop_sequence_matched)
     return 'end', dict(tokens_out=out.tokens_out, decode_time_ms=round(out.decode_time_ms), stop_reason=out.stop_reason) | matched
 
-# %% ../nbs/42_jobs.ipynb #69fbf229
+# %% ../nbs/42_jobs.ipynb #19582266
 def _run(self, job):
     bind_contextvars(job_id=job.id, correlation_id=job.correlation_id)
     job.deadline = time.monotonic() + self.timeout
@@ -186,7 +188,8 @@ def _run(self, job):
         problem = Problem(*STOPPED[job.reason or 'cancelled']) if isinstance(e, Cancelled) else public_error(e)
         type, fields = 'error', dict(code=problem.code, message=problem.message, retriable=problem.retriable)
         self._note(e)
-        if problem.code != 'CANCELLED': log.error('error', code=problem.code, message=str(e), exc_info=e if problem.code == 'INTERNAL' else None)
+        if problem.code != 'CANCELLED':
+            log.error('error', code=problem.code, message=str(e), exc_info=e if problem.code == 'INTERNAL' else None)
         log.info('execute_end', stop_reason='CANCELLED' if problem.code == 'CANCELLED' else 'ERROR', reason=job.reason or problem.code)
     with self.cond:
         if self.active.get(job.id) is job: del self.active[job.id]

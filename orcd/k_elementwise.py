@@ -119,7 +119,7 @@ def copy(x, out, stream=None):
     xs, os = check_rows('copy x', x), check_rows('copy out', out, (T, n))
     _columns('copy', (x, xs, out, os, np.int32(T), np.int32(n)), T, n, stream)
 
-# %% ../nbs/21_elementwise.ipynb #46148bba
+# %% ../nbs/21_elementwise.ipynb #0e17df1f
 def embed(
     W,           # QTensor (n_vocab, n)
     ids,         # (T,) int32 in VRAM; `state[1:2]` when decoding
@@ -131,5 +131,5 @@ def embed(
     (n_vocab, n), T = W.shape, out.shape[0]
     os = check_rows('embed out', out, (T, n))
     check_vector('embed ids', ids, T, np.int32)
-    nvrtc.kernel('embed', f'embed_{W.type.name.lower()}')((-(-n // 128), T), (128,),
+    nvrtc.kernel('embed', f'embed_{W.type.name.lower()}', nvrtc.only(W.type))((-(-n // 128), T), (128,),
         (W, ids, out, os, np.int32(T), np.int32(n_vocab), np.int32(n)), stream=stream)

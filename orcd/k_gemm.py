@@ -7,11 +7,11 @@ Docs: https://orcd-dev.github.io/orcd/gemm.html.md"""
 # %% auto #0
 __all__ = ['PLAIN', 'padded', 'half_bytes', 'HalfRows', 'to_half', 'gemm']
 
-# %% ../nbs/23_gemm.ipynb #1e4dc68c
+# %% ../nbs/23_gemm.ipynb #8de8eb36
 from .blocks import GGMLType
 from .errors import KernelError
 from .k_gemv import matrix, stride, vector
-from .nvrtc import QTensor, kernel
+from .nvrtc import QTensor, kernel, only
 
 # %% ../nbs/23_gemm.ipynb #5ecc14cc
 import numpy as np
@@ -60,7 +60,7 @@ def to_half(
 
 PLAIN = (GGMLType.F32, GGMLType.BF16) # types whose weights do not fit into halves
 
-# %% ../nbs/23_gemm.ipynb #1628a24a
+# %% ../nbs/23_gemm.ipynb #f807f2bb
 def gemm(
     W:QTensor,     # (n_out, n_in), any type
     h:HalfRows,    # from `to_half`
@@ -79,5 +79,5 @@ def gemm(
     module, side, inputs, ldx = (('gemm_plain', 64, (h.x,), np.int64(h.ldx)) if W.type in PLAIN else
                                  ('gemm', 128, (h.half, h.inv, h.sums), np.int32(h.ld)))
     grid = -(-h.rows//side), -(-n_out//64)
-    kernel(module, f'gemm_{W.type.name.lower()}')(grid, (256,), (W, *inputs, *args, ldx, np.int64(ldo), np.int64(ldr)), stream=stream)
+    kernel(module, f'gemm_{W.type.name.lower()}', () if W.type in PLAIN else only(W.type))(grid, (256,), (W, *inputs, *args, ldx, np.int64(ldo), np.int64(ldr)), stream=stream)
     return out

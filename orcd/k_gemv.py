@@ -8,10 +8,10 @@ Docs: https://orcd-dev.github.io/orcd/gemv.html.md"""
 __all__ = ['stride', 'vector', 'n_rows', 'matrix', 'is_wide', 'gemv_shape', 'gemv', 'random_blocks', 'product64', 'graph_time',
            'read_bandwidth']
 
-# %% ../nbs/22_gemv.ipynb #d7d17370
+# %% ../nbs/22_gemv.ipynb #405fb6cf
 from .blocks import GGMLType, dequantize
 from .errors import KernelError
-from .nvrtc import QTensor, kernel
+from .nvrtc import QTensor, kernel, only
 
 # %% ../nbs/22_gemv.ipynb #5ecc14cc
 import numpy as np
@@ -70,7 +70,7 @@ def is_wide(
     "Whether every row of x starts at a multiple of 16 bytes, so that four elements are one load"
     return x.data.ptr % 16 == 0 and ld % 4 == 0
 
-# %% ../nbs/22_gemv.ipynb #31a3e544
+# %% ../nbs/22_gemv.ipynb #9611ce50
 def gemv_shape(
     n_out:int, # rows of the matrix
     n_in:int,  # columns
@@ -97,7 +97,7 @@ def gemv(
     wide = is_wide(x, ldx)
     if not wide: R = 1
     grid, name = (-(-n_out*parts//(8*R)), rows), f'gemv_{W.type.name.lower()}_{R if wide else "any"}'
-    kernel('gemv', name)(grid, (256,), (W, x, out, vector('bias', bias, n_out),
+    kernel('gemv', name, only(W.type))(grid, (256,), (W, x, out, vector('bias', bias, n_out),
         residual, np.int32(n_out), np.int32(n_in), np.int64(ldx), np.int64(ldo), np.int64(ldr), np.int32(parts)), stream=stream)
     return out
 

@@ -7,11 +7,11 @@ Docs: https://orcd-dev.github.io/orcd/moe.html.md"""
 # %% auto #0
 __all__ = ['route', 'expert_sum', 'expert_gemv', 'Groups', 'group', 'expert_gemm']
 
-# %% ../nbs/25_moe.ipynb #cfa6b509
+# %% ../nbs/25_moe.ipynb #0830946d
 from .errors import KernelError
 from .k_gemm import PLAIN, HalfRows
 from .k_gemv import is_wide, matrix, n_rows, stride, vector
-from .nvrtc import QTensor, kernel
+from .nvrtc import QTensor, kernel, only
 
 # %% ../nbs/25_moe.ipynb #5ecc14cc
 import numpy as np
@@ -48,7 +48,7 @@ def expert_sum(
     kernel('route', 'expert_sum')((-(-n//256), T), (256,), args, stream=stream)
     return out
 
-# %% ../nbs/25_moe.ipynb #5b62f0e0
+# %% ../nbs/25_moe.ipynb #3b66b5c1
 def _slots(ids, rows):
     "Slots, and how many of them share a row of x"
     if ids.size % rows: raise KernelError(f'{ids.size} slots cannot share {rows} rows of x evenly')
@@ -71,7 +71,7 @@ def expert_gemv(
     args = (W, x, vector('ids', ids, n, np.int32), out, vector('bias', bias, n_expert*n_out),
         *map(np.int32, (n_expert, n_out, n_in, per)), np.int64(ldx), np.int64(ldo))
     name = f'expert_gemv_{W.type.name.lower()}' + ('' if is_wide(x, ldx) else '_any')
-    kernel('expert_gemv', name)((-(-n_out//16), n), (256,), args, stream=stream)
+    kernel('expert_gemv', name, only(W.type))((-(-n_out//16), n), (256,), args, stream=stream)
     return out
 
 # %% ../nbs/25_moe.ipynb #680d1c92
@@ -98,7 +98,7 @@ def group(
     groups.ids = ids
     return groups
 
-# %% ../nbs/25_moe.ipynb #d01592dd
+# %% ../nbs/25_moe.ipynb #2af45add
 def expert_gemm(
     W:QTensor,     # (n_expert, n_out, n_in), any type
     h:HalfRows,    # activations, T rows shared by their slots or T*k rows
@@ -117,5 +117,5 @@ def expert_gemm(
     ldo, tiles = stride('out', out, n, n_out), n//128 + min(n, n_expert)
     args = (W, h.half, h.inv, h.sums, groups.offset, groups.slots, out, vector('bias', bias, n_expert*n_out),
         *map(np.int32, (n_expert, n_out, n_in, per, h.ld)), np.int64(ldo))
-    kernel('expert_gemm', f'expert_gemm_{W.type.name.lower()}')((tiles, -(-n_out//64)), (256,), args, stream=stream)
+    kernel('expert_gemm', f'expert_gemm_{W.type.name.lower()}', only(W.type))((tiles, -(-n_out//64)), (256,), args, stream=stream)
     return out

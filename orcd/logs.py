@@ -79,7 +79,7 @@ def in_order(
 
 def as_json(logger, method, e): return json.dumps(in_order(e), default=str, ensure_ascii=True) + '\n'
 
-# %% ../nbs/41_logs.ipynb #3cb70c30
+# %% ../nbs/41_logs.ipynb #f55f45d8
 _marks = dict(debug='·', info=' ', warning='!', error='✗', critical='✗')
 
 def bar(
@@ -96,7 +96,8 @@ def as_text(logger, method, e):
     if e['event'] == 'model_load_progress': return f"\r{t}   loading  {bar(e['percent'])}" + ('\n' if e['percent'] >= 100 else '')
     hide = {'timestamp', 'level', 'event', 'worker_id', 'model_ref', 'gpu_device', 'exception'}
     fields = '  '.join(f'{k}={v}' for k, v in in_order(e).items() if k not in hide and v is not None)
-    return f"{t} {_marks.get(e.get('level'), ' ')} {e['event']}  {fields}".rstrip() + '\n' + (f"{e['exception']}\n" if 'exception' in e else '')
+    line = f"{t} {_marks.get(e.get('level'), ' ')} {e['event']}  {fields}".rstrip()
+    return '\n'.join([line, *([e['exception'].rstrip()] if 'exception' in e else []), ''])
 
 # %% ../nbs/41_logs.ipynb #d403518d
 log = structlog.get_logger()

@@ -6,7 +6,7 @@ Docs: https://orcd-dev.github.io/orcd/nvrtc.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIONS', 'read_source', 'with_includes', 'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'cubin',
-           'device_arch', 'Kernel', 'kernel', 'compile_all', 'QTensor']
+           'device_arch', 'Kernel', 'kernel', 'only', 'compile_all', 'QTensor']
 
 # %% ../nbs/20_nvrtc.ipynb #59e5ad29
 import hashlib, os, re, tempfile, threading
@@ -146,7 +146,7 @@ def cubin(
     _store(path, data)
     return data
 
-# %% ../nbs/20_nvrtc.ipynb #fc49d6e6
+# %% ../nbs/20_nvrtc.ipynb #0138b6b3
 _modules, _lock = {}, threading.Lock()
 
 def device_arch(device=None):
@@ -191,8 +191,8 @@ def _kernel(module, name, device, defines): return Kernel(module, name, device, 
 def kernel(
     module:str,      # the cell's name
     name:str,        # the function in it
+    defines:tuple=(), # e.g. `only(type)`
     device:int=None, # CUDA device, the current one by default
-    defines:tuple=(), # e.g. ('ONLY=Q4_K',), to compile a part of the file
 )->Kernel:
     "A kernel, compiled and loaded on first use"
     if device is None:
@@ -200,14 +200,18 @@ def kernel(
         device = cupy.cuda.runtime.getDevice()
     return _kernel(module, name, device, defines)
 
-# %% ../nbs/20_nvrtc.ipynb #5f45c0da
+# %% ../nbs/20_nvrtc.ipynb #b4c0b5e8
+def only(type:GGMLType)->tuple:
+    "Defines that compile the kernels of one weight type alone"
+    return f'ONLY_NAME={type.name.lower()}', f'ONLY_TYPE={type.name}'
+
 def compile_all(
-    names,      # cells' names
+    files,      # (cell's name, defines) of each
     arch:str,   # e.g. sm_90
 ):              # a list of futures
     "Fill the cache with the machine code of several files, each in a thread of its own (NVRTC works without Python's lock)"
-    pool = ThreadPoolExecutor(len(names), 'orcd-nvrtc')
-    jobs = [pool.submit(cubin, n, arch) for n in names]
+    pool = ThreadPoolExecutor(len(files), 'orcd-nvrtc')
+    jobs = [pool.submit(cubin, name, arch, defines) for name, defines in files]
     pool.shutdown(wait=False)
     return jobs
 

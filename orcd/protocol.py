@@ -18,11 +18,12 @@ from datetime import datetime, timezone
 from .errors import OrcdError
 from .sampling import RULES, check_params
 
-# %% ../nbs/40_protocol.ipynb #a0b06dea
+# %% ../nbs/40_protocol.ipynb #b86115b6
 # code -> (HTTP status before the stream, retriable)
 ERRORS = dict(
-    INVALID_REQUEST=(400, False), MODEL_LOAD_FAILED=(500, False), INSUFFICIENT_VRAM=(503, False), VRAM_OOM=(500, False), CUDA_ERROR=(500, True),
-    INFERENCE_TIMEOUT=(504, True), CANCELLED=(499, False), INTERNAL=(500, True), WORKER_BUSY=(503, True), SHUTTING_DOWN=(503, True))
+    INVALID_REQUEST=(400, False), MODEL_LOAD_FAILED=(500, False), INSUFFICIENT_VRAM=(503, False), VRAM_OOM=(500, False),
+    CUDA_ERROR=(500, True), INFERENCE_TIMEOUT=(504, True), CANCELLED=(499, False),
+    INTERNAL=(500, True), WORKER_BUSY=(503, True), SHUTTING_DOWN=(503, True))
 
 class Problem(OrcdError):
     "A request that gets an error for an answer"
@@ -37,13 +38,14 @@ class Problem(OrcdError):
         self.code, self.message, self.errors = code, message, list(errors)
         self.status, self.retriable = status or ERRORS[code][0], ERRORS[code][1] if retriable is None else retriable
 
-# %% ../nbs/40_protocol.ipynb #c3d85dae
+# %% ../nbs/40_protocol.ipynb #5bff90c6
 def public_error(
     error:BaseException, # whatever went wrong
 )->Problem:              # what a client may know of it
     "Our own errors speak for themselves; of anything else a client learns nothing (no path, no trace, no prompt)"
     if isinstance(error, Problem): return error
-    if not isinstance(error, OrcdError) or error.code == 'INTERNAL': return Problem('INTERNAL', 'internal error; the log of the worker has the details')
+    if not isinstance(error, OrcdError) or error.code == 'INTERNAL':
+        return Problem('INTERNAL', 'internal error; the log of the worker has the details')
     message = 'the model could not be read' if error.code == 'MODEL_LOAD_FAILED' else str(error)
     return Problem(error.code, message, errors=getattr(error, 'errors', ()), retriable=error.retriable)
 
@@ -82,7 +84,7 @@ def _float(s):
 
 def _constant(s): raise ValueError(f'{s} is not JSON')
 
-# %% ../nbs/40_protocol.ipynb #2857a76a
+# %% ../nbs/40_protocol.ipynb #f9f1306a
 _decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_int, parse_float=_float, parse_constant=_constant)
 
 def parse_json(
@@ -94,7 +96,8 @@ def parse_json(
         if _depth(text) > MAX_DEPTH: raise ValueError(f'more than {MAX_DEPTH} brackets deep')
         value = _decoder.decode(text)
     except UnicodeDecodeError as e: raise Problem('INVALID_REQUEST', f'the body is not UTF-8: byte {e.start}') from None
-    except json.JSONDecodeError as e: raise Problem('INVALID_REQUEST', f'the body is not JSON: {e.msg}: line {e.lineno} column {e.colno}') from None
+    except json.JSONDecodeError as e:
+        raise Problem('INVALID_REQUEST', f'the body is not JSON: {e.msg}: line {e.lineno} column {e.colno}') from None
     except ValueError as e: raise Problem('INVALID_REQUEST', f'the body is not acceptable JSON: {e}') from None
     if not isinstance(value, dict): raise Problem('INVALID_REQUEST', 'the body is not a JSON object')
     return value
@@ -119,7 +122,7 @@ def rule(
     e = dict(field=field, constraint=constraint, message=message)
     return e if field in _secret or value is None else e | dict(value=shown(value))
 
-# %% ../nbs/40_protocol.ipynb #3268ab98
+# %% ../nbs/40_protocol.ipynb #e5821f60
 def _is_text(s, n):
     "A string of 1..n characters that can be written as UTF-8 (JSON's escapes can smuggle in half a surrogate pair)"
     return isinstance(s, str) and 1 <= len(s) <= n and not re.search('[\ud800-\udfff]', s)
@@ -135,7 +138,8 @@ def _check_text(d):
     if prompt is not None and not _is_text(prompt, MAX_PROMPT):
         yield rule('prompt', f'string(1..={MAX_PROMPT})', f'a string of 1 to {MAX_PROMPT} characters without lone surrogates')
     if messages is not None and not _are_messages(messages):
-        yield rule('messages', 'list({role, content})', f'a list of objects with the strings role and content, {MAX_PROMPT} characters in all')
+        yield rule('messages', 'list({role, content})',
+            f'a list of objects with the strings role and content, {MAX_PROMPT} characters in all')
 
 # %% ../nbs/40_protocol.ipynb #9e0e4745
 MAX_PROMPT = 32768   # characters
@@ -209,7 +213,7 @@ def read_events(
     for line in lines:
         if line.startswith(b'data: '): yield json.loads(line[6:])
 
-# %% ../nbs/40_protocol.ipynb #cd7009a4
+# %% ../nbs/40_protocol.ipynb #7d9cfca9
 _uuid = re.compile(r'[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}')
 
 def is_uuid(
@@ -229,6 +233,8 @@ def remaining_ms(
     now:float=None,   # seconds since 1970
 )->int:
     "Milliseconds left until the deadline (negative: it has passed); None when there is none or it cannot be read"
-    try: at = int(header) / 1000 if header.isdecimal() and len(header) < 18 else datetime.fromisoformat(header).astimezone(timezone.utc).timestamp()
+    try:
+        if header.isdecimal() and len(header) < 18: at = int(header) / 1000
+        else: at = datetime.fromisoformat(header).astimezone(timezone.utc).timestamp()
     except (ValueError, AttributeError, OverflowError): return None
     return round((at - (time.time() if now is None else now)) * 1000)

@@ -110,7 +110,7 @@ async def _step(self, frames, send):
 
 EventStream.__call__, EventStream.step, EventStream.look = _call, _step, _look
 
-# %% ../nbs/43_worker.ipynb #2c1023fe
+# %% ../nbs/43_worker.ipynb #bc3f82b1
 class Worker:
     "The state behind the routes"
     def __init__(self,
@@ -118,7 +118,8 @@ class Worker:
         jobs:Jobs,         # the engine's side
     ):
         self.settings, self.jobs, self.began = settings, jobs, time.monotonic()
-        self.open, self.streams, self.shutdown = {}, set(), asyncio.Event()   # connections by client address; streams; set when the worker shall end
+        self.open, self.streams = {}, set()     # connections by client address; answers under way
+        self.shutdown = asyncio.Event()         # set when the worker shall end
 
     async def watch(self):
         "Look at every stream and every job now and then: cheaper than a timer for each write"
@@ -136,17 +137,19 @@ class Worker:
         s, j = self.settings, self.jobs
         facts = dict(j.facts)
         used = facts.pop('vram_bytes_used', 0)
-        return dict(status='healthy' if j.healthy else 'unhealthy', state=j.state, model_ref=s.model_ref, vram_bytes_used=used, vram_bytes=used) | facts | dict(
+        now = dict(status='healthy' if j.healthy else 'unhealthy', state=j.state, vram_bytes_used=used, vram_bytes=used)
+        return now | facts | dict(model_ref=s.model_ref,
             uptime_seconds=int(time.monotonic() - self.began), worker_id=s.worker_id, gpu_device=s.gpu_device, capabilities=['text-gen'],
             protocol='sse', version=__version__)
 
-# %% ../nbs/43_worker.ipynb #5da614ed
+# %% ../nbs/43_worker.ipynb #919a67dc
 def _tokens(self, request):
     "Length of the prompt; refuses one that cannot run (`RequestError`, `Problem`)"
     n, most = self.jobs.model.count(request.prompt), self.settings.max_tokens_in
     if most is not None and n > most:
         field = 'messages' if isinstance(request.prompt, list) else 'prompt'
-        raise Problem('INVALID_REQUEST', f'the prompt has {n} tokens', errors=[rule(field, f'tokens(1..={most})', f'the prompt has {n} tokens, the worker takes {most}')])
+        message = f'the prompt has {n} tokens, the worker takes {most}'
+        raise Problem('INVALID_REQUEST', message, errors=[rule(field, f'tokens(1..={most})', message)])
     return n
 
 def _check(self, body):
@@ -173,7 +176,7 @@ async def read_body(
     except TimeoutError: raise Problem('INVALID_REQUEST', f'the body did not arrive within {limit_s:g} s', status=408) from None
     return bytes(body)
 
-# %% ../nbs/43_worker.ipynb #bb53129c
+# %% ../nbs/43_worker.ipynb #064af169
 def _accepting(jobs):
     "Say no early to what will be refused anyway"
     if jobs.draining or jobs.model is None: raise Problem('SHUTTING_DOWN', 'the worker is shutting down')
@@ -195,7 +198,8 @@ async def _cancel(self, http, job_id=None):
     if job_id is None:
         job_id = parse_json(await read_body(http, self.settings.read_s)).get('job_id')
         if not isinstance(job_id, str) or not 1 <= len(job_id) <= 256:
-            raise Problem('INVALID_REQUEST', 'job_id is required', errors=[rule('job_id', 'string(1..=256)', 'a string of 1 to 256 characters is required', job_id)])
+            broken = rule('job_id', 'string(1..=256)', 'a string of 1 to 256 characters is required', job_id)
+            raise Problem('INVALID_REQUEST', 'job_id is required', errors=[broken])
     status = 'cancelling' if self.jobs.cancel(job_id) else 'not_active'
     return Response(to_json(dict(job_id=job_id, status=status)), 202, media_type='application/json')
 
@@ -223,20 +227,23 @@ async def _router_error(http, e):
     r.headers.update(e.headers or {})
     return r
 
-# %% ../nbs/43_worker.ipynb #d9b387ac
+# %% ../nbs/43_worker.ipynb #c88a2481
 def _num(kind, lo, hi, **kw): return dict(type=[kind, 'null'], minimum=lo, maximum=hi) | kw
 _text = dict(type='string', minLength=1, maxLength=32768)
-_message = dict(type='object', required=['role', 'content'], properties=dict(role=dict(type='string', minLength=1, maxLength=64), content=dict(type='string')))
+_message = dict(type='object', required=['role', 'content'], properties=dict(
+    role=dict(type='string', minLength=1, maxLength=64), content=dict(type='string')))
 _id = dict(type='string', minLength=1, maxLength=256)
 _params = dict(
     max_tokens=_num('integer', 1, 2048), temperature=_num('number', 0, 2), top_k=_num('integer', 0, 10**39), top_p=_num('number', 0, 1),
-    min_p=_num('number', 0, 1), repetition_penalty=dict(type=['number', 'null'], exclusiveMinimum=0, maximum=2), seed=_num('integer', 0, 2**64 - 1),
+    min_p=_num('number', 0, 1), repetition_penalty=dict(type=['number', 'null'], exclusiveMinimum=0, maximum=2),
+    seed=_num('integer', 0, 2**64 - 1),
     stop=dict(anyOf=[_text, dict(type='array', items=_text, maxItems=4), dict(type='null')]))
 _none, _messages = dict(type='null'), dict(type='array', items=_message, minItems=1)
 EXECUTE = dict(oneOf=[
     dict(type='object', required=['job_id', 'prompt'], properties=dict(job_id=_id, prompt=_text, messages=_none) | _params),
     dict(type='object', required=['job_id', 'messages'], properties=dict(job_id=_id, prompt=_none, messages=_messages) | _params)])
-EVENT = dict(type='object', required=['event', 'data'], properties=dict(event=dict(enum=['started', 'token', 'end', 'error']), data=dict(type='string')))
+EVENT = dict(type='object', required=['event', 'data'], properties=dict(
+    event=dict(enum=['started', 'token', 'end', 'error']), data=dict(type='string')))
 CANCEL = dict(type='object', required=['job_id'], properties=dict(job_id=_id))
 ERROR = dict(type='object', required=['code', 'message', 'retriable', 'correlation_id'], properties=dict(
     code=dict(type='string'), message=dict(type='string'), retriable=dict(type='boolean'), correlation_id=dict(type='string'),
@@ -279,7 +286,7 @@ def make_app(
     # Prometheus' /metrics would be one more route here.
     return app
 
-# %% ../nbs/43_worker.ipynb #42376974
+# %% ../nbs/43_worker.ipynb #af726d41
 def _header(scope, name):
     "First value of a header, None when there is none"
     return next((v.decode('latin-1') for k, v in scope['headers'] if k == name), None)
@@ -305,23 +312,27 @@ class Edge:
             if status is not None: raise
             await error_response(e, cid)(scope, receive, tagged)
         if scope['path'] != '/health':
-            log.info('request', method=scope['method'], path=scope['path'][:200], status=status, ms=round((time.monotonic() - began) * 1000), correlation_id=cid)
+            ms = round((time.monotonic() - began) * 1000)
+            log.info('request', method=scope['method'], path=scope['path'][:200], status=status, ms=ms, correlation_id=cid)
 
-# %% ../nbs/43_worker.ipynb #fb1b66f8
+# %% ../nbs/43_worker.ipynb #2d85447d
 def _admit(self, scope):
     "The bearer token (compared in constant time), and no requests that a web page sends behind its reader's back"
-    if _header(scope, b'origin') and scope['method'] == 'POST': raise Problem('INVALID_REQUEST', 'requests of web pages are not accepted', status=403)
+    if _header(scope, b'origin') and scope['method'] == 'POST':
+        raise Problem('INVALID_REQUEST', 'requests of web pages are not accepted', status=403)
     if self.token is None or scope['path'] == '/health': return
     given = (_header(scope, b'authorization') or '').encode()
-    if not hmac.compare_digest(given, b'Bearer ' + self.token.encode()): raise Problem('INVALID_REQUEST', 'a bearer token is required', status=401)
+    if not hmac.compare_digest(given, b'Bearer ' + self.token.encode()):
+        raise Problem('INVALID_REQUEST', 'a bearer token is required', status=401)
 
 Edge.admit = _admit
 
-# %% ../nbs/43_worker.ipynb #3411429d
+# %% ../nbs/43_worker.ipynb #e06c2463
 def _raw(status, phrase, problem):
     "A whole HTTP response as bytes, for when there is no request to answer"
     body = to_json(error_body(problem, correlation_id())).encode()
-    return f'HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n'.encode() + body
+    head = f'HTTP/1.1 {status} {phrase}', 'Content-Type: application/json', f'Content-Length: {len(body)}', 'Connection: close', '', ''
+    return '\r\n'.join(head).encode() + body
 
 class Connection(H11Protocol):
     "One client's connection: bounded in number, in time without a request, and in time after the last byte"
@@ -352,14 +363,15 @@ class Connection(H11Protocol):
         s = self.worker.settings
         if now - self.idle_since > (s.stall_s if self.transport.get_write_buffer_size() else s.read_s): self.transport.abort()
 
-# %% ../nbs/43_worker.ipynb #0fa92d8e
+# %% ../nbs/43_worker.ipynb #0c2a93a9
 class Server(uvicorn.Server):
     "uvicorn without its signal handlers: ours let the running job end first"
     def __init__(self, worker, app):
         s = worker.settings
         protocol = type('WorkerConnection', (Connection,), dict(worker=worker))
-        super().__init__(uvicorn.Config(Edge(app, s), http=protocol, ws='none', lifespan='off', log_config=None, access_log=False, server_header=False,
-            date_header=False, proxy_headers=False, timeout_keep_alive=5, timeout_graceful_shutdown=3, h11_max_incomplete_event_size=16384, backlog=512))
+        super().__init__(uvicorn.Config(Edge(app, s), http=protocol, ws='none', lifespan='off', log_config=None, access_log=False,
+            server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=5, timeout_graceful_shutdown=3,
+            h11_max_incomplete_event_size=16384, backlog=512))
 
     def capture_signals(self): return nullcontext()
 
@@ -393,7 +405,7 @@ def uri(
     if ipaddress.ip_address(host).is_unspecified: host = socket.gethostname()
     return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
-# %% ../nbs/43_worker.ipynb #30d29881
+# %% ../nbs/43_worker.ipynb #420790c7
 def _log_failure(settings, error):
     "The one `error` line of a start that failed"
     o = error if isinstance(error, OrcdError) else None
@@ -413,7 +425,8 @@ def _loader(settings, load, jobs):
         progress(1, 1)                       # a loader that reported nothing
         if model.tokenizer is None: raise ModelError('the file has no vocabulary, so it cannot be served as text')
         info = model.engine.info()
-        log.info('model_load_complete', seconds=round(time.monotonic() - began, 3), vram_bytes_used=info.get('vram_bytes_used'), resident=info.get('resident'))
+        log.info('model_load_complete', seconds=round(time.monotonic() - began, 3),
+            vram_bytes_used=info.get('vram_bytes_used'), resident=info.get('resident'))
         return model
     return go
 
@@ -453,14 +466,15 @@ class Process:
     def hurry(self):
         for job in list(self.jobs.active.values()): job.cancel('shutdown')
 
-# %% ../nbs/43_worker.ipynb #197b03d0
+# %% ../nbs/43_worker.ipynb #86b52c74
 async def _run(self):
     s = self.settings
     self.loop, self.worker = asyncio.get_running_loop(), Worker(s, self.jobs)
     for sig in signal.SIGTERM, signal.SIGINT: self.loop.add_signal_handler(sig, self.on_signal, sig.name)
     log.info('startup', version=__version__, pid=os.getpid(), model_path=s.model, host=s.host, port=s.port)
     if not is_uuid(s.worker_id): log.warning('worker_id', message=f'{s.worker_id} is not a UUID; kept as it is')
-    if s.gpu_device == 'reference': log.warning('reference_engine', message='NumPy on the CPU: for demos and tests, not the production engine')
+    if s.gpu_device == 'reference':
+        log.warning('reference_engine', message='NumPy on the CPU: for demos and tests, not the production engine')
     sock = None
     try:
         sock = bind(s.host, s.port)
@@ -509,7 +523,7 @@ async def _finish_jobs(self):
 
 Process.serve, Process.finish_jobs = _serve, _finish_jobs
 
-# %% ../nbs/43_worker.ipynb #b9d915a7
+# %% ../nbs/43_worker.ipynb #fa507306
 async def _end(self):
     "Free the model, say goodbye"
     ended = await asyncio.to_thread(self.jobs.stop, self.settings.hang_s)
@@ -520,8 +534,9 @@ async def _call_back(self, where):
     "Tell an orchestrator that we are here: three tries, then the worker ends with exit code 1"
     s, used = self.settings, self.jobs.facts.get('vram_bytes_used', 0)
     cuda = s.gpu_device != 'reference'
-    body = to_json(dict(worker_id=s.worker_id, model_ref=s.model_ref, vram_bytes=used, memory_bytes=used, memory_architecture='vram-only' if cuda else 'host',
-        worker_type='bespoke-cuda' if cuda else 'reference', capabilities=['text-gen'], uri=where)).encode()
+    body = to_json(dict(worker_id=s.worker_id, model_ref=s.model_ref, vram_bytes=used, memory_bytes=used,
+        memory_architecture='vram-only' if cuda else 'host', worker_type='bespoke-cuda' if cuda else 'reference',
+        capabilities=['text-gen'], uri=where)).encode()
     request = urllib.request.Request(s.callback_url, body, {'Content-Type': 'application/json'})
     for wait in .2, 1, 0:
         try: return await asyncio.to_thread(lambda: urllib.request.urlopen(request, timeout=5).close())
@@ -533,16 +548,18 @@ async def _call_back(self, where):
 
 Process.end, Process.call_back = _end, _call_back
 
-# %% ../nbs/43_worker.ipynb #9b9a29d2
+# %% ../nbs/43_worker.ipynb #3fdf36de
 def serve(
     settings:Settings,  # what to serve and where
     load=load_model,    # (settings, progress) -> model; tests give their own
 )->int:
     "Run a worker until it is told to stop; returns the exit code"
-    settings = replace(settings, worker_id=settings.worker_id or str(uuid.uuid4()), model_ref=settings.model_ref or Path(settings.model).name)
+    settings = replace(settings, worker_id=settings.worker_id or str(uuid.uuid4()),
+        model_ref=settings.model_ref or Path(settings.model).name)
     write = configure(settings.log_format, worker_id=settings.worker_id, model_ref=settings.model_ref, gpu_device=settings.gpu_device)
     process = Process(settings, load)
     code = asyncio.run(process.run())
     write.flush()
-    if process.jobs.thread.is_alive() or process.jobs.fatal: os._exit(code or 1)   # a lost CUDA context or a hanging kernel cannot be cleaned up
+    lost = process.jobs.thread.is_alive() or process.jobs.fatal     # a hanging kernel or a dead CUDA context cannot be cleaned up
+    if lost: os._exit(code or 1)
     return code

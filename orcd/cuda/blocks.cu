@@ -270,4 +270,14 @@ template<int T> __device__ __forceinline__ long long row_bytes(int n) { return (
 #define EACH_QUANT(F) F(q4_0, Q4_0) F(q4_1, Q4_1) F(q5_0, Q5_0) F(q5_1, Q5_1) F(q8_0, Q8_0) F(mxfp4, MXFP4) \
     F(q4_k, Q4_K) F(q5_k, Q5_K) F(q6_k, Q6_K)
 #define EACH_TYPE(F) F(f32, F32) F(f16, F16) F(bf16, BF16) EACH_QUANT(F)
+#define EACH_HALF(F) F(f16, F16) EACH_QUANT(F)
+
+// -DONLY_NAME=q4_k -DONLY_TYPE=Q4_K: the kernels of one type alone, which compile in a tenth of the time
+#ifdef ONLY_TYPE
+#define EXPANDED(F, name, T) F(name, T)
+#undef EACH_TYPE
+#undef EACH_HALF
+#define EACH_TYPE(F) EXPANDED(F, ONLY_NAME, ONLY_TYPE)
+#define EACH_HALF(F) EXPANDED(F, ONLY_NAME, ONLY_TYPE)
+#endif
 #endif

@@ -24,5 +24,4 @@ __device__ __forceinline__ void expert_gemm(Shared& s, const u8* w, const u16* x
     int n_expert, int n_out, int n_in, int per, int ldx, long long ldo) { \
     __shared__ __align__(16) Shared s; \
     expert_gemm<T>(s, w, x, xinv, xsum, offset, slots, out, bias, n_expert, n_out, n_in, per, ldx, ldo); }
-KERNEL(f16, F16)
-EACH_QUANT(KERNEL)
+EACH_HALF(KERNEL)

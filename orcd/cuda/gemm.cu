@@ -10,5 +10,4 @@
     __syncthreads(); \
     tile<T>(s, w + o * row_bytes<T>(n_in), n_out - o, x, xinv, xsum, ldx, n_in, out + o, ldo, \
         bias ? bias + o : nullptr, residual ? residual + o : nullptr, ldr); }
-KERNEL(f16, F16)
-EACH_QUANT(KERNEL)
+EACH_HALF(KERNEL)

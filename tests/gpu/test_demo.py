@@ -1,0 +1,34 @@
+"The trained models on the GPU: the same haiku as the NumPy engine writes, logits within 1 % of their spread"
+import numpy as np
+import pytest
+from pathlib import Path
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODELS = {'qwen2': ROOT/'orcd/models/haiku-qwen2-q4_k_m.gguf', 'phi3': ROOT/'tests/models/haiku-phi3-q4_0.gguf',
+          'gpt-oss': ROOT/'tests/models/haiku-gptoss/haiku-gptoss-mxfp4.gguf'}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_haiku(name):
+    import orcd
+    from orcd import haiku as H
+    asked = [(t, H.MINUTES[7*k % 60]) for k, t in enumerate(['GPU computing', *[t for t in H.TOPICS if t != 'GPU computing'][:29]])]
+    with orcd.load(MODELS[name], device='reference', progress=False) as ref, orcd.load(MODELS[name], progress=False) as model:
+        assert model.engine.kind == 'cuda' and model.engine.resident
+        worst, same, valid = 0, 0, 0
+        for k, (topic, minute) in enumerate(asked):
+            messages = [{'role': 'user', 'content': f'Write a haiku about {topic} with the word "{minute}"'}]
+            a, b = (m.generate(messages, max_tokens=80, temperature=0) for m in (ref, model))
+            for g in (a, b):
+                for _ in g: pass
+            same += a.ids == b.ids
+            valid += not H.check(b.text.strip(), minute)
+            if k < 6:
+                ids = model.tokenizer.encode_chat(messages) + b.ids
+                x, y = ref.logits(ids), model.logits(ids)
+                worst = max(worst, np.abs(x - y).max() / x.std())
+            if not k: print(f'\n{b.text.strip()}')
+        print(f'{name}: greedy text equal on {same} of {len(asked)}, {valid} valid haiku, logits max |diff| / std {worst:.1e}')
+        assert worst < 1e-2
+        assert same == len(asked) and valid >= .95*len(asked)
