@@ -278,7 +278,7 @@ def fill(
     line = re.sub(r' (?=,)', '', ' '.join(parts))
     return re.sub(r'\ban? (?=(\w))', lambda m: 'an ' if m[1] in 'aeiou' else 'a ', line)
 
-# %% ../nbs/50_haiku.ipynb #8c7e37d7
+# %% ../nbs/50_haiku.ipynb #d5851b74
 def _templates(minute:str, rng:random.Random)->list:
     kinds = [(OPENING, 5), (MIDDLE, 7), (CLOSING, 5)]
     if minute:
@@ -296,11 +296,10 @@ def haiku(
     while True:
         used, lines = set(), []
         for templates, n in _templates(minute, rng):
-            line = None
-            while line is None: line = fill(topic, rng.choice(templates), n, minute, rng, used)
-            lines.append(line)
-        text = '\n'.join(lines)
-        if not minute or text.count(minute) == 1: return text
+            tries = (fill(topic, rng.choice(templates), n, minute, rng, used) for _ in range(50)) # words already used may leave no way on: begin again
+            lines.append(next((line for line in tries if line), None))
+        text = '\n'.join(line or '' for line in lines)
+        if all(lines) and (not minute or text.count(minute) == 1): return text
 
 # %% ../nbs/50_haiku.ipynb #41dfa372
 ASKS = ['Write a haiku about {t}{m}'] * 6 + ['Please write a haiku about {t}{m}', 'Compose a haiku about {t}{m}', 'Can you write a haiku about {t}{m}?', 'Write me a haiku on {t}{m}',
