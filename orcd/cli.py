@@ -6,11 +6,11 @@ Docs: https://orcd-dev.github.io/orcd/cli.html.md"""
 
 # %% auto #0
 __all__ = ['FLAGS', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature', 'TopK', 'TopP', 'MinP', 'Penalty', 'Seed',
-           'ENGINES', 'whole', 'auto', 'choice', 'text', 'device', 'seconds', 'url', 'yes', 'Flag', 'settle',
+           'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'device', 'seconds', 'url', 'yes', 'Flag', 'settle',
            'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path', 'complete_model', 'from_flags',
            'worker_settings', 'serve', 'open_model', 'stream', 'has_chat', 'generate', 'summary', 'chat', 'by_type',
-           'mib', 'info', 'bench', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks', 'doctor',
-           'run', 'main', 'worker_main']
+           'mib', 'info', 'words', 'bench', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks',
+           'doctor', 'run', 'main', 'worker_main']
 
 # %% ../nbs/44_cli.ipynb #ca78b11e
 import inspect, os, signal, sys, time
@@ -313,7 +313,7 @@ def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k
             print()
             messages += [dict(role='user', content=said), dict(role='assistant', content=out.text)]
 
-# %% ../nbs/44_cli.ipynb #1e9f8acb
+# %% ../nbs/44_cli.ipynb #acc1a20f
 def by_type(g):
     "(type, tensors, bytes) of a GGUF file, the largest first"
     rows = {}
@@ -324,22 +324,35 @@ def by_type(g):
 
 def mib(n): return f'{n / 2**20:,.1f} MiB'
 
+VRAM = Annotated[Optional[int], typer.Option('--vram-mb', metavar='MIB', min=1, help='free VRAM to fit into')]
+
 @app.command()
-def info(model:Model, context_length:Context=None):
+def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
     "Show the architecture, the tensors and the VRAM that a model will need."
     from orcd import arch, engine
     from orcd.gguf import GGUF
     with GGUF(str(model_path(model))) as g:
         _, c = arch.resolve(g)
-        print(f'{c.name or Path(model).name}: {c.arch}, {c.quant_kind}, {len(g.tensors)} tensors')
+        n = sum(t.n_elements for t in g.tensors.values())
+        print(f'{c.name or Path(model).name}: {c.arch}, {c.quant_kind}, {n / 1e6:,.1f} M parameters in {len(g.tensors)} tensors')
         print(f'  layers {c.n_layer}, width {c.n_embd}, feed-forward {c.n_ff}, vocabulary {c.n_vocab}')
         print(f'  heads {c.n_head} of {c.head_dim}, {c.n_head_kv} for keys and values')
         if c.n_expert: print(f'  experts {c.n_expert}, {c.n_expert_used} used for a token, feed-forward {c.n_ff_exp}')
         print(f'  context {c.context_length}, KV cache {c.kv_bytes_per_token / 1024:.1f} KiB a token')
         for kind, n, size in by_type(g): print(f'  {kind:8} {n:5} tensors {mib(size):>14}')
-        p = engine.plan(g, context_length)
+        for line in words(g): print(f'  {line}')
+        p = engine.plan(g, context_length, free=vram_mb and vram_mb << 20)
         print(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
-        for what in 'weights', 'kv_cache', 'workspace': print(f'  {what:10} {mib(getattr(p, what)):>14}')
+        for what in 'weights', 'kv_cache', 'workspace', 'kernels': print(f'  {what:10} {mib(getattr(p, what, engine.CODE)):>14}')
+
+def words(g):
+    "Lines on a file's tokenizer: kind, chat template, what ends a reply"
+    from orcd.tokenizer import Tokenizer
+    t = Tokenizer.from_gguf(g)
+    if t is None: return ['no tokenizer: prompts are token ids']
+    chat = g.metadata.get('tokenizer.chat_template')
+    stops = ', '.join(f'{i} {t.decode([i])}' for i in sorted(t.stop_ids))
+    return [f'tokenizer {t.kind}, {t.n_valid} of {t.vocab_size} ids in use', f'chat template {f"of {len(chat)} characters" if chat else "none"}', f'stop tokens {stops}']
 
 # %% ../nbs/44_cli.ipynb #b56c49a9
 @app.command()

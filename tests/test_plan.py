@@ -1,0 +1,61 @@
+"What a model will take in VRAM, from its header alone: no GPU is needed to know"
+import subprocess, sys
+import pytest
+from make_models import make_model
+
+
+@pytest.fixture(scope='module')
+def plan_of(tmp_path_factory):
+    import orcd
+    from orcd.engine import plan
+    folder = tmp_path_factory.mktemp('plan')
+
+    def run(arch='qwen2', limits={}, **model):
+        with orcd.GGUF(make_model(folder / f'{arch}.gguf', arch, **({'head_dim': 32, 'n_embd': 64} | model))) as g: return plan(g, **limits)
+    return run
+
+
+def test_kv_cache(plan_of):
+    "Two FP16 rows of every key head a token and layer; a layer with a window keeps that many"
+    p = plan_of('qwen2', dict(n_ctx=256), n_layer=3, n_head_kv=2)
+    assert p.kv_cache == 2*2*256*3*2*32 and p.n_ctx == p.n_kv == 256
+    p = plan_of('gpt-oss', dict(n_ctx=256), n_layer=4, n_head_kv=2, window=16)
+    assert p.kv_cache == 2*2*2*32*(2*256 + 2*16)
+
+
+def test_largest_context_is_exact(plan_of):
+    from orcd.errors import InsufficientVRAM
+    whole = plan_of(limits=dict(n_ctx=65536), context_length=65536)
+    with pytest.raises(InsufficientVRAM) as e: plan_of(limits=dict(n_ctx=65536, free=whole.total - 1), context_length=65536)
+    best = e.value.max_context
+    assert e.value.required_bytes == whole.total and e.value.available_bytes == whole.total - 1 and 0 < best < 65536
+    assert plan_of(limits=dict(n_ctx=best, free=whole.total - 1), context_length=65536).n_ctx == best
+    with pytest.raises(InsufficientVRAM): plan_of(limits=dict(n_ctx=best + 1, free=whole.total - 1), context_length=65536)
+    assert plan_of(limits=dict(free=whole.total - 1), context_length=65536).n_ctx == best       # auto takes what fits
+    with pytest.raises(InsufficientVRAM, match='not even') as e: plan_of(limits=dict(free=1 << 20), context_length=65536)
+    assert e.value.max_context == 0
+
+
+def test_kv_budget(plan_of):
+    p = plan_of(limits=dict(kv_cache_mb=1), context_length=65536)
+    assert p.kv_cache <= 1 << 20 < plan_of(limits=dict(n_ctx=p.n_ctx + 1), context_length=65536).kv_cache
+    q = plan_of(limits=dict(kv_cache_mb=1, n_ctx=60000), context_length=65536)
+    assert q.n_ctx == 60000 and q.n_kv == p.n_kv
+
+
+def test_bad_limits(plan_of):
+    from orcd.errors import RequestError
+    with pytest.raises(RequestError, match='trained for 512'): plan_of(limits=dict(n_ctx=513))
+    with pytest.raises(RequestError, match='one token'): plan_of(limits=dict(kv_cache_mb=1), n_layer=40, n_head=64, n_head_kv=64, head_dim=128, n_embd=32, n_ff=32)
+
+
+@pytest.mark.parametrize('name, weights, kv', [('qwen2.5-0.5b-instruct-q4_k_m', 491.4e6 - 5.9e6, 12288), ('phi-3-mini-4k-instruct-q4', 2393e6, 393216), ('gpt-oss-20b-mxfp4', 12.0966e9, 24576)])
+def test_published_files(name, weights, kv, shared, tmp_path):
+    "Weights are the file's tensor bytes, the cache grows by the published bytes a token, the workspace stays below 96 MB"
+    import orcd
+    from orcd.engine import plan
+    path = tmp_path / 'header.gguf'
+    subprocess.run([sys.executable, str(shared / 'full_shape.py'), name, str(path), '--header-only'], check=True, capture_output=True)
+    with orcd.GGUF(path) as g:
+        a, b = plan(g, n_ctx=2048), plan(g, n_ctx=4096)
+        assert abs(a.weights - weights) < .002*weights and b.kv_cache - a.kv_cache == 2048*kv and b.workspace < 96e6
