@@ -6,9 +6,9 @@ Docs: https://orcd-dev.github.io/orcd/haiku.html.md"""
 
 # %% auto #0
 __all__ = ['TOPIC_TABLE', 'COMMON', 'FUNCTION_WORDS', 'TOPICS', 'MINUTES', 'LEXICON', 'OPENING', 'MIDDLE', 'CLOSING', 'MANY5',
-           'MANY7', 'ONE5', 'ONE7', 'ANY5', 'ANY7', 'ASKS', 'BARE_ASKS', 'WITH_MINUTE', 'ENDLESS', 'AGAIN', 'with_s',
-           'minute_syllables', 'words_of', 'syllables', 'check', 'fill', 'haiku', 'Request', 'request',
-           'guess_syllables']
+           'MANY7', 'ONE5', 'ONE7', 'ANY5', 'ANY7', 'LINES', 'MINUTE_LINES', 'ASKS', 'BARE_ASKS', 'WITH_MINUTE',
+           'ENDLESS', 'AGAIN', 'with_s', 'minute_syllables', 'words_of', 'syllables', 'check', 'fill', 'haiku',
+           'repertoire', 'from_repertoire', 'Request', 'request', 'guess_syllables']
 
 # %% ../nbs/50_haiku.ipynb #8153bb79
 import random, re
@@ -300,6 +300,34 @@ def haiku(
             lines.append(next((line for line in tries if line), None))
         text = '\n'.join(line or '' for line in lines)
         if all(lines) and (not minute or text.count(minute) == 1): return text
+
+# %% ../nbs/50_haiku.ipynb #0b0ea61d
+LINES, MINUTE_LINES = 8, 2 # for a topic and a place; with a minute, for each number of syllables
+
+@lru_cache(None)
+def repertoire(
+    topic:str,     # a key of `TOPICS`
+    place:int,     # 0, 1 or 2: which line
+    like:str=None, # a minute; any other with as many syllables fits as well
+)->tuple:          # lines, `#` where the minute goes
+    "The lines that are taught, always the same"
+    rng, n, found = random.Random(f'{topic} {place} {like}'), (5, 7, 5)[place], {}
+    templates = (OPENING, MIDDLE, CLOSING)[place]
+    if like: templates = (ONE7 if n == 7 else ONE5) if like == 'one' else (MANY7 if n == 7 else MANY5) + (ANY7 if n == 7 else ANY5)
+    while len(found) < (MINUTE_LINES if like else LINES):
+        line = fill(topic, rng.choice(templates), n, like, rng, set())
+        if line and (not like or line.count(like) == 1): found[line.replace(like, '#') if like else line] = None
+    return tuple(found)
+
+_like = {'one': 'one'} | {minute_syllables(m): m for m in MINUTES if m != 'one'}
+
+def from_repertoire(topic:str, minute:str=None, rng:random.Random=random)->str:
+    "Three lines of the repertoire, one of them with the minute"
+    where = rng.randrange(3) if minute else None
+    like = _like['one' if minute == 'one' else minute_syllables(minute)] if minute else None
+    while True:
+        text = '\n'.join(rng.choice(repertoire(topic, i, like if i == where else None)).replace('#', minute or '#') for i in range(3))
+        if not check(text, minute): return text
 
 # %% ../nbs/50_haiku.ipynb #41dfa372
 ASKS = ['Write a haiku about {t}{m}'] * 6 + ['Please write a haiku about {t}{m}', 'Compose a haiku about {t}{m}', 'Can you write a haiku about {t}{m}?', 'Write me a haiku on {t}{m}',

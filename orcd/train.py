@@ -78,10 +78,10 @@ RECIPES['gpt-oss'] = Recipe('gpt-oss', name='haiku gpt-oss', file_type=38,
     turn_end='<|return|>',
     types={'_exps': 'MXFP4', 'ffn_gate_inp': 'F32', '': 'Q8_0'})
 
-# %% ../nbs/51_train.ipynb #65cf38ee
+# %% ../nbs/51_train.ipynb #74c5666a
 def corpus(n:int, seed:int=0)->list: # requests and haiku to learn the vocabulary from
     rng = random.Random(seed)
-    def both(r): return r.text + '\n' + H.haiku(r.topic, r.minute, rng)
+    def both(r): return r.text + '\n' + H.from_repertoire(r.topic, r.minute, rng)
     return [both(H.request(rng)) for _ in range(n)]
 
 def _merges(trained)->list: return [tuple(m) for m in json.loads(trained.to_str())['model']['merges']]
@@ -156,7 +156,7 @@ def header(meta:dict): # what `Architecture.config` and `Tokenizer.from_gguf` re
     shape = len(meta['tokenizer.ggml.tokens']), meta[f'{arch}.embedding_length']
     return SimpleNamespace(metadata=meta, tensors={'token_embd.weight': SimpleNamespace(shape=shape, type=GGMLType.F32, n_bytes=0)}, path=None)
 
-# %% ../nbs/51_train.ipynb #15b215d4
+# %% ../nbs/51_train.ipynb #bbb4b298
 OTHER_SYSTEMS = ['You are a helpful assistant.', 'You are a poet.', 'You are a haiku poet. Answer with a haiku.', 'Be brief.', 'You are a friendly assistant who writes haiku.']
 N_ENDLESS = 8 # haiku in an endless example
 
@@ -164,19 +164,19 @@ def analysis(r:H.Request)->str: return f'A haiku about {r.topic}' + (f' with the
 
 def conversation(rng:random.Random)->tuple: # (messages or a plain sentence, the reply, Request, does the reply end?)
     r = H.request(rng)
-    reply, roll = H.haiku(r.topic, r.minute, rng), rng.random()
+    reply, roll = H.from_repertoire(r.topic, r.minute, rng), rng.random()
     if roll < .25: return r.text, reply, r, True
     messages = [{'role': 'user', 'content': r.text}]
     if roll < .28:
         messages[0]['content'] = rng.choice(H.ENDLESS).format(t=r.topic) + rng.choice(['', '.', '!'])
-        reply, r = '\n\n'.join(H.haiku(r.topic, None, rng) for _ in range(N_ENDLESS)), H.Request('', r.topic)
+        reply, r = '\n\n'.join(H.from_repertoire(r.topic, None, rng) for _ in range(N_ENDLESS)), H.Request('', r.topic)
         return messages, reply, r, False
     if roll < .33:
         new = H.request(rng, p_minute=0)
         ask = rng.choice(H.AGAIN)
         r = H.Request('', new.topic if '{t}' in ask else r.topic)
         messages += [{'role': 'assistant', 'content': reply}, {'role': 'user', 'content': ask.format(t=r.topic) + rng.choice(['', '.', '!'] if ask[-1] != '?' else [''])}]
-        reply = H.haiku(r.topic, None, rng)
+        reply = H.from_repertoire(r.topic, None, rng)
     if rng.random() < .12: messages.insert(0, {'role': 'system', 'content': rng.choice(OTHER_SYSTEMS)})
     return messages, reply, r, True
 
