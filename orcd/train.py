@@ -8,8 +8,8 @@ Docs: https://orcd-dev.github.io/orcd/train.html.md"""
 __all__ = ['SYSTEM', 'RECIPES', 'OTHER_SYSTEMS', 'N_ENDLESS', 'ENDLESS', 'ROUND', 'TESTS', 'FILES', 'Recipe', 'corpus',
            'byte_bpe', 'sentencepiece', 'vocabulary', 'metadata', 'header', 'analysis', 'conversation', 'Writer',
            'examples', 'batches', 'TorchOps', 'attend', 'swiglu_oai', 'route', 'expert_linear', 'expert_sum', 'Net',
-           'type_of', 'rounded', 'quantised', 'dequantised', 'complete', 'quality', 'optimizer_of', 'rate', 'loss_of',
-           'train', 'judge', 'save', 'tokenizer_json', 'main']
+           'type_of', 'rounded', 'quantised', 'dequantised', 'complete', 'quality', 'orthogonal', 'Muon',
+           'optimizers_of', 'rate', 'loss_of', 'train', 'judge', 'save', 'tokenizer_json', 'main']
 
 # %% ../nbs/51_train.ipynb #0cca16da
 import argparse, json, math, random, re, time
@@ -422,11 +422,35 @@ def quality(net:Net, w:dict, writer:Writer)->dict:
             score[f'{way} {temperature} complaints'] = [f'{x!r}: {c}' for _, x, c in bad[:4]]
     return dict(score=score, samples=kept)
 
-# %% ../nbs/51_train.ipynb #67d3e61e
-def optimizer_of(net:Net, lr:float):
-    decay = [p for n, p in net.w.items() if p.dim() > 1 and not n.endswith('.bias')]
-    other = [p for n, p in net.w.items() if p.dim() == 1 or n.endswith('.bias')]
-    return torch.optim.AdamW([{'params': decay, 'weight_decay': .05}, {'params': other, 'weight_decay': 0.}], lr=lr, betas=(.9, .98), fused=net.device != 'cpu')
+# %% ../nbs/51_train.ipynb #e59fcadb
+def orthogonal(g): # the singular values of a matrix pushed to about 1, by five Newton-Schulz steps
+    x, tall = g.bfloat16(), g.shape[-2] > g.shape[-1]
+    if tall: x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445*x + (-4.775*a + 2.0315*a @ a) @ x
+    return (x.mT if tall else x).float()
+
+class Muon(torch.optim.Optimizer if torch else object):
+    "Momentum, made orthogonal before each step (Keller Jordan, 2024): no direction of a matrix is left behind"
+    def __init__(self, params, lr, momentum=.95): super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad() if torch else lambda f: f
+    def step(self):
+        for g in self.param_groups:
+            for p in g['params']:
+                m = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                m.mul_(g['momentum']).add_(p.grad)
+                p.sub_(orthogonal(p.grad + g['momentum']*m), alpha=g['lr'] * max(1, p.shape[-2]/p.shape[-1])**.5)
+
+def optimizers_of(net:Net, lr:float)->list: # Muon for the layers' matrices, AdamW for the rest
+    hidden = [p for n, p in net.w.items() if p.dim() > 1 and n.startswith('blk') and not n.endswith('.bias') and 'gate_inp' not in n]
+    rest = [p for p in net.w.values() if all(p is not h for h in hidden)]
+    opts = [Muon(hidden, .02), torch.optim.AdamW(rest, lr, betas=(.9, .98), weight_decay=.01, fused=net.device != 'cpu')]
+    for o in opts:
+        for g in o.param_groups: g['base'] = g['lr']
+    return opts
 
 def rate(progress:float)->float: return min(1., progress/.03) * (.5 + .5*math.cos(math.pi*min(progress, 1.)))  # a short rise, then a cosine
 
@@ -437,7 +461,7 @@ def loss_of(net:Net, w:dict, ids, targets):
         z = F.linear(x[learnt], w['output.weight'])
     return F.cross_entropy(z.float(), targets.reshape(-1)[learnt]), ops.balance / net.config.n_layer
 
-# %% ../nbs/51_train.ipynb #a9411795
+# %% ../nbs/51_train.ipynb #aaa7ae2f
 def train(
     name:str,                # a key of `RECIPES`
     seconds:float,           # how long the loop may take
@@ -452,19 +476,20 @@ def train(
     meta = metadata(recipe, corpus(20_000))
     writer, data = Writer(meta, recipe), examples(meta, name, n, processes=processes)
     net, rng = Net(meta, device), random.Random(0)
-    opt, curve, step, before, start = optimizer_of(net, lr), [], 0, None, time.time()
+    opts, curve, step, before, start = optimizers_of(net, lr), [], 0, None, time.time()
     prepared, progress = start - began, 0.
     while progress < 1:
         for ids, targets in batches(data, tokens, rng):
             progress = max((time.time() - start)/seconds, step/steps)
             if progress >= 1: break
             if before is None and progress >= round_from: before = {k: p.detach().clone() for k, p in net.w.items()}
-            for g in opt.param_groups: g['lr'] = lr*rate(progress)
+            for g in (g for o in opts for g in o.param_groups): g['lr'] = g['base']*rate(progress)
             ids, targets = (torch.from_numpy(a).to(device, non_blocking=True) for a in (ids, targets))
             loss, balance = loss_of(net, net.w if before is None else rounded(net.w, recipe), ids, targets)
             (loss + .01*balance).backward()
             torch.nn.utils.clip_grad_norm_(net.w.values(), 1.)
-            opt.step(); opt.zero_grad(set_to_none=True); step += 1
+            for o in opts: o.step(); o.zero_grad(set_to_none=True)
+            step += 1
             if step % 25 == 0: curve.append((step, round(time.time() - start, 1), round(loss.item(), 4)))
             if step % 500 == 0: print(f'{name} step {step} {time.time() - start:.0f} s loss {loss.item():.3f}', flush=True)
     results = judge(net, before or net.w, writer, recipe)
