@@ -14,8 +14,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# %% ../nbs/43_worker.ipynb #a9e31d65
+# %% ../nbs/43_worker.ipynb #8dc23da5
 import uvicorn
+from starlette.convertors import Convertor, register_url_convertor
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from starlette.exceptions import HTTPException
@@ -255,7 +256,16 @@ def _says(body=None, **answers):
     extra = dict(requestBody=dict(required=True, content={'application/json': dict(schema=body)})) if body else {}
     return dict(openapi_extra=extra, responses=answers.pop('ok', {}) | {int(k[1:]): error for k in answers})
 
-# %% ../nbs/43_worker.ipynb #18feba42
+# %% ../nbs/43_worker.ipynb #200a7c02
+class _Anything(Convertor):
+    "The rest of a path, line breaks included: a job's id may be any text"
+    regex = '(?s:.*)'
+    def convert(self, value): return value
+    def to_string(self, value): return value
+
+register_url_convertor('anything', _Anything())
+
+# %% ../nbs/43_worker.ipynb #3e0c67d6
 def make_app(
     worker:Worker, # the state behind the routes
 )->FastAPI:
@@ -270,7 +280,7 @@ def make_app(
     @app.post('/cancel', status_code=202, response_class=JSONResponse, **_says(CANCEL, **errors))
     async def cancel(request:HTTPRequest): return await safely(worker.cancel(request), request)
 
-    @app.post('/cancel/{job_id:path}', status_code=202, response_class=JSONResponse, **_says(e400=1, e401=1))
+    @app.post('/cancel/{job_id:anything}', status_code=202, response_class=JSONResponse, **_says(e400=1, e401=1))
     async def cancel_path(job_id:str, request:HTTPRequest): return await safely(worker.cancel(request, job_id), request)
 
     @app.get('/health', response_class=JSONResponse, **_says(e503=1))

@@ -3,6 +3,12 @@ import os
 from pathlib import Path
 import pytest
 
+try: # the gate's runs repeat themselves; a person's explore
+    from hypothesis import settings
+    settings.register_profile('ci', derandomize=True)
+    if os.environ.get('CI'): settings.load_profile('ci')
+except ImportError: pass
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
