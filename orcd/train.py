@@ -439,10 +439,13 @@ class Muon(torch.optim.Optimizer if torch else object):
     @torch.no_grad() if torch else lambda f: f
     def step(self):
         for g in self.param_groups:
-            for p in g['params']:
-                m = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                m.mul_(g['momentum']).add_(p.grad)
-                p.sub_(orthogonal(p.grad + g['momentum']*m), alpha=g['lr'] * max(1, p.shape[-2]/p.shape[-1])**.5)
+            shapes = {}
+            for p in g['params']: shapes.setdefault(p.shape, []).append(p)
+            for shape, ps in shapes.items():             # matrices of one shape together: a hundred small launches become a few
+                ms, grads = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in ps], [p.grad for p in ps]
+                torch._foreach_mul_(ms, g['momentum']); torch._foreach_add_(ms, grads)
+                steps = orthogonal(torch.stack(grads) + g['momentum']*torch.stack(ms))
+                torch._foreach_sub_(ps, list(steps.mul_(g['lr'] * max(1, shape[-2]/shape[-1])**.5)))
 
 def optimizers_of(net:Net, lr:float)->list: # Muon for the layers' matrices, AdamW for the rest
     hidden = [p for n, p in net.w.items() if p.dim() > 1 and n.startswith('blk') and not n.endswith('.bias') and 'gate_inp' not in n]
