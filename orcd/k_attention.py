@@ -89,6 +89,7 @@ def attend_decode(
     scale=None,    # of the scores, 1/sqrt(head_dim) by default
     k=None,        # (1, n_head_kv * head_dim) float32: stored first, which saves `store_kv`
     v=None,        # like k
+    rope=None,     # (inv_freq, mscale, style, n_rot) when q and k still have to be turned; n_rot a multiple of 8
     stream=None,
 ):
     "Attention of one row over all positions up to its own. One launch; it is the same launch at every position."
@@ -102,9 +103,13 @@ def attend_decode(
     check_vector('attend_decode state', state, STATE_SIZE, np.int32)
     check(TICKETS + n_head_kv * passes <= STATE_SIZE, f'attend_decode: {n_head_kv} key heads need more tickets than state has')
     check_vector('attend_decode workspace', workspace, decode_workspace(n_head, d, rows))
+    inv_freq, mscale, style, n_rot = rope or (None, 1., 'neox', 0)
+    if rope: check_vector('attend_decode inv_freq', inv_freq, n_rot // 2); check(n_rot % 8 == 0 and n_rot <= d, f'attend_decode: n_rot {n_rot} of head_dim {d}: a multiple of 8, not larger')
+    check(all(x is None or x.data.ptr % 16 == 0 for x in (q, k, v)), 'attend_decode: q, k and v must start at multiples of 16 bytes')
     blocks = min(-(-rows // SPLIT), max(1, MAX_BLOCKS // (n_head_kv * passes)))
     nvrtc.kernel(f'attention_{d}', 'attend_decode')((blocks, n_head_kv, passes), (128,), (q, k, v, k_cache, v_cache, state, sinks, out,
-        workspace, state[TICKETS:], _scale(scale, d), np.int32(n_head), np.int32(n_head_kv), np.int32(rows), np.int32(ring)), stream=stream)
+        workspace, state[TICKETS:], _scale(scale, d), np.int32(n_head), np.int32(n_head_kv), np.int32(rows), np.int32(ring),
+        inv_freq, np.float32(mscale), np.int32(n_rot), np.int32(style == 'neox')), stream=stream, early=True)
 
 # %% ../nbs/24_attention.ipynb #0603d869
 def attend_prefill(

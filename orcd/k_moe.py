@@ -10,7 +10,7 @@ __all__ = ['route', 'expert_sum', 'expert_gemv', 'Groups', 'group', 'expert_gemm
 # %% ../nbs/25_moe.ipynb #0830946d
 from .errors import KernelError
 from .k_gemm import PLAIN, HalfRows
-from .k_gemv import is_wide, matrix, n_rows, stride, vector
+from .k_gemv import gemvs, matrix, n_rows, stride, vector
 from .nvrtc import QTensor, kernel, only
 
 # %% ../nbs/25_moe.ipynb #5ecc14cc
@@ -56,22 +56,14 @@ def _slots(ids, rows):
 
 def expert_gemv(
     W:QTensor,   # (n_expert, n_out, n_in), any type
-    x,           # float32 (T, n_in), shared by a token's slots, or (T*k, n_in)
+    x,           # float32 (T, n_in), shared by a token's slots, or (T*k, n_in); or what `gemvs` takes
     ids,         # int32 (T, k)
     out,         # float32 (T*k, n_out), written; a slot with an id outside of 0..n_expert-1 is left alone
     bias=None,   # float32 (n_expert, n_out)
     stream=None, # CuPy stream
 ):
-    "out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, one row at a time: for decoding, slots 1 to about 16"
-    n_expert, n_out, n_in = matrix(W, 3)
-    rows = n_rows(x)
-    n, per = _slots(ids, rows)
-    if n > 65535: raise KernelError(f'expert_gemv takes at most 65535 slots, got {n}')
-    ldx, ldo = stride('x', x, rows, n_in), stride('out', out, n, n_out)
-    args = (W, x, vector('ids', ids, n, np.int32), out, vector('bias', bias, n_expert*n_out),
-        *map(np.int32, (n_expert, n_out, n_in, per)), np.int64(ldx), np.int64(ldo))
-    name = f'expert_gemv_{W.type.name.lower()}' + ('' if is_wide(x, ldx) else '_any')
-    kernel('expert_gemv', name, only(W.type))((-(-n_out//16), n), (256,), args, stream=stream)
+    "out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, one row at a time: for decoding"
+    gemvs([(W, out, bias)], x, ids=ids, stream=stream)
     return out
 
 # %% ../nbs/25_moe.ipynb #680d1c92

@@ -1,15 +1,19 @@
-"The device code that unpacks blocks, compiled for the CPU with g++: bit-equal to the reference decoder, and a mistake is seen"
+"The device code that sorts and unpacks blocks, compiled for the CPU with g++: bit-equal to the reference decoder, and a mistake is seen"
 import ctypes, re, shutil, subprocess
 import numpy as np, pytest
 from orcd.blocks import GGMLType, dequantize
-from orcd.k_gemv import random_blocks
 from orcd.nvrtc import read_source
+from orcd.planes import random_blocks, to_planes
 
-# As much of CUDA as blocks.cu needs
+# As much of CUDA as blocks.cu and repack.cu need
 SHIM = r'''
 #include <cstdint>
 #include <cstring>
 #define __device__
+#define __global__
+#define __launch_bounds__(n)
+static struct { int x; } blockIdx, blockDim = {1}, threadIdx;
+template<class A> static A min(A a, A b) { return a < b ? a : b; }
 #define __forceinline__ inline
 struct uint4 { uint32_t x, y, z, w; };
 static uint32_t __funnelshift_rc(uint32_t lo, uint32_t hi, uint32_t s) {
@@ -29,24 +33,18 @@ static float half_bits(uint32_t h) {
 }
 '''
 CALLS = r'''
-#define CALL(name, T) \
-    extern "C" void one_##name(const u8* w, float* y, int rows, int n) { \
-        for (int r = 0; r < rows; r++) for (int i = 0; i < n; i++) y[(long)r * n + i] = dequant_one<T>(w + r * row_bytes<T>(n), i); } \
-    extern "C" void eight_##name(const u8* w, float* y, int rows, int n) { \
-        for (int r = 0; r < rows; r++) for (int s = 0; 64 * s < n; s++) for (int u = 0; u < 8; u++) { \
-            int i = 64 * s + octet_start<T>(u); if (i >= n) continue; \
-            Eight e = eight<T>(w + r * row_bytes<T>(n), s, u, n); \
-            for (int j = 0; j < 4; j++) { int k = i + Type<T>::delta + j; \
-                if (i + j < n) y[(long)r * n + i + j] = e.da * e.a[j] + e.ma; \
-                if (k < n) y[(long)r * n + k] = e.db * e.b[j] + e.mb; } } }
+#define CALL(name, T) extern "C" void decode_##name(const u8* w, float* y, int rows, int n) { \
+    for (int r = 0; r < rows; r++) for (int i = 0; i < n; i++) y[(long)r * n + i] = dequant_one<T>(w, rows, r, n, i); }
 EACH_TYPE(CALL)
+#define SORT(name, T) extern "C" void sort_##name(const u8* src, u8* dst, long rows, int n, long first, int n_rows) { \
+    for (blockIdx.x = 0; blockIdx.x < n_rows * ((n + 127) / 128) * 4; blockIdx.x++) repack<T>(src, dst, rows, n, first, n_rows); }
+EACH_QUANT(SORT)
 '''
 MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
-    nibbles=('__byte_perm(lo, hi, 0x6420), __byte_perm(lo, hi, 0x7531)', '__byte_perm(lo, hi, 0x7531), __byte_perm(lo, hi, 0x6420)'),
-    scale_at=('r.q.load(p + 1 + 4 * (u & 3))', 'r.q.load(p + 4 * (u & 3))'),
+    nibbles=('o.a = __byte_perm(lo, hi, 0x6420); o.b = __byte_perm(lo, hi, 0x7531);', 'o.b = __byte_perm(lo, hi, 0x6420); o.a = __byte_perm(lo, hi, 0x7531);'),
+    scale_at=('const u8* s = p.s + (at + block) * Y::s;', 'const u8* s = p.s + (at + block) * Y::s + 1;'),
     table=('0x18141210', '0x18161210'),
     exponent=('(e - 1) << 23', 'e << 23'))
-
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +53,7 @@ def build(tmp_path_factory):
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
     folder = tmp_path_factory.mktemp('blocks')
     def make(mutation=None):
-        source = re.sub(r'.*cvt\.f32\.f16.*\n', '', read_source('blocks'))      # one line of PTX; the shim has the same in C
+        source = re.sub(r'.*cvt\.f32\.f16.*\n', '', read_source('blocks')) + read_source('repack').replace('#include "blocks.cu"', '')      # one line of PTX; the shim has the same in C
         if mutation:
             old, new = MUTATIONS[mutation]
             assert source.count(old) == 1
@@ -67,13 +65,19 @@ def build(tmp_path_factory):
     return make
 
 
-def decode(lib, function, t, blocks, n):
-    "Run one decoder on rows that start at a 16-byte boundary, as tensors do in VRAM"
-    buf = np.zeros(blocks.size + 64, np.uint8)
+def placed(a):
+    "A copy that starts at a 16-byte boundary, as tensors do in VRAM, with room behind it"
+    buf = np.zeros(a.size + 64, np.uint8)
     at = -buf.ctypes.data % 16
-    buf[at:at+blocks.size] = blocks.ravel()
-    y = np.full((len(blocks), n), np.nan, np.float32)
-    getattr(lib, f'{function}_{t.name.lower()}')(ctypes.c_void_p(buf.ctypes.data + at), ctypes.c_void_p(y.ctypes.data), len(blocks), n)
+    buf[at:at + a.size] = a.ravel()
+    return buf[at:at + a.size]
+
+def pointer(a): return ctypes.c_void_p(a.ctypes.data)
+
+def decode(lib, t, blocks, n):
+    "Sort, then decode every weight"
+    w, y = placed(to_planes(blocks, t)), np.full((len(blocks), n), np.nan, np.float32)
+    getattr(lib, f'decode_{t.name.lower()}')(pointer(w), pointer(y), len(blocks), n)
     return y
 
 
@@ -81,11 +85,26 @@ def decode(lib, function, t, blocks, n):
 def test_bit_equal(build):
     lib, rng = build(), np.random.default_rng(0)
     for t in GGMLType:
-        for k in (1, 2, 3, 4, 7):
+        for k in (1, 2, 3, 4, 7, 10):
             n = k * t.block_size if t.block_size > 1 else 31 * k
             blocks = random_blocks(t, 5, n, rng)
             if t == GGMLType.MXFP4: blocks.reshape(5, -1, 17)[..., 0] = rng.choice([0, 1, 2, 126, 128, 250], (5, k))
-            for f in ('one', 'eight'): assert np.array_equal(decode(lib, f, t, blocks, n), dequantize(blocks, t)), (t.name, n, f)
+            assert np.array_equal(decode(lib, t, blocks, n), dequantize(blocks, t)), (t.name, n)
+
+
+@pytest.mark.timeout(120)
+def test_sorting_in_pieces(build):
+    "The kernel that sorts, a few rows at a time from any address, against NumPy"
+    lib, rng = build(), np.random.default_rng(1)
+    for t in GGMLType:
+        if t.block_size == 1: continue
+        for k in (1, 2, 3, 4, 7, 10):
+            n, blocks = k * t.block_size, random_blocks(t, 5, k * t.block_size, rng)
+            out = placed(np.full(blocks.size, 0xAA, np.uint8))
+            for first, count, shift in ((0, 2, 1), (2, 3, 3)):
+                src = np.concatenate([np.zeros(shift, np.uint8), blocks[first:first + count].ravel()])[shift:]
+                getattr(lib, f'sort_{t.name.lower()}')(pointer(src), pointer(out), ctypes.c_long(5), n, ctypes.c_long(first), count)
+            assert np.array_equal(out, to_planes(blocks, t)), (t.name, n)
 
 
 @pytest.mark.timeout(240)
@@ -93,5 +112,5 @@ def test_mistakes_are_seen(build):
     blocks = random_blocks(GGMLType.MXFP4, 5, 256, np.random.default_rng(0))
     w = dequantize(blocks, GGMLType.MXFP4)
     for m in MUTATIONS:
-        y = decode(build(m), 'eight', GGMLType.MXFP4, blocks, 256)
+        y = decode(build(m), GGMLType.MXFP4, blocks, 256)
         assert not np.linalg.norm(y - w) < 0.01 * np.linalg.norm(w), m

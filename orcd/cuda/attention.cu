@@ -1,4 +1,6 @@
 #include "reduce.cu"
+#include "turn.cu"
+#include "source.cu"
 #include "fragments.cu"
 #ifndef HEAD_DIM
 #define HEAD_DIM 64
@@ -37,22 +39,44 @@ extern "C" __global__ void stage_window(const float* k, i64 k_stride, const floa
 }
 
 // ---- one query row ----------------------------------------------------------------------------------------------------------------
+// Columns i…i+3 of a head, turned by `turns` up to column n_rot (a multiple of 8)
+__device__ __forceinline__ float4 turned(const float* p, int i, const float2* turns, int n_rot, int neox) {
+    float4 a = *(const float4*)(p + i);
+    if (i >= n_rot) return a;
+    if (!neox) {
+        const float2 t = turns[i / 2], u = turns[i / 2 + 1];
+        return make_float4(a.x * t.x - a.y * t.y, a.y * t.x + a.x * t.y, a.z * u.x - a.w * u.y, a.w * u.x + a.z * u.y);
+    }
+    const int half = n_rot / 2, first = i < half, j = first ? i : i - half;
+    const float4 b = *(const float4*)(p + (first ? i + half : j));
+    const float sign = first ? -1.f : 1.f;
+    const float2 *t = turns + j;
+    return make_float4(a.x * t[0].x + sign * b.x * t[0].y, a.y * t[1].x + sign * b.y * t[1].y, a.z * t[2].x + sign * b.z * t[2].y, a.w * t[3].x + sign * b.w * t[3].y);
+}
+
 constexpr int SPLIT = 128, HEADS = 8;                         // positions a block attends to, query heads it serves
 constexpr int LOAD = D % 32 ? 4 : 8, CHUNKS = D / (4 * LOAD);  // halves of a K row that a thread loads at once, and how often
 
 // Scores are K (16 positions x D) times Q^T (D x 8 heads) on the tensor cores, the output V^T (16 dims x positions) times P^T.
 // Blocks beyond the context leave at once; the last block of a head to finish adds the splits up in order.
 extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(const float* q, const float* k, const float* v, f16* k_cache, f16* v_cache,
-        const int* state, const float* sinks, float* out, float* partial, int* tickets, float scale, int n_head, int n_head_kv, int rows, int ring) {
+        const int* state, const float* sinks, float* out, float* partial, int* tickets, float scale, int n_head, int n_head_kv, int rows, int ring,
+        const float* inv_freq, float mscale, int n_rot, int neox) {
+    __shared__ float2 turns[D / 2];  // cosine and sine of each pair, when q and k still have to be turned
     __shared__ __align__(16) f16 vs[SPLIT * PAD];
     __shared__ __align__(16) f16 ps[HEADS][SPLIT + 8];
     __shared__ float ss[HEADS][SPLIT + 4], ms[HEADS], ls[HEADS];
     __shared__ int last;
+    let_next_start();
+    wait_for_last();
     const int kv = blockIdx.y, group = n_head / n_head_kv, head0 = kv * group + blockIdx.z * HEADS, heads = min(HEADS, group - (int)blockIdx.z * HEADS);
     const int pos = state[0], row = cache_row(pos, rows, ring), n = ring ? min(pos + 1, rows) : pos + 1;
     const int splits = (n + SPLIT - 1) / SPLIT, max_splits = (rows + SPLIT - 1) / SPLIT;
     if (row < 0 || blockIdx.x >= splits) return;
     k_cache += (i64)kv * rows * D, v_cache += (i64)kv * rows * D;
+    if (!inv_freq) n_rot = 0;
+    for (int i = threadIdx.x; i < n_rot / 2; i += 128) turns[i] = turn_of(pos, inv_freq[i], mscale);
+    __syncthreads();
     float* ml = partial + (i64)n_head * max_splits * D;
 
     for (int split = blockIdx.x; split < splits; split += gridDim.x) {
@@ -85,9 +109,11 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                 for (int c = 0; c < CHUNKS; c++) {
                     Keys& x = keys[m][h][c];
                     if (r == fresh) {
-                        const float* y = k + kv * D + c * 4 * LOAD + t * LOAD;
                         #pragma unroll
-                        for (int i = 0; i < LOAD / 2; i++) x.pair[i] = pack_f16(y[2 * i], y[2 * i + 1]);
+                        for (int i = 0; i < LOAD / 4; i++) {
+                            const float4 y = turned(k + kv * D, c * 4 * LOAD + t * LOAD + 4 * i, turns, n_rot, neox);
+                            x.pair[2 * i] = pack_f16(y.x, y.y), x.pair[2 * i + 1] = pack_f16(y.z, y.w);
+                        }
                         *(Keys*)(from + c * 4 * LOAD) = x;
                     } else x = r < n ? *(const Keys*)(from + c * 4 * LOAD) : Keys{};
                 }
@@ -98,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
             #pragma unroll
             for (int s = 0; s < LOAD / 4; s++) {
                 float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-                if (g < heads) x = *(const float4*)(q + (head0 + g) * D + c * 4 * LOAD + t * LOAD + s * 4);
+                if (g < heads) x = turned(q + (head0 + g) * D, c * 4 * LOAD + t * LOAD + s * 4, turns, n_rot, neox);
                 x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
                 const u32 b0 = pack_f16(x.x, x.y), b1 = pack_f16(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
                 #pragma unroll

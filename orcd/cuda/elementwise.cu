@@ -1,4 +1,5 @@
 #include "reduce.cu"
+#include "turn.cu"
 typedef long long i64;
 
 // y = x / sqrt(mean(x^2) + eps) * w; one block a row
@@ -47,14 +48,10 @@ extern "C" __global__ void rope(const float* x, i64 x_stride, const float* inv_f
         out[a] = x[a], out[a + 1] = x[a + 1];
         return;
     }
-    // In turns (half circles) the reduction is exact: subtract the nearest even number. Only this line needs more than float32.
-    const double turns = (double)(state[0] + row) * inv_freq[i] * 0.31830988618379067;
-    float s, c;
-    sincospif((float)(turns - 2.0 * rint(0.5 * turns)), &s, &c);
-    s *= mscale, c *= mscale;
+    const float2 turn = turn_of(state[0] + row, inv_freq[i], mscale);
     const int a = neox ? i : 2 * i, b = neox ? i + half : 2 * i + 1;
     const float p = x[a], q = x[b];
-    out[a] = p * c - q * s, out[b] = q * c + p * s;
+    out[a] = p * turn.x - q * turn.y, out[b] = q * turn.x + p * turn.y;
 }
 
 // silu(gate) * up

@@ -1,4 +1,6 @@
 // Sums over a warp and over a block, always added in the same order
+#ifndef ORCD_REDUCE
+#define ORCD_REDUCE
 #define NEG_INF __int_as_float(0xff800000)
 __device__ __forceinline__ float warp_sum(float v) {
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
@@ -19,3 +21,4 @@ __device__ float block_sum(float v) {
     __syncthreads();  // part may be used again
     return v;
 }
+#endif

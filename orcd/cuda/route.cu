@@ -1,4 +1,4 @@
-#include "dot.cu"
+#include "blocks.cu"
 
 // Row t of logits (n experts, at most 1024): the k largest in order, ties to the lower id; weights: softmax over those k. One warp a row.
 extern "C" __global__ void __launch_bounds__(32) route(const float* logits, int* ids, float* weights, int n, int k, long long ld) {

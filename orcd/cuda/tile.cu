@@ -1,7 +1,7 @@
 // The tensor-core tile: 128 rows of x times 64 rows of W, in steps (spans) of 64 along the row
 #ifndef ORCD_TILE
 #define ORCD_TILE
-#include "blocks.cu"
+#include "mma.cu"
 enum { BM = 128, BN = 64, BK = 64 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -27,47 +27,29 @@ __device__ __forceinline__ void ldmatrix(u32 (&r)[4], const u16* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
 }
-// c (16x8, float) += a (16x16, half) * b (16x8, half)
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-    for (int h = 0; h < 2; h++) asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2 * h]), "r"(a[2 * h + 1]), "r"(h ? b1 : b0));
-#endif
-}
-
 // An octet as halves: q[0..1] are its four a weights without their scale, q[2..3] its b weights
 struct Halves { u32 q[4]; float da, db, ma, mb; };
 
-// Bytes 0, 1 (or 2, 3) of v minus bias as two halves: 0x64xx is the half 1024 + xx, so this is exact
-template<int BIAS> __device__ __forceinline__ u32 byte_halves(u32 v, u32 select) {
-    u32 r, b = (0x6400 + BIAS) * 0x10001;
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(__byte_perm(v, 0x64646464, select)), "r"(b));
-    return r;
-}
-
 // An octet on its way from global to shared memory: it waits in registers as it came, `there` says whether there is one
 template<int T> struct Fetch {
-    typename Type<T>::Raw raw;
+    Raw<T> raw;
     bool there;
-    __device__ __forceinline__ void get(const u8* row, int span, int u, int n, bool valid) {
+    __device__ __forceinline__ void get(const Planes<T>& p, long long row, int span, int u, int n, bool valid) {
         there = valid && 64 * span + octet_start<T>(u) < n;
-        if (there) Type<T>::load(raw, row, span, u);
+        if (there) load_octet<T>(raw, p, row, span, u);
     }
     __device__ __forceinline__ Halves halves(int span, int u) {
         constexpr int B = Type<T>::bias;
         if (!there) return {{0, 0, 0, 0}, 0, 0, 0, 0};
-        Octet o = Type<T>::octet(raw, span, u);
+        Octet o = octet<T>(raw, span, u);
         return {{byte_halves<B>(o.a, 0x4140), byte_halves<B>(o.a, 0x4342), byte_halves<B>(o.b, 0x4140), byte_halves<B>(o.b, 0x4342)},
             o.da, o.db, o.ma, o.mb};
     }
 };
 template<> struct Fetch<F16> {      // are halves already
     u32 q[4];
-    __device__ __forceinline__ void get(const u8* row, int span, int u, int n, bool valid) {
-        const u16* p = (const u16*)row;
+    __device__ __forceinline__ void get(const Planes<F16>& w, long long row, int span, int u, int n, bool valid) {
+        const u16* p = (const u16*)w.s + row * n;
         int i = 64 * span + 4 * u;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -84,15 +66,14 @@ struct Shared {
     int xrow[BM], yrow[BM];         // rows of x and out that this tile's rows stand for, -1: none
 };
 
-// x: halves (ldx a row), xinv: 1/scale of each row, xsum: sums of 32 halves (ldx/32 a row). w: first row of W of this tile, rows: how
-// many are left.
+// x: halves (ldx a row), xinv: 1/scale of each row, xsum: sums of 32 halves (ldx/32 a row). p: W, first: its first row of this tile,
+// rows: how many are left.
 // The scale of a block multiplies the accumulators of that block in FP32; integers times halves are summed exactly as the tensor core
 // sums them.
 template<int T>
-__device__ __forceinline__ void tile(Shared& s, const u8* w, int rows, const u16* x, const float* xinv, const float* xsum,
+__device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long first, int rows, const u16* x, const float* xinv, const float* xsum,
     int ldx, int n_in, float* out, long long ldo, const float* bias, const float* residual, long long ldr) {
     constexpr int GROUP = Type<T>::group;
-    const long long w_row = row_bytes<T>(n_in);
     const int tid = threadIdx.x, lane = tid & 31, wm = tid / 32 / 2 * 32, wn = tid / 32 % 2 * 32, spans = (n_in + BK - 1) / BK;
     auto load_x = [&](int span) {
         for (int j = 0; j < 4; j++) {
@@ -102,7 +83,7 @@ __device__ __forceinline__ void tile(Shared& s, const u8* w, int rows, const u16
     };
     Fetch<T> f[2];
     auto load_w = [&](int span) {
-        for (int j = 0; j < 2; j++) { int r = tid / 8 + 32 * j; f[j].get(w + r * w_row, span, tid & 7, n_in, r < rows); }
+        for (int j = 0; j < 2; j++) { int r = tid / 8 + 32 * j; f[j].get(p, first + r, span, tid & 7, n_in, r < rows); }
     };
     auto store_w = [&](int span) {
         for (int j = 0; j < 2; j++) {

@@ -1,4 +1,5 @@
-#include "dot.cu"
+#include "blocks.cu"
+#include "reduce.cu"
 
 // Row t of x to halves times a power of two that puts the largest magnitude into [2^13, 2^14), so that nothing overflows and
 // little underflows. inv[t] is the inverse. sums: sums of 32 halves each. Halves from n to ld are zero. One block a row.

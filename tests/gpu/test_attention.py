@@ -125,6 +125,27 @@ def test_decode_window_step_by_step(H, K, d, window):
     assert (layer.state[ka.TICKETS:] == 0).all()
 
 
+@pytest.mark.parametrize('H,K,d', SHAPES)
+@pytest.mark.parametrize('style', ['neox', 'norm'])
+def test_turning_on_the_way(H, K, d, style):
+    "q and k turned by attention itself, against the kernel that turns them first; a part of each head stays as it is"
+    from orcd import k_elementwise as ke
+    for n_rot in {d, 16}:
+        inv = cp.asarray(10000. ** (-np.arange(n_rot//2)*2/n_rot), cp.float32)
+        _, g = random_qkv(300, H, K, d)
+        a, b = Layer(H, K, d, 300), Layer(H, K, d, 300)
+        for l in (a, b): ka.store_kv(g[1], g[2], l.k, l.v, l.state * 0)
+        for p in (0, 1, 129, 299):
+            q, k, v = (x[p:p + 1].copy() for x in g)
+            a.state[0] = b.state[0] = p
+            out, want = cp.full(q.shape, cp.nan, cp.float32), cp.full(q.shape, cp.nan, cp.float32)
+            ka.attend_decode(q, a.k, a.v, out, a.state, a.work, k=k, v=v, rope=(inv, 1.2, style, n_rot))
+            for x, n in ((q, H), (k, K)): ke.rope(x, n, d, inv, 1.2, style, n_rot, b.state, x)
+            ka.attend_decode(q, b.k, b.v, want, b.state, b.work, k=k, v=v)
+            assert cp.abs((a.k[:, p] - b.k[:, p]).astype(cp.float32)).max() < 4e-3 # the last bit of a half, at most
+            assert cp.abs(out - want).max() < 2e-3
+
+
 def test_large_scores():
     "Keys in the hundreds, as some models have: q must not be rounded to a half"
     (q, k, v), g = random_qkv(300, 14, 2, 64, 8.)

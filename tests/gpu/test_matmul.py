@@ -171,56 +171,93 @@ def test_mxfp4_negative_zero(cp):
     for f in (gemv_out, gemm_out): assert (f(cp, GGMLType.MXFP4, blocks, x, 3) == 0).all()
 
 
-MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
-    nibbles=('__byte_perm(lo, hi, 0x6420), __byte_perm(lo, hi, 0x7531)', '__byte_perm(lo, hi, 0x7531), __byte_perm(lo, hi, 0x6420)'),
-    scale_at=('r.q.load(p + 1 + 4 * (u & 3))', 'r.q.load(p + 4 * (u & 3))'),
-    table=('0x18141210', '0x18161210'),
-    exponent=('(e - 1) << 23', 'e << 23'))
+MUTATIONS = dict(   # name -> for GEMV and GEMM: (what the source says, what a mistake would say)
+    nibbles=(('8 * (r & 1) + 4 * (r / 2);', '8 * (r & 1) + 4 * (1 - r / 2);'),
+             ('o.a = __byte_perm(lo, hi, 0x6420); o.b = __byte_perm(lo, hi, 0x7531);', 'o.b = __byte_perm(lo, hi, 0x6420); o.a = __byte_perm(lo, hi, 0x7531);')),
+    scale_at=(('p.s + (at + first + t) * Type<T>::s', 'p.s + (at + first + (t ^ 1)) * Type<T>::s'), ('p.s + (at + block) * Y::s', 'p.s + (at + (block ^ 1)) * Y::s')),
+    table=(('(m & 0x0E000E00)', '(m & 0x06000600)'), ('0x18141210', '0x18161210')),
+    exponent=(('c * 16384.f', 'c * 32768.f'), ('(e - 1) << 23', 'e << 23')))
 
 
 def inlined(name):
     "A kernel's source with its includes in place"
     import re
     from orcd.nvrtc import read_source
-    return re.sub(r'#include "(\w+)\.cu"', lambda m: inlined(m[1]), read_source(name))
+    seen = set()
+    def text(name):
+        if name in seen: return ''
+        seen.add(name)
+        return re.sub(r'#include "(\w+)\.cu"', lambda m: text(m[1]), read_source(name))
+    return text(name)
 
 
-def mxfp4_errors(cp, mutation=None):
+def mxfp4_errors(cp, monkeypatch, mutation=None):
     "GEMV and GEMM error by norm with the shipped source, or with one mistake in it"
+    import orcd.k_gemm, orcd.k_gemv
     from cupy.cuda.function import Module
-    from orcd.k_gemm import HalfRows, half_bytes, to_half
-    from orcd.k_gemv import random_blocks
-    from orcd.nvrtc import compile_text, device_arch
+    from orcd.nvrtc import _arg, compile_text, device_arch
+    from orcd.planes import random_blocks
     rng, n_out, n_in, rows = np.random.default_rng(0), 96, 320, 8
     blocks, x = random_blocks(GGMLType.MXFP4, n_out, n_in, rng), rng.standard_normal((rows, n_in), np.float32)
-    y = x.astype(np.float64) @ dequantize(blocks, GGMLType.MXFP4).astype(np.float64).T
-    W, xd, h = cp.asarray(blocks.ravel()), cp.asarray(x), HalfRows(cp.empty(half_bytes(rows, n_in), cp.uint8), rows, n_in)
-    to_half(xd, h)
-    out, errors = cp.full((2, rows, n_out), np.nan, cp.float32), []
-    for i, (name, function) in enumerate((('gemv', 'gemv_mxfp4_1'), ('gemm', 'gemm_mxfp4'))):
-        source = inlined(name)
-        for all_types, one in (('EACH_TYPE(KERNELS)', 'KERNELS(mxfp4, MXFP4)'), ('KERNEL(f16, F16)\nEACH_QUANT(KERNEL)', 'KERNEL(mxfp4, MXFP4)')):
-            source = source.replace(all_types, one)
+    y, errors = x.astype(np.float64) @ dequantize(blocks, GGMLType.MXFP4).astype(np.float64).T, []
+    for i, (file, launcher, out) in enumerate((('gemv', orcd.k_gemv, gemv_out), ('gemm', orcd.k_gemm, gemm_out))):
+        source = '#define ONLY_NAME mxfp4\n#define ONLY_TYPE MXFP4\n' + inlined(file)
         if mutation:
-            old, new = MUTATIONS[mutation]
+            old, new = MUTATIONS[mutation][i]
             assert source.count(old) == 1, f'{mutation}: the source has changed'
             source = source.replace(old, new)
-        m = Module()
-        m.load(compile_text(name, source, device_arch()).cubin)
-        l, s = np.int64, np.int32
-        common = (out[i], np.uintp(0), np.uintp(0))
-        if name == 'gemv': grid, args = (n_out // 8, rows), (W, xd, *common, s(n_out), s(n_in), l(n_in), l(n_out), l(0), s(1))
-        else: grid, args = (1, 2), (W, h.half, h.inv, h.sums, *common, s(rows), s(n_out), s(n_in), s(h.ld), l(n_out), l(0))
-        m.get_function(function)(grid, (256,), args)
-        errors.append(by_norm(out[i].get(), y))
+        m, shipped = Module(), launcher.kernel
+        m.load(compile_text(file, source, device_arch()).cubin)
+        def changed(module, name, *defines):
+            if module != file: return shipped(module, name, *defines)
+            return lambda grid, block, args, shared_mem=0, stream=None, early=False: m.get_function(name)(grid, block, [_arg(a) for a in args], shared_mem, stream)
+        with monkeypatch.context() as p:
+            p.setattr(launcher, 'kernel', changed)
+            errors.append(by_norm(out(cp, GGMLType.MXFP4, blocks, x, n_out), y))
     return errors
 
 
-def test_mxfp4_mistakes_are_seen(cp):
-    good = mxfp4_errors(cp)
+def test_mxfp4_mistakes_are_seen(cp, monkeypatch):
+    good = mxfp4_errors(cp, monkeypatch)
     assert good[0] < 1e-5 and good[1] < 2e-3
     for name in MUTATIONS:
-        for e in mxfp4_errors(cp, name): assert not e < 0.01, name
+        for e in mxfp4_errors(cp, monkeypatch, name): assert not e < 0.01, name
+
+
+# ---- several matrices, and vectors that are made on the way
+
+def vectors(cp, x, w, up):
+    "Lazy input -> the same in float64"
+    from orcd.k_gemv import Gated, Normed
+    d, g = (np.asarray(a, np.float64) for a in (x, up))
+    gate, sig = np.minimum(d, 7), lambda z: 1/(1 + np.exp(-z))
+    return [(cp.asarray(x), d), (Normed(cp.asarray(x), cp.asarray(w), 1e-6), d*w/np.sqrt((d*d).mean(1, keepdims=True) + 1e-6)),
+        (Gated(cp.asarray(x), cp.asarray(up)), d*sig(d)*g), (Gated(cp.asarray(x), cp.asarray(up), True), gate*sig(1.702*gate)*(np.clip(g, -7, 7) + 1))]
+
+
+@pytest.mark.parametrize('types', [('Q5_0', 'Q5_0', 'Q8_0'), ('Q4_K', 'Q4_K', 'Q6_K'), ('Q4_K', 'Q5_K'), ('MXFP4', 'MXFP4'), ('Q8_0', 'F32'), ('Q4_0', 'Q5_1', 'Q4_1'), ('F16', 'BF16', 'F32')], ids=str)
+@pytest.mark.parametrize('rows,n_in', [(1, 256), (3, 2304), (1, 4864)])
+def test_many(cp, types, rows, n_in):
+    from orcd.k_gemv import gemvs, product64
+    from orcd.nvrtc import QTensor
+    from orcd.planes import random_blocks
+    rng = np.random.default_rng()
+    x, w, up = (rng.standard_normal(s).astype(np.float32)*3 for s in ((rows, n_in), n_in, (rows, n_in)))
+    blocks = [random_blocks(GGMLType[t], n, n_in, rng) for t, n in zip(types, (70, 33, 16))]
+    W = [QTensor.upload(b, GGMLType[t], (len(b), n_in)) for b, t in zip(blocks, types)]
+    bias = [None, *(rng.standard_normal(len(b), np.float32) for b in blocks[1:])]
+    for lazy, v in vectors(cp, x, w, up):
+        outs = [cp.full((rows, len(b)), np.nan, cp.float32) for b in blocks]
+        run = lambda: gemvs([(M, o, None if c is None else cp.asarray(c)) for M, o, c in zip(W, outs, bias)], lazy)
+        run()
+        first = [o.get() for o in outs]
+        for b, t, c, got in zip(blocks, types, bias, first):
+            y, size = product64(b, GGMLType[t], v)
+            assert (abs(got - (y + (0 if c is None else c))) <= 1e-5 * (size + (0 if c is None else abs(c)))).all(), t
+        for _ in range(5):
+            for o in outs: o[...] = cp.nan
+            run()
+            assert all(np.array_equal(o.get(), f) for o, f in zip(outs, first))
 
 
 # ---- wrong calls
