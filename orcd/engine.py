@@ -352,6 +352,10 @@ def _prepare(self:CudaEngine, g):
     self.stream.begin_capture()
     self._step()
     self.graph = self.stream.end_capture()
+    if self.n_kv > 1: # the driver takes a graph's memory when it is launched first: now, not in the first job
+        self._set_state(1)
+        self.graph.launch(self.stream)
+        self.stream.synchronize()
     self.length = 0
 
 # %% ../nbs/32_engine.ipynb #efbc3d70
