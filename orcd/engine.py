@@ -9,7 +9,6 @@ __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'RING', 'DEPTH', 'Plan', 'layer_ki
            'largest', 'open_model', 'plan', 'cuda_errors', 'is_float_array', 'kernel_files', 'CudaEngine']
 
 # %% ../nbs/32_engine.ipynb #83bd849a
-from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from fastcore.basics import patch
 # %% ../nbs/32_engine.ipynb #040ec678
 from . import arch as architectures, k_attention, k_elementwise, k_gemm, k_gemv, k_sampler, nvrtc
 from .blocks import GGMLType
-from .errors import Cancelled, CUDAError, InsufficientVRAM, OrcdError, OutOfVRAM, RequestError
+from .errors import Cancelled, CUDAError, InsufficientVRAM, OutOfVRAM, RequestError
 from .ops import CudaOps, cache_bytes, cache_shape
 from .sampling import SamplingParams
 from .loader import Copy, Loader, PinnedBuffer

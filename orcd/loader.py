@@ -8,7 +8,7 @@ Docs: https://orcd-dev.github.io/orcd/loader.html.md"""
 __all__ = ['READERS', 'PINNED', 'Copy', 'chunks', 'read_into', 'PinnedBuffer', 'Loader', 'load']
 
 # %% ../nbs/29_loader.ipynb #1ea1e979
-import ctypes, os, threading, time
+import ctypes, os, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 

@@ -18,7 +18,7 @@ import numpy as np
 from .engine import open_model, plan, workspace
 from .errors import DeviceError
 from .ops import cache_shape
-from .vram import Entry, Ledger, aligned, mib
+from .vram import Ledger, aligned, mib
 
 # %% ../nbs/34_view.ipynb #537eee8c
 def cut(

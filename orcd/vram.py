@@ -9,14 +9,14 @@ __all__ = ['ALIGN', 'PAGE', 'OUT_OF_MEMORY', 'aligned', 'mib', 'Entry', 'Ledger'
            'Scratch', 'is_resident', 'import_cupy', 'use_device']
 
 # %% ../nbs/28_vram.ipynb #70111408
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 # %% ../nbs/28_vram.ipynb #5ecc14cc
 import numpy as np
 
 # %% ../nbs/28_vram.ipynb #e76bda1c
-from .errors import CUDAError, DeviceError, InsufficientVRAM, OutOfVRAM
+from .errors import CUDAError, DeviceError, OutOfVRAM
 
 # %% ../nbs/28_vram.ipynb #d253c61d
 ALIGN = 256        # bytes: what cudaMalloc itself guarantees, enough for any vector load
