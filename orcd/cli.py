@@ -473,7 +473,7 @@ def _version(package):
     except PackageNotFoundError: return None
 
 def _driver():
-    "(name of the GPU, version of the driver, CUDA version that it supports), or an error message"
+    "A line for each GPU: name, version of the driver, memory; or an error message"
     import shutil, subprocess
     if not shutil.which('nvidia-smi'):
         return 'no nvidia-smi: install the NVIDIA driver (on a machine without an NVIDIA GPU: --device reference)'

@@ -10,6 +10,8 @@ __all__ = ['prefix_table', 'StopMatcher', 'TextStream', 'Token', 'Generation', '
 
 # %% ../nbs/33_generation.ipynb #c6d5c6c0
 import html, numbers, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -387,20 +389,32 @@ def progress_bar(name):
     return show
 
 # %% ../nbs/33_generation.ipynb #589d92cf
-def _engine(g, device, context_length, kv_cache_mb, progress, chunk_bytes):
-    n = device_number(device)
-    if n is None:
-        from orcd.reference import ReferenceEngine
-        progress and progress(0, g.file_size)
-        engine = ReferenceEngine(g, n_ctx=context_length)
-        progress and progress(g.file_size, g.file_size)
-        return engine
-    try:
-        from orcd.engine import CudaEngine
-        return CudaEngine(g, device=n, n_ctx=context_length, kv_cache_mb=kv_cache_mb, chunk_bytes=chunk_bytes, progress=progress)
+@contextmanager
+def _explained():
+    "What a device error says also names the way out"
+    try: yield
     except DeviceError as e:
         raise DeviceError(f'{e} (in Python: device="reference")' if '--device reference' in str(e) else
             f'{e}; to run on the CPU, slowly, ask for the reference engine: --device reference (in Python: device="reference")') from e
+
+def _reference(g, context_length, kv_cache_mb, chunk_bytes, progress):
+    from orcd.reference import ReferenceEngine
+    progress and progress(0, g.file_size)
+    engine = ReferenceEngine(g, n_ctx=context_length)
+    progress and progress(g.file_size, g.file_size)
+    return engine
+
+def _engine(device):
+    "A function that makes the engine for a device. What it needs is imported here."
+    n = device_number(device)
+    if n is None: return _reference
+    with _explained():
+        from orcd.engine import CudaEngine
+        from orcd.vram import import_cupy
+        import_cupy()
+    def make(g, *limits):
+        with _explained(): return CudaEngine(g, n, *limits)
+    return make
 
 # %% ../nbs/33_generation.ipynb #18bcfede
 def load(
@@ -421,9 +435,11 @@ def load(
     g = GGUF(file)
     engine = None
     try:
-        tokenizer = Tokenizer.from_gguf(g)
-        engine = _engine(g, device, context_length, kv_cache_mb, progress, chunk_bytes)
-        return Model(engine, tokenizer, g)
+        make = _engine(device)
+        with ThreadPoolExecutor(1, 'orcd-tokenizer') as pool:
+            tokenizer = pool.submit(Tokenizer.from_gguf, g)
+            engine = make(g, context_length, kv_cache_mb, chunk_bytes, progress)
+        return Model(engine, tokenizer.result(), g)
     except BaseException:
         if engine is not None: engine.close()
         g.close()

@@ -108,20 +108,37 @@ def short(
 # %% ../nbs/02_gguf.ipynb #f5e7e8f3
 _u64 = struct.Struct('<Q').unpack_from
 
+def _candidates(window):
+    "Where strings of 1 to 255 bytes may begin, where each would end, and the indices of those that end elsewhere than at the next"
+    a = np.frombuffer(window, np.uint8)
+    at = np.flatnonzero((a[:-7] != 0) & (a[1:-6] == 0) & (a[7:] == 0))
+    n = np.ndarray(len(a) - 7, '<i8', window, 0, 1)[at]     # the eight bytes at every place, as a number
+    at, n = at[n < 256], n[n < 256]
+    ends = at + 8 + n
+    return at, ends, np.append(np.flatnonzero(ends[:-1] != at[1:]), len(at) - 1)
+
 def _skip_strings(c, n, what):
     "Move the cursor behind `n` strings"
     c.need(8*n, what)
     while n:
         c.take(8, what)                     # loads the window when it is used up
-        i, window = c.pos - 8 - c.base, c.window
+        start, i = c.pos - 8, 0
+        window = c.window[start - c.base:]
         last = len(window) - 8
+        places, ends, breaks = _candidates(window) if n >= 1000 else ((), (), ())
         while n and i <= last:
-            at = i
-            i += 8 + _u64(window, i)[0]
-            n -= 1
-        c.pos = c.base + i
+            k = int(np.searchsorted(places, i))
+            if k < len(places) and places[k] == i:
+                j = min(int(breaks[np.searchsorted(breaks, k)]), k + n - 1)
+                at, i, n = int(places[j]), int(ends[j]), n - (j - k + 1)
+            for _ in range(min(n, 64)):     # looking up costs as much as some tens of strings
+                if i > last: break
+                at = i
+                i += 8 + _u64(window, i)[0]
+                n -= 1
+        c.pos = start + i
         if c.left < 0:
-            c.fail(f'a string of {what} claims {i - at - 8} bytes, more than are left: the file is cut off or corrupt', c.base + at)
+            c.fail(f'a string of {what} claims {i - at - 8} bytes, more than are left: the file is cut off or corrupt', start + at)
 
 # %% ../nbs/02_gguf.ipynb #1a55499d
 @dataclass(frozen=True)

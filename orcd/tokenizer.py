@@ -375,13 +375,18 @@ def _template_beside(path, config):
     own, listed = Path(path).parent / 'chat_template.jinja', config.get('chat_template')
     return own.read_text('utf-8') if own.is_file() else listed if isinstance(listed, str) else None
 
-def _json_parts(path):
+def _last(hf, n):
+    "Ids below `n` up to the last one that has a token"
+    while n and hf.id_to_token(n - 1) is None: n -= 1
+    return n
+
+def _json_parts(path, n=None): # n: rows of the vocabulary, where they are known: asking the library for all of them takes long
     backend = JsonBPE(path)
     specials = [Special(i, a.content, a.special, a.lstrip, a.rstrip) for i, a in backend.added.items()]
     names = {s.text: s.id for s in specials}
     config = _beside(path, 'tokenizer_config.json')
     first = backend.hf.encode('').ids                              # what the file itself puts before a text
-    n = 1 + max(backend.hf.get_vocab().values(), default=-1)
+    n = 1 + max(backend.hf.get_vocab().values(), default=-1) if n is None else _last(backend.hf, n)
     ids = {k: names.get(_name(config.get(k + '_token'))) for k in ('bos', 'eos')}
     return dict(backend=backend, kind='hf-json', specials=specials, vocab_size=n, n_valid=n, add_bos=bool(first),
         bos_id=first[0] if first else ids['bos'], eos_id=ids['eos'],
@@ -417,13 +422,13 @@ class Tokenizer(_Chat):
         "Text from the JSON file, everything else from the GGUF metadata"
         tokens = _array(m, 'tokens')
         types = _array(m, 'token_type', len(tokens), required=False)
-        parts = _json_parts(path)
         n, n_valid = len(tokens), _n_valid(tokens, [NORMAL]*len(tokens) if types is None else types)
+        parts = _json_parts(path, n_valid)
         _compare(parts['backend'], Path(path).name, tokens, n_valid)
         ids = {k: _id(m, k + '_token_id', n) for k in ('bos', 'eos', 'eot', 'eom')}
         more = {k + '_id': ids[k] for k in ('bos', 'eos') if ids[k] is not None}
         names = {s.text: s.id for s in parts['specials']}
-        return parts | more | dict(vocab_size=n, n_valid=min(n_valid, parts['n_valid']),
+        return parts | more | dict(vocab_size=n,
             add_bos=_flag(m, 'add_bos_token', parts['add_bos']),
             stop_ids=find_stops(names, [ids[k] for k in ('eos', 'eot', 'eom') if ids[k] is not None]),
             chat_template=m.get('tokenizer.chat_template') or parts['chat_template'],

@@ -6,17 +6,17 @@ Docs: https://orcd-dev.github.io/orcd/vram.html.md"""
 
 # %% auto #0
 __all__ = ['ALIGN', 'PAGE', 'OUT_OF_MEMORY', 'aligned', 'mib', 'Entry', 'Ledger', 'alloc', 'Arena', 'device_array', 'Shape',
-           'Scratch', 'is_resident', 'use_device']
+           'Scratch', 'is_resident', 'import_cupy', 'use_device']
 
 # %% ../nbs/28_vram.ipynb #70111408
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 # %% ../nbs/28_vram.ipynb #5ecc14cc
 import numpy as np
 
 # %% ../nbs/28_vram.ipynb #e76bda1c
-from .errors import CUDAError, DeviceError, InsufficientVRAM, OutOfVRAM
+from .errors import CUDAError, DeviceError, OutOfVRAM
 
 # %% ../nbs/28_vram.ipynb #d253c61d
 ALIGN = 256        # bytes: what cudaMalloc itself guarantees, enough for any vector load
@@ -128,12 +128,16 @@ def is_resident(
     attrs = [runtime.pointerGetAttributes(p) for p in ptrs]
     return bool(attrs) and all(a.type == runtime.memoryTypeDevice and not a.hostPointer for a in attrs)
 
+def import_cupy():
+    "Import CuPy. Raises `DeviceError` that says how to get it."
+    try: import cupy
+    except ImportError as e: raise DeviceError('no CuPy: pip install "orcd[cuda13]" (or orcd[cuda12] for a CUDA 12 driver); --device reference runs on the CPU') from e
+
 def use_device(
     device:int, # CUDA index
 ):
     "Make `device` the current one in this thread and create its context. Raises `DeviceError` that says what is wrong."
-    try: import cupy
-    except ImportError as e: raise DeviceError('no CuPy: pip install "orcd[cuda13]" (or orcd[cuda12] for a CUDA 12 driver); --device reference runs on the CPU') from e
+    import_cupy()
     from cupy.cuda import runtime
     try: n = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as e: raise DeviceError(f'no usable NVIDIA GPU ({e}); --device reference runs the NumPy reference engine') from e

@@ -63,22 +63,31 @@ def state(keys, tensors):
 
 
 class HuggingFace:
-    "`run(ids)` gives logits (T, n_vocab) and residual streams (n_layer+1, T, n_embd)"
+    "`run(ids)` gives logits (T, n_vocab) and residual streams (n_layer+1, T, n_embd). `choose` picks the experts: scores (T, n_expert) of one router after the other -> ids (T, k)"
     def __init__(self, path, device='cpu'):
         keys, tensors = read(path)
         self.model = AutoModelForCausalLM.from_config(config(keys, tensors), attn_implementation='eager', dtype=torch.float32).eval()
         self.model.load_state_dict(state(keys, tensors), strict=True)
         self.model.to(device)
         if 'rope_freqs.weight' in tensors: self.model.model.rotary_emb.inv_freq /= torch.from_numpy(tensors['rope_freqs.weight']).to(device)
-        self.device, self.streams, self.router_scores = device, [], []
+        self.device, self.streams, self.choose = device, [], None
         take = lambda x: self.streams.append((x[0] if isinstance(x, tuple) else x)[0].detach().float().cpu().numpy())
         self.model.model.embed_tokens.register_forward_hook(lambda m, a, out: self.streams.append(out[0].detach().float().cpu().numpy()))
         for layer in self.model.model.layers:
             layer.register_forward_hook(lambda m, a, out: take(out))
-            if router := getattr(layer.mlp, 'router', None): router.register_forward_hook(lambda m, a, out: self.router_scores.append((a[0].reshape(-1, a[0].shape[-1]) @ m.weight.T + m.bias).cpu().numpy()))
+            if router := getattr(layer.mlp, 'router', None): router.register_forward_hook(self.route)
+
+    def route(self, router, args, out):
+        "Take the experts that `choose` names; weights are the softmax over the model's own scores of them"
+        if self.choose is None: return out
+        scores, _, own = out
+        ids = torch.as_tensor(self.choose(scores.cpu().numpy()), device=scores.device).long()
+        assert ids.shape == own.shape
+        return scores, scores.gather(1, ids).softmax(1), ids
 
     @torch.no_grad()
-    def run(self, ids):
-        self.streams.clear(); self.router_scores.clear()
+    def run(self, ids, choose=None):
+        self.choose = choose
+        self.streams.clear()
         logits = self.model(torch.tensor(np.asarray(ids)[None], device=self.device), use_cache=False).logits[0].float().cpu().numpy()
         return logits, np.stack(self.streams)

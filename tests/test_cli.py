@@ -6,7 +6,7 @@ import orcd as package
 from orcd.cli import FLAGS, complete_model, run
 from orcd.hub import MODELS, place, remote
 from test_api import write_model
-from worker_tools import ROOT, check, orcd, soak
+from worker_tools import PATH, ROOT, check, orcd, soak
 
 DEMO = Path(package.__file__).parent / 'models' / 'haiku-qwen2-q4_k_m.gguf'
 needs_demo = pytest.mark.skipif(not DEMO.exists(), reason='the demo model is not in the package yet')
@@ -20,7 +20,7 @@ def path(tmp_path_factory):
 def call(*args, env=None, cwd=None, timeout=60, **kw):
     "(exit code, stdout, stderr) of a command"
     r = subprocess.run([sys.executable, '-m', 'orcd.cli', *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)) | (env or {}), **kw)
+        env=dict(os.environ, PYTHONPATH=PATH) | (env or {}), **kw)
     return r.returncode, r.stdout, r.stderr
 
 
@@ -252,7 +252,7 @@ def test_completion(tmp_path, monkeypatch):
     assert complete_model('') == ['demo', *MODELS, 'mine.gguf', 'models/']
     assert complete_model('m') == ['mine.gguf', 'models/'] and complete_model('models/') == ['models/m.gguf'] and complete_model('q') == ['qwen2.5-0.5b']
     assert complete_model(f'{tmp_path}/mi') == [f'{tmp_path}/mine.gguf'] and complete_model('/nowhere/x') == []
-    env = dict(os.environ, _ORCD_COMPLETE='complete_bash', COMP_WORDS='orcd info q', COMP_CWORD='2', PYTHONPATH=str(ROOT))
+    env = dict(os.environ, _ORCD_COMPLETE='complete_bash', COMP_WORDS='orcd info q', COMP_CWORD='2', PYTHONPATH=PATH)
     r = subprocess.run([sys.executable, '-c', 'from orcd.cli import main; main()'], env=env, capture_output=True, text=True)
     assert 'qwen2.5-0.5b' in r.stdout
 

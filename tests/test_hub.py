@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from orcd import hub
 from orcd.errors import HubError, ModelError
-from worker_tools import ROOT
+from worker_tools import PATH, ROOT
 
 pytest.importorskip('huggingface_hub', reason='needs the extra hub: pip install "orcd[hub]"')
 DATA = b'GGUF' + os.urandom(300_000)
@@ -134,7 +134,7 @@ def test_without_the_extra(fake, monkeypatch):
 
 
 def test_command(fake, tmp_path):
-    env = dict(os.environ, ORCD_CACHE_DIR=str(tmp_path), HF_ENDPOINT=fake.url, PYTHONPATH=str(ROOT))
+    env = dict(os.environ, ORCD_CACHE_DIR=str(tmp_path), HF_ENDPOINT=fake.url, PYTHONPATH=PATH)
     r = subprocess.run([sys.executable, '-m', 'orcd.cli', 'pull', 'me/repo/x.gguf'], env=env, capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0 and Path(r.stdout.strip()).read_bytes() == DATA, r.stderr
     r = subprocess.run([sys.executable, '-m', 'orcd.cli', 'pull', 'nonsense'], env=env, capture_output=True, text=True, cwd=ROOT)

@@ -3,17 +3,18 @@ import contextlib, http.client, json, os, queue, signal, socket, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PATH = os.pathsep.join([str(ROOT), str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]) # packages may lie there
 
 
 class Proc:
     "A worker process; its log lines are collected as they come"
     def __init__(self, command, env=None, wait=True, read=True):
-        e = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}', **(env or {}))
+        e = dict(os.environ, PYTHONPATH=PATH, **(env or {}))
         self.p = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=e, cwd=ROOT / 'tests')
         self.log, self.raw, self._new = [], [], threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)
         if read: self.reader.start()
-        if wait: self.address = self.event('ready')['uri'].removeprefix('http://')
+        if wait: self.ready()
 
     def _read(self):
         for line in self.p.stderr:
@@ -21,6 +22,10 @@ class Proc:
                 self.raw.append(line.decode())
                 self.log.append(json.loads(line) if line.startswith(b'{') else dict(event=None, raw=line.decode()))
                 self._new.notify_all()
+
+    def ready(self, timeout=60):
+        "Wait for the port: with a cold cache the kernels are compiled first"
+        self.address = self.event('ready', timeout)['uri'].removeprefix('http://')
 
     def event(self, name, timeout=15, n=1, **fields):
         "Wait for the n-th log line of that event"

@@ -11,36 +11,49 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 def as_half(x):
-    "Round to FP16's 11 bits with a power-of-two scale a row: what the tensor cores read"
-    scale = torch.exp2(torch.floor(torch.log2(x.abs().amax(-1, keepdim=True).clamp(min=1e-30))) - 10)
-    return (x / scale).half().float() * scale
+    "Round to FP16 with a power of two a row that puts the largest magnitude into [2^13, 2^14): what the tensor cores read"
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent
+    scale = ((127 + 14 - exponent).clamp(1, 253).int() << 23).view(torch.float32)
+    return (x * scale).half().float() / scale
 
 
 class Oracle:
-    """Residual streams and logits of a whole prompt. With `halves`, keys, values and the inputs of quantised products are rounded to FP16, as our
-    prefill does by design: what then remains of a difference is not explained by that rounding."""
-    def __init__(self, path, device='cuda', halves=False):
+    """Residual streams and logits of a whole prompt. With `halves`, what our prefill rounds to FP16 by design is rounded: the inputs of products with
+    quantised weights, keys, values and, in tiles of 64 keys, the probabilities. What then remains of a difference is not explained by that rounding.
+    `choose`, when given, picks the experts: it gets the scores (T, n_expert) of one router after the other and returns ids (T, k)."""
+    def __init__(self, path, device='cuda', halves=False, keep=False):
         r = GGUFReader(path)
-        self.half = as_half if halves else lambda x: x
+        self.halves, self.choose = halves, None
         self.t = {t.name: t for t in r.tensors}
-        self.device, self.pool, self.ready = device, ThreadPoolExecutor(16), {}
+        self.device, self.pool, self.keep, self.ready, self.kept = device, ThreadPoolExecutor(16), keep, {}, {}
         field = lambda k: r.fields[k].contents() if k in r.fields else None
         self.arch = field('general.architecture')
         self.key = lambda k, default=None: default if (v := field(f'{self.arch}.{k}')) is None else v
-        self.n_layer, self.n_head = self.key('block_count'), self.key('attention.head_count')
+        self.n_layer, self.n_head, self.n_expert = self.key('block_count'), self.key('attention.head_count'), self.key('expert_count', 0)
         self.n_kv, self.eps = self.key('attention.head_count_kv', self.n_head), self.key('attention.layer_norm_rms_epsilon')
         self.d = self.key('attention.key_length', self.key('embedding_length') // self.n_head)
 
-    def w(self, name, rows=None):
-        "float32 weights on the device; `rows` picks some of the first axis before dequantising"
-        t = self.t.get(name)
-        if t is None: return None
-        x = self.ready.pop(name).result() if rows is None and name in self.ready else self.numbers(t, rows)
-        return torch.from_numpy(x).to(self.device)
+    def w(self, name, part=None):
+        "float32 weights on the device, of one expert alone when `part` is given. With `keep` they are there the next time."
+        if name not in self.t: return None
+        key = name, part
+        if key in self.kept: return self.kept[key]
+        x = torch.from_numpy(self.ready.pop(key).result() if key in self.ready else self.numbers(name, part)).to(self.device)
+        if self.keep: self.kept[key] = x
+        return x
 
-    def numbers(self, t, rows=None): return np.ascontiguousarray(dequantize(t.data if rows is None else t.data[rows], t.tensor_type), np.float32)
-    def prefetch(self, names): self.ready |= {n: self.pool.submit(self.numbers, self.t[n]) for n in names}
+    def numbers(self, name, part=None):
+        "`part`: an expert, or rows"
+        t = self.t[name]
+        return np.ascontiguousarray(dequantize(t.data if part is None else t.data[part], t.tensor_type), np.float32)
 
+    def prefetch(self, n_layer):
+        "Dequantise the weights of some layers in threads"
+        for name in (n for i in range(n_layer) for n in self.t if n.startswith(f'blk.{i}.')):
+            for part in range(self.n_expert) if name.endswith('exps.weight') else [None]:
+                if (name, part) not in self.kept: self.ready[name, part] = self.pool.submit(self.numbers, name, part)
+
+    def half(self, x): return as_half(x) if self.halves else x
     def norm(self, x, w): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * w
     def linear(self, x, name):
         if self.t[f'{name}.weight'].tensor_type.name not in ('F32', 'BF16'): x = self.half(x)
@@ -54,7 +67,7 @@ class Oracle:
         if self.key('rope.scaling.type') == 'yarn':
             factor, orig = self.key('rope.scaling.factor'), self.key('rope.scaling.original_context_length')
             at = lambda r: d * math.log(orig / (2*math.pi*r)) / (2*math.log(base))
-            low, high = at(32), at(1)
+            low, high = max(at(32), 0), min(at(1), d - 1)
             ramp = ((torch.arange(d//2, dtype=torch.float64) - low) / (high - low)).clip(0, 1)
             f, m = f/factor*ramp + f*(1 - ramp), .1*math.log(factor) + 1
         a = torch.arange(T, dtype=torch.float64)[:, None] * f
@@ -66,19 +79,36 @@ class Oracle:
 
     def attention(self, q, k, v, window, sinks):
         T = len(q)
-        k, v = (self.half(x).repeat_interleave(self.n_head // self.n_kv, 1) for x in (k, v))
-        s = torch.einsum('qhd,khd->hqk', q, k) / math.sqrt(self.d)
-        i = torch.arange(T, device=self.device)
+        if self.halves: k, v = k.half().float(), v.half().float()
+        q, k, v = q.transpose(0, 1), *(x.transpose(0, 1).repeat_interleave(self.n_head // self.n_kv, 0) for x in (k, v)) # (heads, T, d)
+        s, i = q @ k.transpose(1, 2) / math.sqrt(self.d), torch.arange(T, device=self.device)
         hidden = i[None] > i[:, None]
         if window: hidden |= i[None] <= i[:, None] - window
         s = s.masked_fill(hidden, -torch.inf)
-        if sinks is not None: s = torch.cat([s, sinks[:, None, None].expand(-1, T, 1)], -1)
-        return torch.einsum('hqk,khd->qhd', s.softmax(-1)[..., :T], v).reshape(T, -1)
+        out, total = self.tiles(s, v) if self.halves else self.whole(s, v)
+        if sinks is not None: total = total + (sinks[:, None, None] - s.amax(-1, keepdim=True)).exp()
+        return (out / total).transpose(0, 1).reshape(T, -1)
+
+    def whole(self, s, v):
+        "exp(s - largest s) V, and the sum of the exponentials"
+        p = (s - s.amax(-1, keepdim=True)).exp()
+        return p @ v, p.sum(-1, keepdim=True)
+
+    def tiles(self, s, v):
+        "The same with a running maximum, as flash attention does it: FP16 exponentials meet V, their sum keeps all its bits"
+        m, total, out = torch.full_like(s[..., :1], -torch.inf), 0, 0
+        for a in range(0, s.shape[-1], 64):
+            x = s[..., a:a + 64]
+            top = torch.maximum(m, x.amax(-1, keepdim=True))
+            ref = top.masked_fill(top == -torch.inf, 0)
+            p, keep, m = (x - ref).exp(), (m - ref).exp(), top
+            total, out = total*keep + p.sum(-1, keepdim=True), out*keep + p.half().float() @ v[:, a:a + 64]
+        return out, total
 
     def experts(self, h, b):
         g = self.linear(h, b + 'ffn_gate_inp')
-        top, ids = g.topk(self.key('expert_used_count'), -1)
-        w, out = top.softmax(-1), torch.zeros_like(h)
+        ids = g.topk(self.key('expert_used_count'), -1).indices if self.choose is None else torch.as_tensor(self.choose(g.cpu().numpy()), device=self.device).long()
+        w, out = g.gather(1, ids).softmax(-1), torch.zeros_like(h)
         for e in ids.unique().tolist():
             t, r = (ids == e).nonzero(as_tuple=True)
             one = lambda x, n: self.half(x) @ self.w(b + f'{n}.weight', e).T + self.w(b + f'{n}.bias')[e]
@@ -107,8 +137,8 @@ class Oracle:
     def run(self, ids, n_layer=None):
         "Residual stream after the embedding and each layer, and the logits, as float32 NumPy arrays"
         n_layer = self.n_layer if n_layer is None else n_layer
-        self.prefetch([n for i in range(n_layer) for n in self.t if n.startswith(f'blk.{i}.') and 'exps.weight' not in n])
-        x = self.w('token_embd.weight', np.asarray(ids))
+        self.prefetch(n_layer)
+        x = torch.from_numpy(self.numbers('token_embd.weight', np.asarray(ids))).to(self.device)
         cos, sin = self.angles(len(ids))
         residuals = [x.cpu().numpy()]
         for i in range(n_layer):
