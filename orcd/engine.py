@@ -226,7 +226,7 @@ class CudaEngine:
         w = {name: work.take(*what, name) for name, what in workspace(c, p.n_ctx, p.chunk, p.scratch).items()}
         self.x, self.ids, self.row, self.state, self.params, self.ring = (w[k] for k in ('x', 'ids', 'logits', 'state', 'params', 'ring'))
         self.draw_memory = w['sampler'], w['seen']
-        scratch = Scratch(w['scratch'].data.ptr, p.scratch, self)
+        scratch = Scratch(w['scratch'].data.ptr, p.scratch, work) # not self: a cycle would keep all VRAM until the next garbage collection
         self.ops = CudaOps(c, p.n_kv, scratch, self.cache, self.state, w['inv_freq'], self.stream)
         return copies
 

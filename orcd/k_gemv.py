@@ -115,12 +115,14 @@ def deal(
     rows,           # of each matrix of the launch
     n_in:int,
     types,          # of the matrices
-    slots:int=1,    # how often the launch is repeated, for experts
+    slots:int=1,    # how often the launch is repeated, for several rows of x or experts
+    experts:bool=False,
 )->tuple:           # warps that share a tile of 16 rows: 1, 2, 4 or 8; blocks of threads for each matrix
     "How matrices are dealt. The sharing, and so the order of additions, depends on the matrices alone."
     k = any(t.block_size == 256 for t in types)
     tiles, steps, parts, room = [-(-n//16) for n in rows], -(-n_in//STEP(min(types, key=STEP))), 1, SMS*(2 if k else 3)
-    while parts < 8 and parts < steps and sum(tiles)*parts*2 <= 8*room: parts *= 2
+    share = room//4 if experts else room    # four experts a token is what there is
+    while parts < 8 and parts < steps and sum(tiles)*parts*2 <= 8*share: parts *= 2
     blocks = [-(-t*parts//8) for t in tiles]
     rounds = -(-sum(blocks)*slots//room)    # tiles that a block does one after the other, when there are more than fit
     return parts, [-(-b//rounds) for b in blocks]
@@ -179,7 +181,7 @@ def _launch(jobs, n_in, ndim, slots, per, src, residual, ids, stream):
     if file == 'gemv_plain':
         (W, out, _), = jobs
         return kernel(file, name)((outs[0], slots), (256,), (W, out, biases[0], np.int32(outs[0]), np.int64(strides[0]), residual, np.int64(ldr), np.int32(n_in), *last), stream=stream, early=True)
-    (parts, blocks), second = deal(outs, n_in, types, slots), sum(1 << i for i, t in enumerate(types) if t != min(types))
+    (parts, blocks), second = deal(outs, n_in, types, slots, ndim == 3), sum(1 << i for i, t in enumerate(types) if t != min(types))
     pad = lambda values, kind: [*(kind(v) for v in values), *[kind(0)]*(3 - len(values))]
     some = lambda values: [*values, *[None]*(3 - len(values))]
     kernel(file, name, defines)((sum(blocks), slots), (256,), (*some([W for W, *_ in jobs]), *some([out for _, out, _ in jobs]), *some(biases), *pad(outs, np.int32), *pad(blocks, np.int32), *pad(strides, np.int64),

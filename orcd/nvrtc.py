@@ -116,9 +116,24 @@ def cache_dir():
     "Where machine code is kept"
     return Path(os.environ.get('ORCD_CACHE_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'orcd')/'kernels'
 
-def _cache_key(name, source, arch, defines):
-    h = hashlib.sha256(repr((name, source, sorted(with_includes(source).items()), arch, defines, OPTIONS, _nvrtc()[1])).encode())
-    return f'{name}-{arch}-{h.hexdigest()[:24]}.cubin'
+@lru_cache(1)
+def _compilers():
+    "Versions of what may compile. NVRTC would know its own, but to load it takes longer than to read every kernel from the cache."
+    from importlib.metadata import PackageNotFoundError, version
+    def of(package):
+        try: return version(package)
+        except PackageNotFoundError: return None
+    return [of(p) for p in ('nvidia-cuda-nvrtc', 'nvidia-cuda-nvrtc-cu12', 'cuda-bindings')]
+
+def _cache_path(name, source, arch, defines):
+    h = hashlib.sha256(repr((name, source, sorted(with_includes(source).items()), arch, defines, OPTIONS, _compilers())).encode())
+    return cache_dir()/f'{name}-{arch}-{h.hexdigest()[:24]}.cubin'
+
+def _cached(path):
+    "Machine code that was stored, or None"
+    try: data = path.read_bytes()
+    except OSError: return None
+    return data if data[:4] == b'\x7fELF' else None
 
 def _store(path, data):
     "Write whole or not at all; a folder that cannot be written is no error"
@@ -137,13 +152,11 @@ def cubin(
 )->bytes:
     "Machine code of `orcd/cuda/NAME.cu`, from the cache when it is there"
     source = read_source(name)
-    path = cache_dir()/_cache_key(name, source, arch, defines)
-    try:
-        data = path.read_bytes()
-        if data[:4] == b'\x7fELF': return data
-    except OSError: pass
-    data = compile_text(name, source, arch, defines).cubin
-    _store(path, data)
+    path = _cache_path(name, source, arch, defines)
+    data = _cached(path)
+    if data is None:
+        data = compile_text(name, source, arch, defines).cubin
+        _store(path, data)
     return data
 
 # %% ../nbs/19_nvrtc.ipynb #0138b6b3
@@ -228,9 +241,10 @@ def compile_all(
     files,      # (cell's name, defines) of each
     arch:str,   # e.g. sm_90
 ):              # a list of futures
-    "Fill the cache with the machine code of several files, each in a thread of its own (NVRTC works without Python's lock)"
-    pool = ThreadPoolExecutor(len(files), 'orcd-nvrtc')
-    jobs = [pool.submit(cubin, name, arch, defines) for name, defines in files]
+    "Fill the cache with the machine code of several files: what is missing is compiled, each in a thread of its own (NVRTC works without Python's lock)"
+    missing = [(n, defines) for n, defines in files if not _cached(_cache_path(n, read_source(n), arch, defines))]
+    pool = ThreadPoolExecutor(max(len(missing), 1), 'orcd-nvrtc')
+    jobs = [pool.submit(cubin, name, arch, defines) for name, defines in missing]
     pool.shutdown(wait=False)
     return jobs
 

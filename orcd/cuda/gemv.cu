@@ -138,40 +138,48 @@ __device__ __forceinline__ void prepare(const Vector& v, const Source& src, int 
 
 struct Segment { const u8* w; float* out; const float* bias; int n_out; long long ldo; };
 
-// While one step is multiplied the next one is being loaded. Not for Q8_0, whose steps are twice as large: more warps hide as much there.
-template<int T> __device__ constexpr bool ahead() { return T != Q8_0; }
+// Steps of a batch, whose loads are on their way together; of K types the next batch is loaded while one is multiplied. Both were measured: what
+// costs more registers than it hides is slower.
+template<int T> __device__ constexpr int batch() { return is_k<T>() || T == Q8_0 ? 1 : 2; }
+template<int T> __device__ constexpr bool ahead() { return is_k<T>(); }
 // Blocks of threads an SM holds: a K block's step takes more registers
 template<int A, int B> __device__ constexpr int resident() { return is_k<A>() || is_k<B>() ? 2 : 3; }
 
-// One warp's part of the products of W with the vector: 16 rows of W at a time, of which warp `part` of `parts` takes every parts-th step.
+// One warp's part of the products of W with the vector: 16 rows of W at a time, of which warp `part` of `parts` takes every parts-th batch.
 // Weights are the A of the tensor core (16 rows x 16 columns), x its B. B's eight columns are hi and lo of four blocks: in the column of
 // another block than the one at hand B is zero, so that after four blocks lane t of a row holds the sums of block t, and only there its
 // scale is needed.
 template<int T> struct Rows {
+    static constexpr int N = batch<T>();
+    typedef Share<T> Batch[N];
     const Planes<T> p;
     const Masks c;
     const int lane, t, part, parts, tiles, stride, steps, n_out;
     const long long first;          // row of the matrix in a stack of experts
-    int tile, at;                   // the step to be loaded next
+    int tile, at;                   // the batch to be loaded next
     float acc[2] = {0, 0};
     __device__ __forceinline__ Rows(const Segment& s, int n_expert, int expert, int n_in, int block, int blocks, int parts)
         : p(s.w, (long long)n_expert * s.n_out, n_in), lane(threadIdx.x & 31), t(lane & 3), part(threadIdx.x / 32 % parts), parts(parts),
           tiles((s.n_out + 15) / 16), stride(blocks * (8 / parts)), steps(is_k<T>() ? p.blocks : (p.blocks + 3) / 4), n_out(s.n_out), first((long long)expert * s.n_out),
-          tile(block * (8 / parts) + threadIdx.x / 32 / parts), at(part) {}
-    __device__ __forceinline__ void load(Share<T>& b) {
-        if (tile >= tiles || at >= steps) return;
+          tile(block * (8 / parts) + threadIdx.x / 32 / parts), at(part * N) {}
+    __device__ __forceinline__ void load(Batch& b) {
+        if (tile >= tiles) return;
         long long row[2];
         for (int e = 0; e < 2; e++) row[e] = first + min(16 * tile + lane / 4 + 8 * e, n_out - 1);
-        b.load(p, row, at, t);
+#pragma unroll
+        for (int k = 0; k < N; k++) if (at + k < steps) b[k].load(p, row, at + k, t);
     }
-    __device__ __forceinline__ bool next() {            // true: the next step is of another tile
-        at += parts;
+    __device__ __forceinline__ bool next() {            // true: the next batch is of another tile
+        at += parts * N;
         if (at < steps) return false;
-        at = part; tile += stride;
+        at = part * N; tile += stride;
         return true;
     }
+    __device__ __forceinline__ void multiply(const Batch& b, const Vector& v, int from) {
+#pragma unroll
+        for (int k = 0; k < N; k++) if (from + k < steps) multiply(b[k], v, from + k);
+    }
     __device__ __forceinline__ void multiply(const Share<T>& b, const Vector& v, int step) {
-        if (step >= steps) return;
         const int mine = lane / 8, hi = lane / 4 & 1;           // the block and half of x whose column this lane holds
 #pragma unroll
         for (int g = 0; g < Share<T>::GROUPS; g++) {
@@ -201,7 +209,7 @@ __device__ __forceinline__ void gemv(const Segment& s, const Source& src, const 
     const Vector v(shared, padded_blocks(n_in));
     Rows<T> m(s, n_expert, expert, n_in, block, blocks, parts);
     const int warp = threadIdx.x / 32;
-    Share<T> one, two;
+    typename Rows<T>::Batch one, two;
     float bias = 0, old = 0;
     int turn = 0;
     auto row = [&](int tile) { return 16 * tile + m.lane; };
@@ -213,7 +221,7 @@ __device__ __forceinline__ void gemv(const Segment& s, const Source& src, const 
     prepare(v, src, n_in);
     if (residual && writes(m.tile)) old = residual[slot * ldr + row(m.tile)];
     __syncthreads();
-    auto step = [&](Share<T>& now, Share<T>& then) {        // false: all done
+    auto step = [&](typename Rows<T>::Batch& now, typename Rows<T>::Batch& then) {        // false: all done
         const int tile = m.tile, at = m.at;
         const bool end = m.next();
         if (ahead<T>()) m.load(then);
