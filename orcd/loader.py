@@ -129,7 +129,9 @@ def _copy(self,
     "Copy tensors from the file into VRAM. After an error nothing is left running; the first one is raised."
     total = sum(c.n_bytes for c in copies)
     deal = _Deal(chunks(copies, self.chunk), total, progress)
-    for job in [self.pool.submit(self._read, fd, deal, k) for k in range(self.readers)]: job.result()
+    try:
+        for job in [self.pool.submit(self._read, fd, deal, k) for k in range(self.readers)]: job.result()
+    except BaseException as e: deal.error = deal.error or e     # Ctrl-C comes here, not to the readers
     if deal.error: raise deal.error
     if progress: progress(total, total)
 
