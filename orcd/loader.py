@@ -119,7 +119,7 @@ def _read(self, fd, deal, k):
             event.record(stream)
     except BaseException as e: deal.error = deal.error or e
     finally:
-        if stream: stream.synchronize()
+        if stream is not None: stream.synchronize()
 
 def _copy(self,
     fd:int,         # the open GGUF file
