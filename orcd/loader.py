@@ -132,7 +132,7 @@ def _read(self, fd, deal, k, stage):
             if sort: repack(sort[0], staged, dst, *sort[1:], stream) # the stream's next copy waits for it
     except BaseException as e: deal.error = deal.error or e
     finally:
-        if stream: stream.synchronize()
+        if stream is not None: stream.synchronize()
 
 def _copy(self,
     fd:int,         # the open GGUF file
@@ -148,7 +148,9 @@ def _copy(self,
         if not readers or max(rows) > slot: raise KernelError(f'{stage[1]} bytes are too little to sort rows of {max(rows)} bytes')
         slot = min(slot, stage[1] // (2*readers) // 256 * 256)
     deal = _Deal(chunks(copies, self.chunk, min(self.chunk, slot)), total, progress)
-    for job in [self.pool.submit(self._read, fd, deal, k, (stage[0], slot)) for k in range(readers)]: job.result()
+    try:
+        for job in [self.pool.submit(self._read, fd, deal, k, (stage[0], slot)) for k in range(readers)]: job.result()
+    except BaseException as e: deal.error = deal.error or e     # Ctrl-C comes here, not to the readers
     if deal.error: raise deal.error
     if progress: progress(total, total)
 

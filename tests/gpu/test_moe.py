@@ -94,6 +94,22 @@ def test_experts(cp, t, T, E, k, n_out, m, shared):
         assert np.linalg.norm(em - ref) / np.linalg.norm(ref) < 2e-3
 
 
+def test_mxfp4_scales(cp):
+    "Scale exponents 0, 1, 127 and 254, negative zeros among the codes: an expert each, every slot with inputs that its scale neither overflows nor loses"
+    rng, E, n_out, n_in = np.random.default_rng(), np.array([0, 1, 127, 254], np.uint8), 40, 320
+    b = rng.integers(0, 256, (4, n_out, n_in // 32, 17), dtype=np.uint8)
+    b[3] &= 0xBB # codes 4 to 7 and 12 to 15 would be infinite
+    b[..., 0] = E[:, None, None]
+    assert ((b[..., 1:] & 15) == 8).any()
+    ids, blocks = np.tile(np.arange(4, dtype=np.int32), (35, 1)), b.reshape(4*n_out, -1)
+    x = rng.standard_normal((140, n_in), np.float32) * np.tile(np.exp2(np.float32([20, 20, 0, -20])), 35)[:, None]
+    w = dequantize(blocks, GGMLType.MXFP4).astype(np.float64).reshape(4, n_out, n_in)
+    y = np.stack([w[s % 4] @ x[s] for s in range(140)])
+    (ev, em), = products(cp, GGMLType.MXFP4, ids, x, blocks, (4, n_out, n_in), None)
+    for out, bound in ((ev, 1e-5), (em, 2e-3)):
+        for e in range(4): assert np.linalg.norm(out[e::4].astype(np.float64) - y[e::4]) < bound*np.linalg.norm(y[e::4]), f'exponent {E[e]}'
+
+
 def test_same_bits(cp):
     "20 runs, and a token's rows whatever else is in the batch"
     from orcd.k_gemv import random_blocks
