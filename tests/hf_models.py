@@ -63,7 +63,8 @@ def state(keys, tensors):
 
 
 class HuggingFace:
-    "`run(ids)` gives logits (T, n_vocab) and residual streams (n_layer+1, T, n_embd). `choose` picks the experts: scores (T, n_expert) of one router after the other -> ids (T, k)"
+    """`run(ids)` gives logits (T, n_vocab) and residual streams (n_layer+1, T, n_embd).
+    `choose` picks the experts: it gets the scores (T, n_expert) of one router after the other and returns ids (T, k)."""
     def __init__(self, path, device='cpu'):
         keys, tensors = read(path)
         self.model = AutoModelForCausalLM.from_config(config(keys, tensors), attn_implementation='eager', dtype=torch.float32).eval()

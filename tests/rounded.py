@@ -1,7 +1,7 @@
 """The reference engine with the FP16 roundings that the CUDA engine's prefill makes by design, to tell them from mistakes.
 
-Two runs with the same roundings still differ: sums in another order move a number by 1e-7 of its size, and one that lies at the edge between two halves then
-rounds the other way, by up to 5e-4. In a few layers such flips add up to about half of the error that the roundings themselves make."""
+Two runs with the same roundings still differ: sums in another order move a number by 1e-7 of its size, and one that lies at the edge between two
+halves then rounds the other way, by up to 5e-4. In a few layers such flips add up to about half of the error that the roundings themselves make."""
 import numpy as np
 from orcd.k_gemm import PLAIN
 from orcd.reference import NumpyOps, ReferenceEngine, visible

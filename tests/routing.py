@@ -40,11 +40,14 @@ class Follower:
         limit,    # of the difference between the engine's scores and the oracle's, over the standard deviation of the layer's scores
         few=.02,  # share of choices that the oracle would have made otherwise; two are allowed anyway
     ):
-        """The engine took the best of its own scores, and these are the oracle's within `limit`. From that it follows that an expert which the oracle would not have
-        taken lost by less than twice the limit; this is looked at as well, in the oracle's scores alone. Returns (share of other choices, worst loss, worst difference)."""
+        """The engine took the best of its own scores, and these are the oracle's within `limit`. From that it follows that an expert which the oracle would
+        not have taken lost by less than twice the limit; this is looked at as well, in the oracle's scores alone.
+        Returns (share of other choices, worst loss, worst difference)."""
         swapped, lost, off = [], 0., 0.
-        for layer, (a, ids, b) in enumerate(zip(self.engine_scores, self.ids, map(np.concatenate, filter(None, self.seen)))):
-            assert a.shape == b.shape and (ids == best(a, ids.shape[1])).all(), f'layer {layer}: the engine did not take the best of its own scores'
+        seen = map(np.concatenate, filter(None, self.seen))
+        for layer, (a, ids, b) in enumerate(zip(self.engine_scores, self.ids, seen)):
+            mine = a.shape == b.shape and (ids == best(a, ids.shape[1])).all()
+            assert mine, f'layer {layer}: the engine did not take the best of its own scores'
             taken = np.zeros(b.shape, bool)
             np.put_along_axis(taken, ids, True, 1)
             gap = np.where(taken, -np.inf, b).max(1) - np.where(taken, b, np.inf).min(1) # above 0 where the oracle prefers one that was left

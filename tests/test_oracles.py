@@ -12,9 +12,10 @@ from worker_tools import ROOT
 
 @pytest.fixture
 def gguf_file(tmp_path):
-    opened = []
+    opened, types = [], {'exps': 'MXFP4', '': 'Q8_0'}
     def make(arch):
-        opened.append(GGUF(make_model(tmp_path/'m.gguf', arch, types={'exps': 'MXFP4', '': 'Q8_0'}, n_layer=3, n_embd=64, head_dim=32, window=40 if arch == 'gpt-oss' else None)))
+        window = 40 if arch == 'gpt-oss' else None
+        opened.append(GGUF(make_model(tmp_path/'m.gguf', arch, types=types, n_layer=3, n_embd=64, head_dim=32, window=window)))
         return opened[-1]
     yield make
     for g in opened: g.close()
@@ -83,7 +84,7 @@ def test_halves():
     x[3, :], x[4, 0] = 0, 1e-12
     y = rounded.as_half(x)
     assert (abs(y - x) <= abs(x)*2**-11 + abs(x).max(1, keepdims=True)*2.**-39).all() and (y != x).mean() > .9
-    fixed = np.float32([[1, 1 + 2**-10, 1 + 2**-11, 1 + 3*2**-11, 2**-20 + 2**-30]]) # ties to even; the row's scale keeps the small one from becoming subnormal
+    fixed = np.float32([[1, 1 + 2**-10, 1 + 2**-11, 1 + 3*2**-11, 2**-20 + 2**-30]]) # ties to even; the row's scale keeps the small one normal
     assert rounded.as_half(fixed).tolist() == [[1, 1 + 2**-10, 1, 1 + 2**-9, 2**-20 + 2**-30]]
 
 

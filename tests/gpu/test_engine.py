@@ -62,8 +62,8 @@ def prompt(n, seed=0): return np.random.default_rng(seed).integers(0, 331, n).to
 
 @pytest.mark.parametrize('name', MODELS)
 def test_against_reference(name, model_file):
-    """Residual stream after every layer and logits of every position, past the window: against the NumPy engine, and, closer, against the same with the engine's FP16 roundings.
-    Both follow the experts that the engine takes; these choices are checked by themselves."""
+    """Residual stream after every layer and logits of every position, past the window: against the NumPy engine, and, closer, against the same with the
+    engine's FP16 roundings. Both follow the experts that the engine takes; these choices are checked by themselves."""
     import orcd
     from orcd.reference import ReferenceEngine
     from rounded import Rounded
@@ -76,9 +76,10 @@ def test_against_reference(name, model_file):
             with recorded(n_layer) as took: got = engine.residuals(ids[:n])
             with recorded(n_layer) as again: got_logits = engine.logits(ids[:n])
             assert len(took.calls) == len(again.calls) == n_layer*moe*-(-n // engine.plan.chunk)
-            # Keys, values and the inputs of products are FP16, and random weights amplify that: by these roundings alone the logits move by up to 1.4e-2, for gpt-oss 2.4e-2.
-            # Two engines that round but sum in another order are up to 8e-4 (residual), 6e-3 (logits) and 4e-3 (router scores) apart.
-            for what, want, residual_limit, logit_limit, score_limit in (('plain', plain, 5e-3, 3e-2 if moe else 2e-2, 2e-2), ('rounded', rounded, 2e-3, 1e-2, 1e-2)):
+            # Keys, values and the inputs of products are FP16, and random weights amplify that: by these roundings alone the logits move by up to
+            # 1.4e-2, for gpt-oss 2.4e-2. Two engines that round but sum in another order are up to 8e-4 (residual), 6e-3 (logits), 4e-3 (scores) apart.
+            limits = ('plain', plain, 5e-3, 3e-2 if moe else 2e-2, 2e-2), ('rounded', rounded, 2e-3, 1e-2, 1e-2)
+            for what, want, residual_limit, logit_limit, score_limit in limits:
                 first, second = (t.follow() if moe else None for t in (took, again))
                 with forced(want, first): ref = want.residuals(ids[:n])
                 errors = [np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30) for a, b in zip(got, ref)]

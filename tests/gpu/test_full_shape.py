@@ -63,9 +63,9 @@ def test_full_shape(path):
     from torch_oracle import Oracle
     n_layer = 4 if 'gpt-oss' in path.name else engine.config.n_layer # its experts take minutes to dequantise on the CPU
     oracle = Oracle(str(path), keep=True)
-    # float32 throughout, then with the roundings to FP16 that our prefill makes by design: those must explain the difference. What they leave are roundings that went the other
-    # way because a sum came in another order: two runs of this very oracle that differ by 1e-7 to 1e-6 a product are 1.4e-3 (residual) and 8.9e-3 (logits) apart for Phi-3, 3.5e-4
-    # and 6.8e-3 for Qwen, 1.0e-3 and 3.5e-3 (scores of the routers) for four layers of gpt-oss.
+    # float32 throughout, then with the roundings to FP16 that our prefill makes by design: those must explain the difference. What they leave are
+    # roundings that went the other way because a sum came in another order: two runs of this very oracle that differ by 1e-7 to 1e-6 a product are
+    # 1.4e-3 (residual) and 8.9e-3 (logits) apart for Phi-3, 3.5e-4 and 6.8e-3 for Qwen, 1.0e-3 and 3.5e-3 (router scores) for 4 layers of gpt-oss.
     for halves, residual_limit, logit_limit, score_limit in ((False, 2e-2, 5e-2, 2e-2), (True, 2e-3, 1e-2, 1e-2)):
         oracle.halves, oracle.choose = halves, took.follow() if engine.config.n_expert else None
         want_residuals, want = oracle.run(ids, n_layer)
@@ -77,6 +77,6 @@ def test_full_shape(path):
               f'logits of 64 positions max |diff| / std {worst:.1e}, same argmax {same:.0%}')
         failed = [f'layer {i - 1}: {e:.1e}' for i, e in enumerate(errors) if e > residual_limit] + ([f'logits: {worst:.1e}'] if worst > logit_limit else [])
         assert not failed, failed
-        if oracle.choose: print('choices that the oracle would make otherwise {:.1%}, by {:.1e} of the scores\' std, scores max |diff| / std {:.1e}'.format(*oracle.choose.check(score_limit)))
+        if oracle.choose: print('other choices {:.1%}, lost by {:.1e} std, router scores max |diff| / std {:.1e}'.format(*oracle.choose.check(score_limit)))
     oracle.kept.clear()
     torch.cuda.empty_cache()

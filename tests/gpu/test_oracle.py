@@ -58,7 +58,7 @@ def case(tmp_path):
 
 
 def run_both(engine, hf, ids):
-    "Residual streams of the engine, logits and residual streams of the oracle, which follows the CUDA engine's choice of experts: what FP16 may change in it is checked"
+    "Residual streams of the engine, logits and residual streams of the oracle, which follows the CUDA engine's experts; that choice is checked by itself"
     if engine.kind == 'reference' or not engine.config.n_expert: return engine.residuals(ids), *hf.run(ids)
     with recorded(engine.config.n_layer) as took: got = engine.residuals(ids)
     follower = took.follow()

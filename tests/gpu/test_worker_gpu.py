@@ -25,7 +25,8 @@ def model(shared, tmp_path_factory):
     return make
 
 
-def serve(path, *flags, wait=True, env=None): return orcd('serve', '--model', str(path), '--port', '0', '--log-format', 'json', *flags, wait=wait, env=env)
+def serve(path, *flags, wait=True, env=None):
+    return orcd('serve', '--model', str(path), '--port', '0', '--log-format', 'json', *flags, wait=wait, env=env)
 
 @pytest.fixture(scope='module')
 def w(model):
@@ -38,7 +39,8 @@ def w(model):
 
 def vram_used():
     "Bytes in use on GPU 0, by whomever"
-    return int(subprocess.run(['nvidia-smi', '-i', '0', '--query-gpu=memory.used', '--format=csv,noheader,nounits'], capture_output=True, text=True).stdout) * 2**20
+    command = ['nvidia-smi', '-i', '0', '--query-gpu=memory.used', '--format=csv,noheader,nounits']
+    return int(subprocess.run(command, capture_output=True, text=True).stdout) * 2**20
 
 @contextmanager
 def ballast(but):
@@ -70,8 +72,10 @@ def growth(w):
 
 def info(path, n_ctx):
     "What `orcd info` says that weights, KV cache and workspace take"
-    out = subprocess.run([sys.executable, '-m', 'orcd.cli', 'info', str(path), '--context-length', str(n_ctx)], capture_output=True, text=True, check=True, env=os.environ | dict(PYTHONPATH=PATH)).stdout
-    return [float(re.search(rf'^  {what} +([\d,.]+) MiB', out, re.M)[1].replace(',', '')) * 2**20 for what in ('weights', 'kv_cache', 'workspace')]
+    command = [sys.executable, '-m', 'orcd.cli', 'info', str(path), '--context-length', str(n_ctx)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | dict(PYTHONPATH=PATH)).stdout
+    mib = lambda what: float(re.search(rf'^  {what} +([\d,.]+) MiB', out, re.M)[1].replace(',', ''))
+    return [mib(what) * 2**20 for what in ('weights', 'kv_cache', 'workspace')]
 
 @pytest.mark.parametrize('name', KINDS)
 def test_published_shape(name, model):
@@ -106,12 +110,11 @@ def test_published_shape(name, model):
 def test_no_such_device(model):
     "One error line that names the way out, exit code 1"
     with ExitStack() as stack:
-        cases = [stack.enter_context(serve(model(QWEN), *flags, wait=False, env=env)) for flags, env in (
-            (('--gpu-device', '99'), {}), ((), dict(CUDA_VISIBLE_DEVICES='')), ((), dict(CUDA_VISIBLE_DEVICES='99')), ((), dict(CUDA_VISIBLE_DEVICES='nonsense')))]
-        for w in cases:
+        cases = [(('--gpu-device', '99'), {}), *(((), dict(CUDA_VISIBLE_DEVICES=v)) for v in ('', '99', 'nonsense'))]
+        for w in [stack.enter_context(serve(model(QWEN), *flags, wait=False, env=env)) for flags, env in cases]:
             assert w.end(60) == 1
-            errors = logged(w, 'error')
-            assert [(e['code'], e['model_path']) for e in errors] == [('CUDA_ERROR', str(model(QWEN)))] and '--device reference' in errors[0]['message'], w.raw
+            e, = logged(w, 'error')
+            assert (e['code'], e['model_path']) == ('CUDA_ERROR', str(model(QWEN))) and '--device reference' in e['message'], e
             assert all(line.startswith('{') for line in w.raw) and 'Traceback' not in ''.join(w.raw)
 
 
@@ -187,7 +190,8 @@ def test_two_workers_on_one_gpu(w, model):
 def test_soak(w):
     seen = soak(w, 500, vram=vram_used)
     texts, speeds, host, vram = zip(*seen)
-    print(f'first {speeds[1]:.0f} tok/s, last {speeds[-1]:.0f} tok/s, host {host[2] >> 20} -> {host[-1] >> 20} MiB, VRAM {vram[0] >> 20} -> {vram[-1] >> 20} MiB')
+    mib = lambda a: f'{a[2] >> 20} -> {a[-1] >> 20} MiB'
+    print(f'first {speeds[1]:.0f} tok/s, last {speeds[-1]:.0f} tok/s, host {mib(host)}, VRAM {mib(vram)}')
     assert len(set(texts)) == 1, 'the same seed gave different texts'
     assert len(set(vram)) == 1, f'VRAM is not constant: {vram}'
     assert host[-1] < host[2] + (32 << 20), host

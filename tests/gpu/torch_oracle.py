@@ -45,7 +45,7 @@ class Oracle:
     def numbers(self, name, part=None):
         "`part`: an expert, or rows"
         t = self.t[name]
-        return np.ascontiguousarray(dequantize(t.data if part is None else t.data[part], t.tensor_type), np.float32)
+        return np.require(dequantize(t.data if part is None else t.data[part], t.tensor_type), np.float32, ['C', 'W'])
 
     def prefetch(self, n_layer):
         "Dequantise the weights of some layers in threads"
@@ -107,7 +107,8 @@ class Oracle:
 
     def experts(self, h, b):
         g = self.linear(h, b + 'ffn_gate_inp')
-        ids = g.topk(self.key('expert_used_count'), -1).indices if self.choose is None else torch.as_tensor(self.choose(g.cpu().numpy()), device=self.device).long()
+        ids = g.topk(self.key('expert_used_count'), -1).indices if self.choose is None else \
+            torch.as_tensor(self.choose(g.cpu().numpy()), device=self.device).long()
         w, out = g.gather(1, ids).softmax(-1), torch.zeros_like(h)
         for e in ids.unique().tolist():
             t, r = (ids == e).nonzero(as_tuple=True)
