@@ -199,9 +199,10 @@ class CudaEngine:
                 self.n_ctx, self.n_kv, self.n_valid, self.length = self.plan.n_ctx, self.plan.n_kv, self.config.n_vocab, 0
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
-                with Loader(device, chunk_bytes, self.plan.weights) as weights: # pins its memory while we go on
+                slot = (4 if self.plan.weights >= 1 << 30 else 1) << 20 # few large reads: what Python does for each would be the limit
+                with Loader(device, chunk_bytes, self.plan.weights, slot_bytes=slot) as weights: # pins its memory while we go on
                     code = nvrtc.compile_all(kernel_files(self.config, bound), nvrtc.device_arch(device))
-                    weights.copy(g.fileno(), self._allocate(bound), progress, (self.ops.scratch.ptr, self.plan.scratch))
+                    weights.copy(g.fileno(), self._allocate(bound), progress, self.stage)
                 g.check_unchanged()
                 for c in code: c.result()
                 self._prepare(g)
@@ -215,6 +216,7 @@ class CudaEngine:
         "Take all VRAM. Returns the copies that fill the weights."
         p, c = self.plan, self.config
         weights, kv, work = (self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace'))
+        self.stage = max(((a.ptr, a.n_bytes) for a in (kv, work)), key=lambda s: s[1]) # nobody uses it while weights are loaded
         arrays, copies = {}, []
         for t in bound.unique:
             data = weights.take((t.n_bytes,), np.uint8, t.name)

@@ -73,14 +73,16 @@ PINNED  = 256 << 20    # bytes of pinned memory at most, all readers together
 
 class Loader:
     "Readers and pinned memory that bring parts of a file into VRAM; a context manager"
+    sort = staticmethod(repack)
     def __init__(self,
         device:int=0,            # CUDA index
         chunk_bytes:int=1 << 20, # of the file at a time; beyond 16 MiB nothing is gained
         total:int=None,          # bytes that will be copied, if known: a small file needs few readers
         readers:int=None,        # threads; by default `READERS`, or as many as there are cores
+        slot_bytes:int=256 << 10, # pinned memory of a read, several chunks or one; a row of blocks is never cut
     ):
         self.device, self.chunk = device, min(chunk_bytes, 16 << 20)
-        self.slot = max(self.chunk, 256 << 10) # a row of blocks is never cut
+        self.slot = max(self.chunk, slot_bytes)
         wanted = readers or min(READERS, os.cpu_count() or 1)
         self.readers = max(1, min(wanted, PINNED // (2*self.slot), wanted if total is None else total // self.chunk))
         self.pool = ThreadPoolExecutor(self.readers, 'orcd-load')
@@ -127,9 +129,10 @@ def _read(self, fd, deal, k, stage):
             (offset, n, dst, sort), (ptr, view, staged, event), turn = c, places[turn], 1 - turn
             event.synchronize()
             read_into(fd, view[:n], offset)
-            runtime.memcpyAsync(staged if sort else dst, ptr, n, runtime.memcpyHostToDevice, stream.ptr)
+            for at in range(0, n, self.chunk):
+                runtime.memcpyAsync((staged if sort else dst) + at, ptr + at, min(self.chunk, n - at), runtime.memcpyHostToDevice, stream.ptr)
             event.record(stream)
-            if sort: repack(sort[0], staged, dst, *sort[1:], stream) # the stream's next copy waits for it
+            if sort: self.sort(sort[0], staged, dst, *sort[1:], stream) # the stream's next copy waits for it
     except BaseException as e: deal.error = deal.error or e
     finally:
         if stream is not None: stream.synchronize()
@@ -147,7 +150,7 @@ def _copy(self,
         readers = min(readers, stage[1] // (2*max(rows) + 512))
         if not readers or max(rows) > slot: raise KernelError(f'{stage[1]} bytes are too little to sort rows of {max(rows)} bytes')
         slot = min(slot, stage[1] // (2*readers) // 256 * 256)
-    deal = _Deal(chunks(copies, self.chunk, min(self.chunk, slot)), total, progress)
+    deal = _Deal(chunks(copies, self.chunk, slot), total, progress)
     try:
         for job in [self.pool.submit(self._read, fd, deal, k, (stage[0], slot)) for k in range(readers)]: job.result()
     except BaseException as e: deal.error = deal.error or e     # Ctrl-C comes here, not to the readers
