@@ -190,7 +190,8 @@ class Kernel:
     "A CUDA function on one device: `k(grid, block, args, shared_mem=0, stream=None)`"
     def __init__(self, module, name, device, defines=()):
         self.name, self.device, self.fn, self._shared = name, device, _module(module, device, defines).get_function(name), 48 << 10
-        self.early = int(device_arch(device)[3:]) >= 90
+        from cupy.cuda import runtime
+        self.early = int(device_arch(device)[3:]) >= 90 and runtime.driverGetVersion() >= 12030 # older drivers do not capture such launches in a graph
 
     def __call__(self, grid, block, args, shared_mem=0, stream=None,
         early=False, # start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
@@ -212,10 +213,10 @@ def _launch_early(fn, grid, block, args, shared_mem, stream):
     a.value.programmaticStreamSerializationAllowed = 1
     (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ) = ((*d, 1, 1)[:3] for d in (grid, block))
     c.sharedMemBytes, c.hStream, c.attrs, c.numAttrs = shared_mem, (stream or cupy.cuda.get_current_stream()).ptr, [a], 1
-    values = [np.array([x.data.ptr if hasattr(x, 'data') and hasattr(x.data, 'ptr') else x], np.uint64 if hasattr(x, 'data') and hasattr(x.data, 'ptr') else x.dtype) for x in args]
+    values = [np.array([x]) if isinstance(x, np.generic) else np.array([x.data.ptr], np.uint64) for x in args]
     pointers = np.array([v.ctypes.data for v in values], np.uint64)
     err, = cu.cuLaunchKernelEx(c, cu.CUfunction(fn), pointers.ctypes.data, 0)
-    if int(err): raise KernelError(f'launch: {err.name}')
+    if int(err): raise cupy.cuda.driver.CUDADriverError(int(err)) # as CuPy's own launches do
 
 @lru_cache(None)
 def _kernel(module, name, device, defines): return Kernel(module, name, device, defines)
