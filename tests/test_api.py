@@ -268,7 +268,6 @@ def test_memory_comes_back(path):
 
 @pytest.fixture(scope='module')
 def demo():
-    if not DEMO.exists(): pytest.skip('the demo model has not been trained yet')
     with orcd.load('demo', device='reference', progress=False) as m: yield m
 
 

@@ -1,6 +1,5 @@
 "The command line as people and supervisors use it: real processes, a small real model on the reference engine"
 import json, os, re, signal, socket, subprocess, sys, time
-from pathlib import Path
 import pytest
 import orcd as package
 from orcd.cli import FLAGS, complete_model, run
@@ -8,8 +7,6 @@ from orcd.hub import MODELS, place, remote
 from test_api import write_model
 from worker_tools import PATH, ROOT, check, orcd, soak
 
-DEMO = Path(package.__file__).parent / 'models' / 'haiku-qwen2-q4_k_m.gguf'
-needs_demo = pytest.mark.skipif(not DEMO.exists(), reason='the demo model is not in the package yet')
 
 
 @pytest.fixture(scope='module')
@@ -276,13 +273,11 @@ def test_deploy_files_use_flags_that_exist(name):
         assert pod['terminationGracePeriodSeconds'] > 30 and pod['containers'][0]['resources']['limits']['nvidia.com/gpu'] == 1 and not pod['enableServiceLinks']
 
 
-@needs_demo
 def test_demo():
     code, out, err = call('demo', '--device', 'reference', timeout=120)
     assert code == 0 and 'reference engine' in out and 'exit code 0' in out and err == ''
 
 
-@needs_demo
 def test_haiku_through_the_worker():
     with orcd('serve', '--model', 'demo', '--device', 'reference', '--port', '0', wait=True) as w:
         events = w.execute(messages=[dict(role='user', content='Write a haiku about GPU computing')], temperature=0, max_tokens=80).all()

@@ -6,7 +6,6 @@ from worker_tools import Proc, ROOT
 
 FILES = {'qwen2': ROOT/'orcd/models/haiku-qwen2-q4_k_m.gguf', 'phi3': ROOT/'tests/models/haiku-phi3-q4_0.gguf',
          'gpt-oss': ROOT/'tests/models/haiku-gptoss/haiku-gptoss-mxfp4.gguf'}
-MODELS = [pytest.param(n, marks=() if n == 'qwen2' else pytest.mark.skipif(not f.exists(), reason=f'{f.name} has not been trained')) for n, f in FILES.items()]
 TYPES = {'qwen2': {'Q4_K', 'Q6_K', 'Q5_0', 'Q8_0', 'F32'}, 'phi3': {'Q4_0', 'Q8_0', 'F32'}, 'gpt-oss': {'MXFP4', 'Q8_0', 'F32'}}
 
 
@@ -60,7 +59,7 @@ def test_minutes(minute):
 def test_the_check_complains(text, complaint): assert any(complaint in c for c in H.check(text)), H.check(text)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', FILES)
 def test_gguf_py_reads_the_file(name):
     gguf = pytest.importorskip('gguf')
     r = gguf.GGUFReader(FILES[name])
@@ -73,7 +72,7 @@ def test_gguf_py_reads_the_file(name):
             if t.tensor_type.name != 'F32': assert (g.dequantize(t.name) == gguf.quants.dequantize(t.data, t.tensor_type).reshape(g.tensors[t.name].shape)).all()
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', FILES)
 def test_chat_and_tokenizer(name):
     from orcd import GGUF, Tokenizer
     with GGUF(FILES[name]) as g: t = Tokenizer.from_gguf(g)
@@ -108,10 +107,10 @@ def haiku_of_a_worker(name, *device):
     finally: worker.p.kill()
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', FILES)
 def test_sixty_minutes_through_the_worker(name): haiku_of_a_worker(name, '--device', 'reference')
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', FILES)
 def test_sixty_minutes_on_the_gpu(name): haiku_of_a_worker(name, '--gpu-device', '0')

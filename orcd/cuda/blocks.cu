@@ -50,14 +50,9 @@ template<int T> struct Planes {
         q = w; h = q + all * Type<T>::q; s = h + all * Type<T>::h; d = s + all * Type<T>::s;
     }
 };
-// bytes of such a matrix, as many as in the file
-template<int T> __device__ __forceinline__ long long matrix_bytes(long long rows, int n) {
-    return rows * (n / Type<T>::block) * (Type<T>::q + Type<T>::h + Type<T>::s + Type<T>::d);
-}
-
 // Four blocks of 32 weights in a row are a group, 64 bytes of 4-bit quants: 16 for each of four lanes. Lane t holds weights 4t…4t+3 and
 // 16+4t…+3 of every block. A row's last group may have fewer blocks; each lane's share is shorter then.
-// Where the word j of lane t lies; words: of a lane in a full group, left: blocks in this group
+// Where word j of lane t lies in a group of `left` blocks
 __device__ __forceinline__ int word_at(int t, int j, int left) { return 4 * (t * left + j); }
 
 // d, m of sub-block j (0…7) of a Q4_K or Q5_K block, from its 16-byte head
