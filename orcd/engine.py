@@ -117,7 +117,7 @@ def plan(
     family, config, bound = model or open_model(g)
     if n_ctx and n_ctx > config.context_length:
         raise RequestError(f'context length {n_ctx}: {config.name or config.arch} was trained for {config.context_length}')
-    weights = sum(aligned(t.n_bytes) for t in bound.unique)
+    weights = sum(aligned(nvrtc.padded_bytes(t.shape, t.type)) for t in bound.unique)
     wanted = n_ctx or config.context_length
     layers = layer_kinds(config, bound)
     scratch_of = lambda rows, n_kv, decode: dry_run(family, config, layers, n_kv, rows, decode)
@@ -219,9 +219,9 @@ class CudaEngine:
         self.stage = max(((a.ptr, a.n_bytes) for a in (kv, work)), key=lambda s: s[1]) # nobody uses it while weights are loaded
         arrays, copies = {}, []
         for t in bound.unique:
-            data = weights.take((t.n_bytes,), np.uint8, t.name)
+            data = weights.take((nvrtc.padded_bytes(t.shape, t.type),), np.uint8, t.name)
             W = arrays[t.name] = data.view(np.float32).reshape(t.shape) if is_float_array(t) else nvrtc.QTensor(t.type, t.shape, data, t.name)
-            copies.append(Copy(t.offset, t.n_bytes, data.data.ptr, *((t.type, W.matrix) if t.type.block_size > 1 else ())))
+            copies.append(Copy(t.offset, t.n_bytes, data.data.ptr, *((t.type, W.shape) if t.type.block_size > 1 else ())))
         roles = lambda d: SimpleNamespace(**{role: t and arrays[t.name] for role, t in d.items()})
         self.model, self.layers = roles(bound.model), [roles(d) for d in bound.layers]
         self.cache = [tuple(kv.take(cache_shape(c, i, p.n_kv), np.float16, f'kv.{i}.{x}') for x in 'kv') for i in range(c.n_layer)]

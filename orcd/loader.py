@@ -11,6 +11,7 @@ __all__ = ['READERS', 'PINNED', 'Copy', 'chunks', 'read_into', 'PinnedBuffer', '
 import ctypes, os, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 
 # %% ../nbs/29_loader.ipynb #f4b09bcd
 from .errors import GGUFError, KernelError
@@ -24,7 +25,7 @@ class Copy:
     n_bytes:int
     dst:int
     type:object=None   # `GGMLType`
-    shape:tuple=None   # (rows, columns)
+    shape:tuple=None   # of the tensor
 
 def chunks(
     copies,          # iterable of `Copy`, one a tensor
@@ -36,10 +37,11 @@ def chunks(
         if c.type is None:
             for at in range(0, c.n_bytes, chunk_bytes): yield c.offset + at, min(chunk_bytes, c.n_bytes - at), c.dst + at, None
             continue
-        size = c.n_bytes // c.shape[0]
+        rows_in_all = prod(c.shape[:-1])
+        size = c.n_bytes // rows_in_all
         n = max(1, (sort_bytes or chunk_bytes) // size)
-        for row in range(0, c.shape[0], n):
-            rows = min(n, c.shape[0] - row)
+        for row in range(0, rows_in_all, n):
+            rows = min(n, rows_in_all - row)
             yield c.offset + row*size, rows*size, c.dst, (c.type, c.shape, row, rows)
 
 # %% ../nbs/29_loader.ipynb #b47690f6
@@ -144,7 +146,7 @@ def _copy(self,
     stage=(0, 0),   # (address, bytes) of VRAM that nobody uses meanwhile: where blocks lie before they are sorted
 ):
     "Copy tensors from the file into VRAM. After an error nothing is left running; the first one is raised."
-    total, rows = sum(c.n_bytes for c in copies), [c.n_bytes // c.shape[0] for c in copies if c.type is not None]
+    total, rows = sum(c.n_bytes for c in copies), [c.n_bytes // prod(c.shape[:-1]) for c in copies if c.type is not None]
     readers, slot = self.readers, self.slot
     if rows: # a slot holds a row at least
         readers = min(readers, stage[1] // (2*max(rows) + 512))

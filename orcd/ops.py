@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/30_ops.ipynb #a38354e3
 from . import k_attention, k_elementwise, k_gemm, k_gemv, k_moe
+from .nvrtc import TILE
 from .vram import Scratch, Shape, aligned
 
 # %% ../nbs/30_ops.ipynb #04632bb0
@@ -42,13 +43,14 @@ class CudaOps:
     "What `Architecture.layer` needs, on the GPU. Arrays are float32 (T, n), outputs live in `scratch` until the next layer."
     def __init__(self, config, n_ctx, scratch, cache=None, state=None, inv_freq=None, stream=None):
         self.config, self.n_ctx, self.scratch, self.cache, self.state, self.inv_freq, self.stream = config, n_ctx, scratch, cache, state, inv_freq, stream
-        self.dry, self.decode, self.halves, self.pending = not scratch.ptr, False, {}, []
+        self.dry, self.decode, self.halves, self.pending, self.routes = not scratch.ptr, False, {}, [], {}
 
     def begin_layer(self):
         "Forget the last layer's temporaries"
         self.flush()
         self.scratch.reset()
         self.halves.clear()
+        self.routes.clear()
 
     def run(self, launcher, *args, **kw):
         if not self.dry: launcher(*args, stream=self.stream, **kw)
@@ -56,12 +58,12 @@ class CudaOps:
     def flush(self):
         "Launch the products that were put off: those of one vector together"
         jobs, self.pending = self.pending, []
-        if jobs: self.run(k_gemv.gemvs, [j[2:] for j in jobs], jobs[0][0], ids=jobs[0][1])
+        if jobs: self.run(k_gemv.gemvs, [j[2:] for j in jobs], jobs[0][0], ids=self.chosen(jobs[0][1]))
 
-    def later(self, x, ids, *job):
-        "Put a product off until another vector's comes or its result is wanted"
-        if self.pending and (self.pending[0][0] is not x or self.pending[0][1] is not ids): self.flush()
-        self.pending.append((x, ids, *job))
+    def later(self, x, choice, *job):
+        "Put a product off until another vector's comes or its result is wanted. job: W, out, bias"
+        if self.pending and (self.pending[0][0] is not x or self.pending[0][1] is not choice): self.flush()
+        self.pending.append((x, choice, *job))
 
     def rms_norm(self, x, w, eps):
         if self.decode: return k_gemv.Normed(x, w, eps)
@@ -94,8 +96,13 @@ class CudaOps:
         return out
 
     def split(self, y, sizes):
+        "Columns of y. In decode a product that was put off becomes one for each part."
         ends = np.cumsum(sizes).tolist()
-        return [y[:, e - n:e] for n, e in zip(sizes, ends)]
+        parts = [y[:, e - n:e] for n, e in zip(sizes, ends)]
+        if self.pending and self.pending[-1][3] is y and not any(n % TILE for n in sizes):
+            x, choice, W, _, bias = self.pending.pop()
+            for n, e, out in zip(sizes, ends, parts): self.later(x, choice, W if self.dry else W.rows(e - n, n), out, None if bias is None else bias[e - n:e])
+        return parts
 
     def rope(self, q, n_head):
         r = self.config.rope
@@ -124,42 +131,65 @@ class CudaOps:
     def swiglu_oai(self, gate, up): return self._gated(k_elementwise.swiglu_oai, gate, up, True)
 
     def _gated(self, launcher, gate, up, oai):
-        if self.decode: return k_gemv.Gated(gate, up, oai)
         out = self.scratch.take(gate.shape)
-        self.run(launcher, gate, up, out)
+        if len(self.pending) == 2 and self.pending[0][3] is gate and self.pending[1][3] is up and (self.dry or k_gemv.fuses(self.pending[0][2], self.pending[1][2])):
+            (x, choice, Wg, _, bg), (*_, Wu, _, bu) = self.pending # in decode one launch does both products and this
+            self.pending = []
+            self.run(k_gemv.gated, (Wg, bg), (Wu, bu), x, out, oai, choice)
+        else:
+            self.flush()
+            self.run(launcher, gate, up, out)
         return out
+
 
 # %% ../nbs/30_ops.ipynb #5bc2584c
 @dataclass
 class Route:
     "Which experts each of T tokens takes, best first, and with what weight"
+    choice:object      # `k_gemv.Choice`: decode's products find the experts themselves
     ids:object         # int32 (T, k)
     weights:object     # float32 (T, k)
     groups:object=None # rows sorted by expert, for prefill
+    made:bool=False    # are ids and weights there?
 
 @patch
 def route(self:CudaOps, logits, k):
     self.flush()
     T, n = logits.shape
-    r = Route(self.scratch.take((T, k), np.int32), self.scratch.take((T, k)))
-    self.run(k_moe.route, logits, k, r.ids, r.weights)
+    r = Route(k_gemv.Choice(logits, k), self.scratch.take((T, k), np.int32), self.scratch.take((T, k)))
+    self.routes[id(r.choice)] = r
     if not self.decode:
+        self.chosen(r.choice)
         buffer = self.scratch.take((k_moe.Groups.size(T*k, n),), np.int32)
         if not self.dry: r.groups = k_moe.group(r.ids, k_moe.Groups(buffer, T*k, n), self.stream)
     return r
+
+@patch
+def chosen(self:CudaOps, choice):
+    "The ids of a choice, for kernels that cannot find them"
+    if choice is None: return None
+    r = self.routes[id(choice)]
+    if not r.made: self.run(k_moe.route, choice.logits, choice.k, r.ids, r.weights)
+    r.made = True
+    return r.ids
 
 @patch
 def expert_linear(self:CudaOps, x, W, bias, route):
     "(T * k, out): row t * k + r is what token t's expert of rank r makes of its row of x"
     T, k = route.ids.shape
     out = self.scratch.take((T*k, W.shape[1]))
-    if self.decode: self.later(x, route.ids, W, out, bias)
+    if self.decode: self.later(x, route.choice, W, out, bias)
     else: self.run(k_moe.expert_gemm, W, self.half(x), route.groups, out, bias)
     return out
 
 @patch
 def expert_sum(self:CudaOps, y, route, residual):
     "residual += the experts' rows times their weights, in rank order"
+    if len(self.pending) == 1 and self.pending[0][3] is y and (self.dry or k_gemv.fuses(self.pending[0][2])) and route.choice.k <= k_gemv.MAX_TERMS:
+        x, choice, W, _, bias = self.pending.pop()
+        self.run(k_gemv.mixed, W, x, residual, bias, residual, choice, settled=True) # gate and up came between the router and this
+        return residual
     self.flush()
+    self.chosen(route.choice)
     self.run(k_moe.expert_sum, y, route.weights, residual, residual)
     return residual
