@@ -258,8 +258,9 @@ def padded_bytes(
 )->int:
     "Bytes that a tensor takes in VRAM: quantised rows in whole tiles"
     t = GGMLType(type)
-    rows = shape[-2] if t.block_size == 1 or len(shape) < 2 else -(-shape[-2]//TILE)*TILE
-    return prod(shape[:-2])*rows*t.row_bytes(shape[-1]) if len(shape) > 1 else t.row_bytes(shape[0])
+    *stack, rows, n = (1, *shape) # a vector is a matrix of one row
+    if t.block_size > 1: rows = -(-rows//TILE)*TILE
+    return prod(stack)*rows*t.row_bytes(n)
 
 @dataclass(frozen=True, eq=False)
 class QTensor:

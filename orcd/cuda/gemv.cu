@@ -2,7 +2,12 @@
 #include "source.cu"
 #include "ring.cu"
 #include "top.cu"
-enum { WARPS = 12 };         // of a block; two launches share an SM: one that works and the next one that waits with its first weights
+#ifndef WARPS
+#define WARPS 12
+#endif
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS 2
+#endif
 
 // The vector in shared memory, for the tensor cores: x = hi + lo in halves, 22 bits, with a power of two for every block of 32.
 // A block's 128 bytes are 16 for each of four lanes of hi, then of lo: the pairs that the lane's weights meet.
@@ -14,9 +19,9 @@ struct Vector {
 __device__ __forceinline__ int padded_blocks(int n) { return (n + 255) / 256 * 8; }        // whole K blocks, and whole warps in `prepare`
 
 // From `rows` rows of x, ldx apart. Returns this thread's part of the sum of squares.
-template<int T>
+template<int T, bool MANY>
 __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Source& src, int rows, long long ldx, int n) {
-    constexpr int AT_ONCE = 4;                                  // whose loads are on their way together
+    constexpr int AT_ONCE = 2;                                  // whose loads are on their way together
     const int blocks = padded_blocks(n), each = 4 * blocks, items = rows * each;
     float square = 0;
 #pragma unroll 1
@@ -24,7 +29,7 @@ __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Sou
         float x[AT_ONCE][8];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            const int item = from + 32 * WARPS * i, row = rows > 1 ? item / each : 0, at = 32 * ((item - row * each) / 4) + 4 * (item & 3);
+            const int item = from + 32 * WARPS * i, row = MANY ? item / each : 0, at = 32 * ((item - row * each) / 4) + 4 * (item & 3);
             if (item < items && at < n) {
                 const Source one(src.x, src.w, row, ldx, src.eps);
                 one.four(x[i], at, square); one.four(x[i] + 4, at + 16, square);
@@ -32,7 +37,7 @@ __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Sou
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            const int item = from + 32 * WARPS * i, row = rows > 1 ? item / each : 0, b = (item - row * each) / 4, t = item & 3;
+            const int item = from + 32 * WARPS * i, row = MANY ? item / each : 0, b = (item - row * each) / 4, t = item & 3;
             if (item >= items) break;                           // the same answer in all lanes of a warp
             const Vector v(memory + row * vector_bytes, blocks);
             float top = 0, sum = 0;
@@ -89,19 +94,20 @@ __device__ __forceinline__ void multiply(float (&acc)[2], const Share<T>& b, con
     }
 }
 
-// What is made of the products of a row: the product itself; silu(gate) * up of two matrices; gpt-oss's variant; the weighted sum over experts
-enum { PRODUCT = 0, SWIGLU = 1, SWIGLU_OAI = 2, MIX = 3 };
-enum { MAX_TERMS = 4 };         // products that one number is made of
+// What is made of the products of a row: the product itself; silu(gate) * up of two matrices; the weighted sum over at most four experts
+enum { PRODUCT = 0, GATED = 1, MIX = 2 };
 
 struct Segment { const u8* w; float* out; const float* bias; int n_out; long long ldo; };
 
 // Rows of one matrix (or of the `terms` that one result is made of). `parts` of the block's warps share a tile of 16 rows: each takes a run of
 // its units, in pieces of `span` units. Pieces are asked for `depth` ahead, before the vector is there: weights never change.
-template<int T>
+template<int T, int MODE>
 __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, const float* norm, long long ldx, float eps, int n_in, const float* residual, long long ldr,
-    int block, int blocks, int parts, int depth, int span, int mode, int terms, int row, int per, const float* logits, const int* ids, int n_expert, int n_used, bool settled) {
+    int block, int blocks, int parts, int depth, int span, bool oai, int row, int per, const float* logits, const int* ids, int n_expert, int n_used, bool settled) {
     extern __shared__ __align__(16) u8 shared[];
-    const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), part = warp % parts, n_blocks = padded_blocks(n_in), vectors = mode == MIX ? terms : 1;
+    constexpr int MAX_TERMS = MODE == MIX ? 4 : MODE == GATED ? 2 : 1;
+    const int terms = MODE == MIX ? n_used : MAX_TERMS;
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), part = warp % parts, n_blocks = padded_blocks(n_in), vectors = MODE == MIX ? terms : 1;
     // shared memory: zeros, sums of squares, two sets of sums (warps x terms x 16 rows), vectors, rings
     u8* zero = shared;
     float *squares = (float*)(shared + 1024), *sums = squares + 16;
@@ -116,15 +122,14 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
 
     int id = 0;
     float weight = 1;
-    if (logits || ids) {
+    if (MODE == PRODUCT && ids) { wait_for_last(); id = ids[row]; if (id < 0 || id >= n_expert) return; }
+    if (MODE != PRODUCT && logits) {
         if (!settled) wait_for_last();
-        if (ids) id = ids[row];
-        else top_experts(logits + (mode == MIX ? row : row / n_used) * n_expert, n_expert, n_used, id, weight);
-        if (logits && mode != MIX) id = __shfl_sync(~0u, id, row % n_used);
-        if (ids && (id < 0 || id >= n_expert)) return;
+        top_experts(logits + (MODE == MIX ? row : row / n_used) * n_expert, n_expert, n_used, id, weight);
+        if (MODE != MIX) id = __shfl_sync(~0u, id, row % n_used);
     }
-    auto expert = [&](int term) { return mode == MIX ? __shfl_sync(~0u, id, term) : id; };
-    const long long other = mode == PRODUCT || mode == MIX ? 0 : s[1].w - s[0].w;
+    auto expert = [&](int term) { return MODE == MIX ? __shfl_sync(~0u, id, term) : id; };
+    const long long other = MODE == GATED ? s[1].w - s[0].w : 0;
     // A run of units of one tile and term, and the pieces of it that are still to come
     struct Run { int tile, term, unit; const u8* at; };
     auto start = [&](Run& r) { r.unit = begin; r.at = p.w + r.tile * tile_bytes + begin * UNIT + (r.term ? other : 0) + expert(r.term) * matrix; };
@@ -150,7 +155,7 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
         for (int i = 0; i < MAX_TERMS; i++) {
             bias[i] = 0;
             if (i >= terms) continue;
-            const float* b = mode != MIX && i == 1 ? s[1].bias : s[0].bias;
+            const float* b = MODE == GATED && i == 1 ? s[1].bias : s[0].bias;
             const int e = expert(i);
             if (b && writes(tile)) bias[i] = b[e * s[0].n_out + 16 * tile + lane];
         }
@@ -158,8 +163,8 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
     fetch(first);
     wait_for_last();
     let_next_start();           // so that all that was launched before the last launch is done when the next one starts
-    const Source src(x, norm, mode == MIX ? row * terms : row / per, ldx, eps);
-    const float square = warp_sum(prepare<T>(vector, vector_bytes, src, vectors, ldx, n_in));
+    const Source src(x, norm, MODE == MIX ? row * terms : row / per, ldx, eps);
+    const float square = warp_sum(prepare<T, MODE == MIX>(vector, vector_bytes, src, vectors, ldx, n_in));
     if (lane == 0) squares[warp] = square;
     auto fetch_old = [&](int tile) { if (residual && writes(tile)) old = residual[row * ldr + 16 * tile + lane]; };
     fetch_old(first);
@@ -173,7 +178,7 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
         if (tile < tiles)
 #pragma unroll 1
             for (int term = 0; term < terms; term++) {
-                const Vector v(vector + (mode == MIX ? term * vector_bytes : 0), n_blocks);
+                const Vector v(vector + (MODE == MIX ? term * vector_bytes : 0), n_blocks);
                 const u8* own = v.part + 512 * Share<T>::GROUPS * begin + 16 * lane;
                 const float4* scale = v.block + 4 * Share<T>::GROUPS * begin;
                 float acc[2] = {0, 0};
@@ -212,12 +217,12 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
             y[i] = fmaf(y[i], factor, bias[i]);
         }
         float out = y[0];
-        if (mode == SWIGLU) out = y[0] / (1.f + expf(-y[0])) * y[1];
-        if (mode == SWIGLU_OAI) {
-            float a = y[0] > 7.f ? 7.f : y[0], b = y[1] > 7.f ? 7.f : y[1] < -7.f ? -7.f : y[1];
-            out = a / (1.f + expf(-1.702f * a)) * (b + 1.f);
+        if (MODE == GATED) {
+            float a = y[0], b = y[MAX_TERMS - 1];
+            if (oai) { a = a > 7.f ? 7.f : a; b = (b > 7.f ? 7.f : b < -7.f ? -7.f : b) + 1.f; }       // gpt-oss's variant
+            out = a / (1.f + expf(oai ? -1.702f * a : -a)) * b;
         }
-        if (mode == MIX) {
+        if (MODE == MIX) {
             out = 0;
 #pragma unroll
             for (int i = 0; i < MAX_TERMS; i++) if (i < terms) out = fmaf(__shfl_sync(~0u, weight, i), y[i], out);
@@ -228,20 +233,25 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
     }
 }
 
-// Up to three matrices that read the same vector, in one launch, or two whose products go together (mode SWIGLU…), or a stack of experts.
-// blockIdx.y is the row of out. Matrix i has b_i of the launch's blocks. `second`: bit i says that matrix i is of type B.
+// gemv: up to three matrices that read the same vector; matrix i has b_i of the launch's blocks, bit i of `second` says that it is of type B.
+// gated: gate and up. mix: a token's experts, weighted. blockIdx.y is the row of out.
 // settled: the router's logits were there before the launch before this one began.
-#define KERNEL(name, A, B) extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gemv_##name(const u8* w0, const u8* w1, const u8* w2, \
+#define ARGUMENTS const u8* w0, const u8* w1, const u8* w2, \
     float* out0, float* out1, float* out2, const float* bias0, const float* bias1, const float* bias2, int n0, int n1, int n2, int b0, int b1, int b2, \
-    long long ldo0, long long ldo1, long long ldo2, const float* residual, long long ldr, int n_in, int parts, int depth, int span, int second, int mode, int terms, \
-    const float* x, const float* norm, long long ldx, float eps, int per, const float* logits, const int* ids, int n_expert, int n_used, int settled) { \
+    long long ldo0, long long ldo1, long long ldo2, const float* residual, long long ldr, int n_in, int parts, int depth, int span, int second, int oai, \
+    const float* x, const float* norm, long long ldx, float eps, int per, const float* logits, const int* ids, int n_expert, int n_used, int settled
+#define CALL(T, MODE) gemv<T, MODE>(m, x, norm, ldx, eps, n_in, residual, ldr, block, blocks, parts, depth, span, oai, blockIdx.y, per, logits, ids, n_expert, n_used, settled)
+#define KERNEL(name, A, B) extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) gemv_##name(ARGUMENTS) { \
     int block = blockIdx.x, blocks = b0, i = 0; \
     Segment m[2] = {{w0, out0, bias0, n0, ldo0}, {w1, out1, bias1, n1, ldo1}}; \
     if (block >= b0) { block -= b0; blocks = b1; i = 1; m[0] = m[1]; } \
     if (i && block >= b1) { block -= b1; blocks = b2; i = 2; m[0] = {w2, out2, bias2, n2, ldo2}; } \
-    if (A == B || !(second >> i & 1)) gemv<A>(m, x, norm, ldx, eps, n_in, residual, ldr, block, blocks, parts, depth, span, mode, terms, blockIdx.y, per, logits, ids, n_expert, n_used, settled); \
-    else gemv<B>(m, x, norm, ldx, eps, n_in, residual, ldr, block, blocks, parts, depth, span, mode, terms, blockIdx.y, per, logits, ids, n_expert, n_used, settled); }
-#define EACH(name, T) KERNEL(name, T, T)
+    if (A == B || !(second >> i & 1)) CALL(A, PRODUCT); else CALL(B, PRODUCT); }
+#define JOINT(name, MODE, T) extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) name(ARGUMENTS) { \
+    const int block = blockIdx.x, blocks = b0; \
+    const Segment m[2] = {{w0, out0, bias0, n0, ldo0}, {w1, out1, bias1, n1, ldo1}}; \
+    CALL(T, MODE); }
+#define EACH(name, T) KERNEL(name, T, T) JOINT(gated_##name, GATED, T) JOINT(mix_##name, MIX, T)
 #ifdef SECOND_TYPE
 KERNEL(mixed, ONLY_TYPE, SECOND_TYPE)
 #else
