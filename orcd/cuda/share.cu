@@ -23,23 +23,19 @@ template<int T> struct Share {
         uint4 v = *(const uint4*)from;
         to[at] = v.x; to[at + 1] = v.y; to[at + 2] = v.z; to[at + 3] = v.w;
     }
-    __device__ __forceinline__ void load(const Planes<T>& p, const long long (&row)[2], int step, int t) {
+    // Group g of a step; the scales of a K block's two groups come apart
+    __device__ __forceinline__ void quants(const Planes<T>& p, const long long (&row)[2], int step, int g, int t) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             const long long at = row[e] * p.blocks;
             if constexpr (is_k<T>()) {
-#pragma unroll
-                for (int g = 0; g < 2; g++) {
-                    four(q[g][e], 0, p.q + (at + step) * 128 + 64 * g + 16 * t);
-                    if (T == Q5_K) h[g][e][0] = *(const u32*)(p.h + (at + step) * 32 + 16 * g + 4 * t);
-                    if (T == Q6_K) {
-                        uint2 v = *(const uint2*)(p.h + (at + step) * 64 + 32 * g + 8 * t);
-                        h[g][e][0] = v.x; h[g][e][1] = v.y;
-                        s[g][e] = *(const u16*)(p.s + (at + step) * 16 + 8 * g + 2 * t);
-                    }
+                four(q[g][e], 0, p.q + (at + step) * 128 + 64 * g + 16 * t);
+                if (T == Q5_K) h[g][e][0] = *(const u32*)(p.h + (at + step) * 32 + 16 * g + 4 * t);
+                if (T == Q6_K) {
+                    uint2 v = *(const uint2*)(p.h + (at + step) * 64 + 32 * g + 8 * t);
+                    h[g][e][0] = v.x; h[g][e][1] = v.y;
+                    s[g][e] = *(const u16*)(p.s + (at + step) * 16 + 8 * g + 2 * t);
                 }
-                if (T == Q6_K) head[e].x = *(const u16*)(p.d + (at + step) * 2);
-                else head[e] = *(const uint4*)(p.s + (at + step) * 16);
             } else {
                 const int first = 4 * step, left = p.blocks - first;
                 if (left >= 4) {
@@ -65,6 +61,20 @@ template<int T> struct Share {
             }
         }
     }
+    __device__ __forceinline__ void heads(const Planes<T>& p, const long long (&row)[2], int step) {
+        if constexpr (is_k<T>())
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const long long at = row[e] * p.blocks + step;
+                if (T == Q6_K) head[e].x = *(const u16*)(p.d + at * 2);
+                else head[e] = *(const uint4*)(p.s + at * 16);
+            }
+    }
+    __device__ __forceinline__ void load(const Planes<T>& p, const long long (&row)[2], int step, int t) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) quants(p, row, step, g, t);
+        heads(p, row, step);
+    }
     // Weight pair r (0…3) of block j of group g in row e, as halves without their scale
     __device__ __forceinline__ u32 pair(const Masks& c, int g, int e, int j, int r) const {
         constexpr int B = Type<T>::bias;
@@ -85,17 +95,42 @@ template<int T> struct Share {
         }
         return high ? high_halves<B>(w) : low_halves<B>(w);
     }
+    // Of row e: scale and minimum of block t of group g; of Q6_K the scales of its two halves
+    __device__ __forceinline__ float2 scale(int g, int e, int t) const {
+        float d, m = 0;
+        if (T == Q6_K) {
+            d = half_bits(head[e].x);
+            return {__fmul_rn(d, (float)(signed char)s[g][e]), __fmul_rn(d, (float)(signed char)(s[g][e] >> 8))};
+        }
+        if constexpr (is_k<T>()) k_scale(head[e], 4 * g + t, d, m);
+        else if (T == MXFP4) d = __uint_as_float(s[0][e] ? s[0][e] << 23 : 0x00400000);
+        else { d = half_bits(s[0][e]); if (Type<T>::mins) m = half_bits(s[0][e] >> 16); }
+        return {d, m};
+    }
     // What lane t adds of group g to row e: c0, c1 are the sums of the first and the last 16 weights of block t of the group
     __device__ __forceinline__ float scaled(int g, int e, int t, float c0, float c1, float2 x) const {      // x: 1/scale and sum of the block of x
-        if (T == Q6_K) {
-            float d = half_bits(head[e].x);
-            return x.x * (__fmul_rn(d, (float)(signed char)s[g][e]) * c0 + __fmul_rn(d, (float)(signed char)(s[g][e] >> 8)) * c1);
-        }
-        float c = (c0 + c1) * x.x, d, m;
-        if constexpr (is_k<T>()) { k_scale(head[e], 4 * g + t, d, m); return fmaf(c, d, m * x.y); }
-        if (T == MXFP4) return c * 16384.f * __uint_as_float(s[0][e] ? s[0][e] << 23 : 0x00400000);
-        d = half_bits(s[0][e]);
-        return Type<T>::mins ? fmaf(c, d, half_bits(s[0][e] >> 16) * x.y) : c * d;
+        const float2 f = scale(g, e, t);
+        if (T == Q6_K) return x.x * (f.x * c0 + f.y * c1);
+        float c = (c0 + c1) * x.x;
+        if (T == MXFP4) return c * 16384.f * f.x;
+        return Type<T>::mins ? fmaf(c, f.x, f.y * x.y) : c * f.x;
     }
 };
+
+// The largest scale of a row, which lane t of four looks for in every fourth block: bits of a half, or MXFP4's exponent
+template<int T> __device__ __forceinline__ int top_scale(const Planes<T>& p, long long row, int t) {
+    int top = 0;
+#pragma unroll 4
+    for (int b = t; b < p.blocks; b += 4) {
+        const long long at = row * p.blocks + b;
+        if (T == Q6_K) top = max(top, *(const u16*)(p.d + at * 2) & 0x7FFF);
+        else if (T == MXFP4) top = max(top, (int)p.s[at]);
+        else {
+            u32 v = Type<T>::mins ? *(const u32*)(p.s + at * Type<T>::s) : *(const u16*)(p.s + at * Type<T>::s);
+            top = max(top, max(v & 0x7FFF, v >> 16 & 0x7FFF));
+        }
+    }
+    top = max(top, __shfl_xor_sync(~0u, top, 1));
+    return max(top, __shfl_xor_sync(~0u, top, 2));
+}
 #endif
