@@ -6,8 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/engine.html.md"""
 
 # %% auto #0
 __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'RING', 'TOGETHER', 'DEPTH', 'Plan', 'layer_kinds', 'dry_run', 'workspace',
-           'workspace_bytes', 'largest', 'open_model', 'plan', 'cuda_errors', 'is_float_array', 'kernel_files',
-           'CudaEngine']
+           'workspace_bytes', 'largest', 'matrices_of', 'row_tops', 'open_model', 'plan', 'cuda_errors',
+           'is_float_array', 'kernel_files', 'CudaEngine']
 
 # %% ../nbs/32_engine.ipynb #83bd849a
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% ../nbs/32_engine.ipynb #040ec678
-from . import arch as architectures, k_attention, k_elementwise, k_gemm, k_gemv, k_sampler, nvrtc
+from . import arch as architectures, k_attention, k_elementwise, k_gemm, k_gemv, k_hopper, k_sampler, nvrtc
 from .blocks import GGMLType
 from .errors import Cancelled, CUDAError, InsufficientVRAM, OutOfVRAM, RequestError
 from .ops import CudaOps, cache_bytes, cache_shape
@@ -64,15 +64,15 @@ def dry_run(
     n_kv:int,     # rows of the cache
     rows:int,     # of the batch
     decode:bool,  # the kernels for one row?
+    wide:bool=False, # a Hopper GPU?
 )->int:
     "Bytes of scratch that a step takes: the layers are run without launching anything"
-    ops, x = CudaOps(config, n_kv, Scratch()), Shape((rows, config.n_embd))
+    ops, x = CudaOps(config, n_kv, Scratch(), wide=wide), Shape((rows, config.n_embd))
     ops.decode = decode
     for i, w in layers.items():
         ops.begin_layer()
         family.layer(ops, x, w, i)
-    ops.begin_layer()
-    ops.rms_norm(x, None, config.rms_eps)
+        ops.flush()
     return ops.scratch.peak
 
 # %% ../nbs/32_engine.ipynb #4f8397fc
@@ -83,12 +83,13 @@ def workspace(
     n_ctx:int,   # positions
     chunk:int,   # rows of a prefill chunk
     scratch:int, # bytes
+    tops:int=0,  # rows of all matrices whose scales' exponents the prefill wants to know
 )->dict:         # name -> (shape, dtype)
     "Every array of the workspace"
     draw, seen = k_sampler.workspace_bytes(config.n_vocab)
     return dict(scratch=((scratch,), np.uint8), x=((chunk, config.n_embd), np.float32), ids=((n_ctx,), np.int32), logits=((config.n_vocab,), np.float32),
         state=((k_attention.STATE_SIZE,), np.int32), inv_freq=((config.rope.n_rot // 2,), np.float32), sampler=((draw,), np.uint8), seen=((seen // 4,), np.uint32),
-        params=((k_sampler.PARAMS.itemsize,), np.uint8), ring=((RING,), np.uint64))
+        params=((k_sampler.PARAMS.itemsize,), np.uint8), ring=((RING,), np.uint64), tops=((tops,), np.uint8))
 
 def workspace_bytes(*args): return sum(aligned(int(np.prod(shape)) * np.dtype(dtype).itemsize) for shape, dtype in workspace(*args).values())
 
@@ -101,6 +102,16 @@ def largest(fits, hi):
         lo, hi = (mid, hi) if fits(mid) else (lo, mid - 1)
     return lo
 
+def matrices_of(
+    roles:dict, # of a layer
+)->dict:        # those of them that products read
+    "Matrices and stacks of experts by role"
+    return {role: t for role, t in roles.items() if t is not None and len(t.shape) > 1 and not t.name.endswith('.bias')}
+
+def row_tops(bound, wide):
+    "name -> rows, of every quantised matrix of a layer, on a Hopper GPU"
+    return {t.name: int(np.prod(t.shape[:-1])) for layer in bound.layers for t in matrices_of(layer).values() if wide and t.type.block_size > 1}
+
 def open_model(g):
     "(family, hyper-parameters, tensors by role) of a file"
     family, config = architectures.resolve(g)
@@ -112,6 +123,7 @@ def plan(
     kv_cache_mb:int=None, # budget of the KV cache in MiB
     free:int=None,      # bytes of VRAM to fit into; None: any amount
     model:tuple=None,   # (family, config, bound) of the file, if known
+    wide:bool=False,    # for a Hopper GPU?
 )->Plan:
     "What the model takes, exactly. Raises `InsufficientVRAM` with the numbers and the largest context that would fit."
     family, config, bound = model or open_model(g)
@@ -119,15 +131,15 @@ def plan(
         raise RequestError(f'context length {n_ctx}: {config.name or config.arch} was trained for {config.context_length}')
     weights = sum(aligned(t.n_bytes) for t in bound.unique)
     wanted = n_ctx or config.context_length
-    layers = layer_kinds(config, bound)
-    scratch_of = lambda rows, n_kv, decode: dry_run(family, config, layers, n_kv, rows, decode)
+    layers, tops = layer_kinds(config, bound), sum(row_tops(bound, wide).values())
+    scratch_of = lambda rows, n_kv, decode: dry_run(family, config, layers, n_kv, rows, decode, wide)
     chunk = next((c for c in CHUNKS if scratch_of(c, wanted, False) <= SCRATCH_LIMIT), CHUNKS[-1])
     prefill = scratch_of(chunk, wanted, False)
     budget = kv_cache_mb * 2**20 if kv_cache_mb else None
 
     def at(ctx, kv):
         scratch = max(prefill, scratch_of(1, kv, True))
-        return Plan(ctx, kv, chunk, weights, cache_bytes(config, kv), workspace_bytes(config, ctx, chunk, scratch), scratch)
+        return Plan(ctx, kv, chunk, weights, cache_bytes(config, kv), workspace_bytes(config, ctx, chunk, scratch, tops), scratch)
     in_budget = largest(lambda n: cache_bytes(config, n) <= budget, wanted) if budget else wanted
     if budget and not in_budget: raise RequestError(f'kv-cache-size-mb {kv_cache_mb}: one token of {config.name or config.arch} takes {mib(cache_bytes(config, 1))}')
     ctx = n_ctx or in_budget
@@ -158,7 +170,7 @@ def is_float_array(t):
 
 TOGETHER = ('attn_q', 'attn_k', 'attn_v'), ('ffn_gate', 'ffn_up'), ('ffn_gate_exps', 'ffn_up_exps') # roles whose products read one vector
 
-def kernel_files(config, bound):
+def kernel_files(config, bound, wide=False):
     "The `.cu` files that a model's kernels come from, with the weight types where they matter"
     files = {(n, ()) for n in ('state', 'elementwise', 'to_half', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
@@ -167,11 +179,16 @@ def kernel_files(config, bound):
         for group in k_gemv.launches(types): files.add(k_gemv.code([types[i] for i in group])[:2])
     products(bound.model['output'])
     for layer in bound.layers:
-        matrices = {role: t for role, t in layer.items() if t is not None and len(t.shape) > 1 and not t.name.endswith('.bias')}
-        for roles in TOGETHER: products(*(matrices.get(r) for r in roles))
-        for role, t in matrices.items():
-            if not any(role in roles for roles in TOGETHER): products(t)
-            files.add(('gemm_plain', ()) if t.type in k_gemm.PLAIN else ('expert_gemm' if len(t.shape) == 3 else 'gemm', nvrtc.only(t.type)))
+        matrices = matrices_of(layer)
+        for roles in (*TOGETHER, *((r,) for r in matrices if not any(r in roles for roles in TOGETHER))):
+            ts = [matrices[r] for r in roles if r in matrices]
+            products(*ts)
+            if wide: files.update(k_hopper.files([t for t in ts if len(t.shape) == 2]))
+        for t in matrices.values():
+            stack = len(t.shape) == 3
+            if t.type in k_gemm.PLAIN: files.update((n, ()) for n in ('gemm_plain', 'gemm_thin'))
+            elif wide and t.type.block_size > 1: files.update((n, nvrtc.only(t.type)) for n in ('tops', *(['expert_wgmma'] if stack else [])))
+            else: files.add(('expert_gemm' if stack else 'gemm', nvrtc.only(t.type)))
     return sorted(files | {('repack', nvrtc.only(t.type)) for t in bound.unique if t.type.block_size > 1})
 
 # %% ../nbs/32_engine.ipynb #cad5afdd
@@ -195,13 +212,14 @@ class CudaEngine:
         try:
             with cuda_errors('loading the model'):
                 from cupy.cuda import Event, Stream, runtime
-                self.plan = plan(g, n_ctx, kv_cache_mb, runtime.memGetInfo()[0], model)
+                self.wide = k_hopper.wide(device)
+                self.plan = plan(g, n_ctx, kv_cache_mb, runtime.memGetInfo()[0], model, self.wide)
                 self.n_ctx, self.n_kv, self.n_valid, self.length = self.plan.n_ctx, self.plan.n_kv, self.config.n_vocab, 0
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
                 slot = (4 if self.plan.weights >= 1 << 30 else 1) << 20 # few large reads: what Python does for each would be the limit
                 with Loader(device, chunk_bytes, self.plan.weights, slot_bytes=slot) as weights: # pins its memory while we go on
-                    code = nvrtc.compile_all(kernel_files(self.config, bound), nvrtc.device_arch(device))
+                    code = nvrtc.compile_all(kernel_files(self.config, bound, self.wide), nvrtc.device_arch(device))
                     weights.copy(g.fileno(), self._allocate(bound), progress, self.stage)
                 g.check_unchanged()
                 for c in code: c.result()
@@ -217,19 +235,21 @@ class CudaEngine:
         p, c = self.plan, self.config
         weights, kv, work = (self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace'))
         self.stage = max(((a.ptr, a.n_bytes) for a in (kv, work)), key=lambda s: s[1]) # nobody uses it while weights are loaded
+        rows, at = row_tops(bound, self.wide), 0
+        w = {name: work.take(*what, name) for name, what in workspace(c, p.n_ctx, p.chunk, p.scratch, sum(rows.values())).items()}
         arrays, copies = {}, []
         for t in bound.unique:
-            data = weights.take((t.n_bytes,), np.uint8, t.name)
-            W = arrays[t.name] = data.view(np.float32).reshape(t.shape) if is_float_array(t) else nvrtc.QTensor(t.type, t.shape, data, t.name)
+            data, n = weights.take((t.n_bytes,), np.uint8, t.name), rows.get(t.name, 0)
+            W = arrays[t.name] = data.view(np.float32).reshape(t.shape) if is_float_array(t) else nvrtc.QTensor(t.type, t.shape, data, t.name, w['tops'][at:at + n] if n else None)
+            at += n
             copies.append(Copy(t.offset, t.n_bytes, data.data.ptr, *((t.type, W.matrix) if t.type.block_size > 1 else ())))
         roles = lambda d: SimpleNamespace(**{role: t and arrays[t.name] for role, t in d.items()})
         self.model, self.layers = roles(bound.model), [roles(d) for d in bound.layers]
         self.cache = [tuple(kv.take(cache_shape(c, i, p.n_kv), np.float16, f'kv.{i}.{x}') for x in 'kv') for i in range(c.n_layer)]
-        w = {name: work.take(*what, name) for name, what in workspace(c, p.n_ctx, p.chunk, p.scratch).items()}
         self.x, self.ids, self.row, self.state, self.params, self.ring = (w[k] for k in ('x', 'ids', 'logits', 'state', 'params', 'ring'))
         self.draw_memory = w['sampler'], w['seen']
         scratch = Scratch(w['scratch'].data.ptr, p.scratch, work) # not self: a cycle would keep all VRAM until the next garbage collection
-        self.ops = CudaOps(c, p.n_kv, scratch, self.cache, self.state, w['inv_freq'], self.stream)
+        self.ops = CudaOps(c, p.n_kv, scratch, self.cache, self.state, w['inv_freq'], self.stream, self.wide)
         return copies
 
     @property
@@ -351,6 +371,9 @@ def _prepare(self:CudaEngine, g):
     from cupy.cuda import Event, runtime
     factors = getattr(self.model, 'rope_freqs', None)
     self.ops.inv_freq.set(self.config.rope.inv_freq(None if factors is None else factors.get()), self.stream)
+    for layer in self.layers:
+        for W in vars(layer).values():
+            if getattr(W, 'top', None) is not None: k_hopper.find_tops(W, self.stream)
     self.host = PinnedBuffer(8*RING)
     self.drawn, self.events = np.frombuffer(self.host.view, np.uint64), [Event(disable_timing=True) for _ in range(DEPTH + 1)]
     self.prefill([0])

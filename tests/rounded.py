@@ -13,12 +13,20 @@ def as_half(x):
     return (x * scale).astype(np.float16).astype(np.float32) / scale
 
 
+class HalfWeight:
+    "A quantised matrix as Hopper's kernels take it: weights are halves too. (They round scale and minimum of a block first; that makes a third more.)"
+    def __init__(self, W): self.W, self.shape, self.type = W, W.shape, W.type
+    def matrix(self, expert=0): return as_half(self.W.matrix(expert))
+
+
 def half(x): return x.astype(np.float16).astype(np.float32)
 
 
 class HalfOps(NumpyOps):
-    def linear(self, x, W, bias=None, residual=None): return super().linear(x if W.type in PLAIN else as_half(x), W, bias, residual)
-    def expert_linear(self, x, W, bias, route): return super().expert_linear(as_half(x), W, bias, route)
+    wide = False    # with Hopper's kernels?
+    def weight(self, W): return HalfWeight(W) if self.wide and W.type.block_size > 1 else W
+    def linear(self, x, W, bias=None, residual=None): return super().linear(x if W.type in PLAIN else as_half(x), self.weight(W), bias, residual)
+    def expert_linear(self, x, W, bias, route): return super().expert_linear(as_half(x), self.weight(W), bias, route)
 
     def attention(self, q, k, v, i, sinks=None):
         "Tiles of 64 keys with a running maximum: the exponentials are rounded where they meet V, not in their sum"
@@ -37,8 +45,9 @@ class HalfOps(NumpyOps):
 
 
 class Rounded(ReferenceEngine):
-    def __init__(self, g, **kw):
+    def __init__(self, g, wide=False, **kw):
         super().__init__(g, **kw)
         m, exact = self.model, self.model.ops
         m.ops = HalfOps(m.config, getattr(m.w, 'rope_freqs', None))
+        m.ops.wide = wide
         m.head = lambda x: exact.linear(exact.rms_norm(x, m.w.output_norm, m.config.rms_eps), m.w.output) # rows of logits are products of one row, in FP32

@@ -38,6 +38,31 @@ extern "C" __global__ void stage_window(const float* k, i64 k_stride, const floa
     }
 }
 
+// Many rows before attention: q is turned in place, k too, or turned and stored in the cache with the values. One thread a pair.
+extern "C" __global__ void turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache, const int* state,
+                                     const float* inv_freq, float mscale, int n_rot, int neox, int n_head, int n_head_kv, int rows) {
+    const int t = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x, h = i / (D / 2), j = i % (D / 2), pos = state[0] + t;
+    if (h >= n_head + (k_cache ? 2 : 1) * n_head_kv) return;
+    const bool is_q = h < n_head, is_v = h >= n_head + n_head_kv;
+    const int head = is_q ? h : (h - n_head) % n_head_kv, half = n_rot / 2;
+    const float* x = is_q ? q + t * q_stride : is_v ? v + t * v_stride : k + t * k_stride;
+    x += head * D;
+    int a = 2 * j, b = 2 * j + 1;
+    float2 y = make_float2(x[a], x[b]);
+    if (!is_v) {
+        if (j >= half) a = n_rot + 2 * (j - half), b = a + 1, y = make_float2(x[a], x[b]);
+        else {
+            const float2 turn = turn_of(pos, inv_freq[j], mscale);
+            if (neox) a = j, b = j + half;
+            y = make_float2(x[a] * turn.x - x[b] * turn.y, x[b] * turn.x + x[a] * turn.y);
+        }
+    }
+    if (is_q || !k_cache) { float* to = (float*)x; to[a] = y.x, to[b] = y.y; return; }
+    if (pos < 0 || pos >= rows) return;
+    f16* to = (is_v ? v_cache : k_cache) + ((i64)head * rows + pos) * D;
+    to[a] = to_f16(y.x), to[b] = to_f16(y.y);
+}
+
 // ---- one query row ----------------------------------------------------------------------------------------------------------------
 // Columns i…i+3 of a head, turned by `turns` up to column n_rot (a multiple of 8)
 __device__ __forceinline__ float4 turned(const float* p, int i, const float2* turns, int n_rot, int neox) {

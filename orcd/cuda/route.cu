@@ -37,7 +37,8 @@ extern "C" __global__ void __launch_bounds__(256) expert_sum(const float* y, con
     out[t * ldo + i] = sum;
 }
 
-// Slots (token, rank) sorted by expert, within an expert by slot: offset[e] is where expert e's slots begin in `slots`. One block of 1024.
+// Slots (token, rank) sorted by expert, within an expert by slot: offset[e] is where expert e's slots begin in `slots`, a multiple of 8; what is
+// left before the next expert's is -1. One block of 1024.
 // A warp counts an expert's slots, later places them, 32 at a time by ballot: the order never depends on timing.
 extern "C" __global__ void __launch_bounds__(1024) group_slots(const int* ids, int* offset, int* slots, int n_slots, int n_expert) {
     __shared__ int count[1025];
@@ -51,16 +52,18 @@ extern "C" __global__ void __launch_bounds__(1024) group_slots(const int* ids, i
     if (threadIdx.x == 0) for (int e = 0, at = 0; e <= n_expert; e++) {
         int c = e < n_expert ? count[e] : 0;
         offset[e] = count[e] = at;
-        at += c;
+        at += (c + 7) & ~7;
     }
     __syncthreads();
     for (int e = warp; e < n_expert; e += 32) {
         int at = count[e];
+        const int end = count[e + 1];
         for (int i = lane; i < (n_slots + 31) / 32 * 32; i += 32) {
             bool mine = i < n_slots && ids[i] == e;
             u32 all = __ballot_sync(0xFFFFFFFF, mine);
             if (mine) slots[at + __popc(all & ((1u << lane) - 1))] = i;
             at += __popc(all);
         }
+        if (at + lane < end) slots[at + lane] = -1;
     }
 }

@@ -117,20 +117,4 @@ template<int T> struct Share {
     }
 };
 
-// The largest scale of a row, which lane t of four looks for in every fourth block: bits of a half, or MXFP4's exponent
-template<int T> __device__ __forceinline__ int top_scale(const Planes<T>& p, long long row, int t) {
-    int top = 0;
-#pragma unroll 4
-    for (int b = t; b < p.blocks; b += 4) {
-        const long long at = row * p.blocks + b;
-        if (T == Q6_K) top = max(top, *(const u16*)(p.d + at * 2) & 0x7FFF);
-        else if (T == MXFP4) top = max(top, (int)p.s[at]);
-        else {
-            u32 v = Type<T>::mins ? *(const u32*)(p.s + at * Type<T>::s) : *(const u16*)(p.s + at * Type<T>::s);
-            top = max(top, max(v & 0x7FFF, v >> 16 & 0x7FFF));
-        }
-    }
-    top = max(top, __shfl_xor_sync(~0u, top, 1));
-    return max(top, __shfl_xor_sync(~0u, top, 2));
-}
 #endif

@@ -69,7 +69,8 @@ def test_against_reference(name, model_file):
     from rounded import Rounded
     from routing import forced, recorded
     ids, path = prompt(300), model_file(name)
-    with orcd.GGUF(path) as g: plain, rounded = ReferenceEngine(g), Rounded(g)
+    from orcd.k_hopper import wide
+    with orcd.GGUF(path) as g: plain, rounded = ReferenceEngine(g), Rounded(g, wide=wide())
     moe, n_layer = name == 'gpt-oss', plain.config.n_layer
     with cuda(path) as engine:
         for n in (1, 2, 33, 300):
