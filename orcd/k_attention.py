@@ -66,7 +66,7 @@ def store_kv(
     ks, vs = check_rows('store_kv k', k, (T, n)), check_rows('store_kv v', v, (T, n))
     check_vector('store_kv state', state, 1, np.int32)
     nvrtc.kernel(f'attention_{d}', 'store_kv')((-(-n // 128), T), (128,), (k, ks, v, vs, k_cache, v_cache, state,
-        np.int32(T), np.int32(n_head_kv), np.int32(rows), np.int32(ring)), stream=stream)
+        np.int32(T), np.int32(n_head_kv), np.int32(rows), np.int32(ring)), stream=stream, early=True)
 
 # %% ../nbs/24_attention.ipynb #fec976fe
 def _heads(name, n, n_head_kv, d, sinks):
@@ -142,16 +142,16 @@ def attend_prefill(
         check(0 < n_rot <= d and n_rot % 2 == 0, f'attend_prefill: n_rot {n_rot} of head_dim {d}: even, not larger')
         check_vector('attend_prefill inv_freq', inv_freq, n_rot // 2)
         caches = (None, None) if ring else (k_cache, v_cache)
-        fn('turn_rows')((-(-(n_head + (1 if ring else 2)*n_head_kv) * d//2 // 128), T), (128,), (q, qs, k, ks, v, vs, *caches, state, inv_freq, np.float32(mscale),
-            np.int32(n_rot), np.int32(style == 'neox'), *ints[1:], np.int32(rows)), stream=stream)
+        fn('turn_rows')((T,), (128,), (q, qs, k, ks, v, vs, *caches, state, inv_freq, np.float32(mscale),
+            np.int32(n_rot), np.int32(style == 'neox'), *ints[1:], np.int32(rows)), stream=stream, early=True)
     if ring:
         size = prefill_workspace(T, n_head_kv, d, window)
         check_vector('attend_prefill workspace', workspace, size, np.float16)
         at = workspace[:size // 2], workspace[size // 2:]
-        fn('stage_window')((-(-nk // 128), window + T), (128,), (k, ks, v, vs, k_cache, v_cache, *at, state, ints[0], ints[2], np.int32(rows)), stream=stream)
+        fn('stage_window')((-(-nk // 128), window + T), (128,), (k, ks, v, vs, k_cache, v_cache, *at, state, ints[0], ints[2], np.int32(rows)), stream=stream, early=True)
     else:
         if not rope: store_kv(k, v, k_cache, v_cache, state, stream=stream)
         at = k_cache, v_cache
     fn('attend_prefill')((-(-T // 64) + 1, n_head), (128,), (q, qs, *at, state, sinks, out, os, _scale(scale, d), *ints,
-        np.int32(window + T if ring else rows), np.int32(window if ring else 0)), stream=stream)
+        np.int32(window + T if ring else rows), np.int32(window if ring else 0)), stream=stream, early=True)
     if ring: store_kv(k, v, k_cache, v_cache, state, window, stream)

@@ -61,7 +61,8 @@ def to_half(
     if groups is None and rows != h.rows: raise KernelError(f'{rows} rows of x for {h.rows} of halves')
     if groups is not None and (groups.n_slots % rows or h.rows < groups.positions): raise KernelError(f'{groups.n_slots} slots, {rows} rows of x, {h.rows} of halves')
     slots, end, per = (None, None, 1) if groups is None else (groups.slots, groups.offset[groups.n_expert:], groups.n_slots//rows)
-    kernel('to_half', 'to_half')((h.rows,), (256,), (*src, slots, end, np.int32(per), h.half, h.inv, h.sums, *map(np.int32, (h.n_in, h.ld, h.held))), stream=stream)
+    threads = min(256, -(-h.ld//512) * 32)      # 16 columns a thread
+    kernel('to_half', 'to_half')((h.rows,), (threads,), (*src, slots, end, np.int32(per), h.half, h.inv, h.sums, *map(np.int32, (h.n_in, h.ld, h.held))), stream=stream, early=True)
     h.x, h.ready = x, True
     return h
 
@@ -104,7 +105,7 @@ def plain_gemm(
     ldx, ldo = stride('x', x, rows, n_in), stride('out', out, rows, n_out)
     ldr = 0 if residual is None else stride('residual', residual, rows, n_out)
     thin = n_out <= THIN and n_in % 4 == ldx % 4 == x.data.ptr % 16 == 0
-    module, grid = ('gemm_thin', (-(-rows//8), -(-n_out//32))) if thin else ('gemm_plain', (-(-rows//64), -(-n_out//64)))
+    module, grid = ('gemm_thin', (-(-rows//4), -(-n_out//32))) if thin else ('gemm_plain', (-(-rows//64), -(-n_out//64)))
     kernel(module, f'{"thin" if thin else "gemm"}_{W.type.name.lower()}')(grid, (256,), (W, x, out, vector('bias', bias, n_out), residual, *map(np.int32, (rows, n_out, n_in)),
-        *map(np.int64, (ldx, ldo, ldr))), stream=stream)
+        *map(np.int64, (ldx, ldo, ldr))), stream=stream, early=thin)
     return out

@@ -29,7 +29,7 @@ def route(
     if not 1 <= k <= min(n, 32) or n > 1024: raise KernelError(f'route takes 1 to 32 of at most 1024 experts, got {k} of {n}')
     ld = stride('logits', logits, T, n)
     args = logits, vector('ids', ids, T*k, np.int32), vector('weights', weights, T*k), np.int32(n), np.int32(k), np.int64(ld)
-    kernel('route', 'route')((T,), (32,), args, stream=stream)
+    kernel('route', 'route')((T,), (32,), args, stream=stream, early=True)
 
 # %% ../nbs/25_moe.ipynb #54d0886a
 def expert_sum(
@@ -45,7 +45,7 @@ def expert_sum(
     k = weights.size // T
     strides = (stride('y', y, T*k, n), stride('out', out, T, n), 0 if residual is None else stride('residual', residual, T, n))
     args = y, vector('weights', weights, T*k), residual, out, np.int32(n), np.int32(k), *map(np.int64, strides)
-    kernel('route', 'expert_sum')((-(-n//256), T), (256,), args, stream=stream)
+    kernel('route', 'expert_sum')((-(-n//256), T), (256,), args, stream=stream, early=True)
     return out
 
 # %% ../nbs/25_moe.ipynb #3b66b5c1
@@ -87,7 +87,7 @@ def group(
 )->Groups:
     "Sort the slots by expert, once a layer"
     args = (vector('ids', ids, groups.n_slots, np.int32), groups.offset, groups.slots, np.int32(groups.n_slots), np.int32(groups.n_expert))
-    kernel('route', 'group_slots')((1,), (1024,), args, stream=stream)
+    kernel('route', 'group_slots')((1,), (1024,), args, stream=stream, early=True)
     groups.ids = ids
     return groups
 

@@ -15,6 +15,8 @@ __device__ __forceinline__ int cache_row(int pos, int rows, bool ring) { return 
 // float32 k, v (n_rows, n_head_kv * D) -> FP16 caches (n_head_kv, rows, D); a ring keeps the last `rows` of them
 extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache, const int* state,
                                     int n_rows, int n_head_kv, int rows, int ring) {
+    let_next_start();
+    wait_for_last();
     const int t = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
     if (t >= n_rows || c >= n_head_kv * D || (ring && t < n_rows - rows)) return;
     const int row = cache_row(state[0] + t, rows, ring);
@@ -27,6 +29,8 @@ extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v
 // A window layer's prefill: row j of the staging buffers is position pos - rows + j, the past from the ring, the rest from k and v
 extern "C" __global__ void stage_window(const float* k, i64 k_stride, const float* v, i64 v_stride, const f16* k_ring, const f16* v_ring,
                                         f16* k_staged, f16* v_staged, const int* state, int n_rows, int n_head_kv, int rows) {
+    let_next_start();
+    wait_for_last();
     const int j = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x, pos = state[0] - rows + j;
     if (j >= rows + n_rows || c >= n_head_kv * D || pos < 0) return;
     const i64 to = ((i64)(c / D) * (rows + n_rows) + j) * D + c % D;
@@ -38,29 +42,32 @@ extern "C" __global__ void stage_window(const float* k, i64 k_stride, const floa
     }
 }
 
-// Many rows before attention: q is turned in place, k too, or turned and stored in the cache with the values. One thread a pair.
-extern "C" __global__ void turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache, const int* state,
-                                     const float* inv_freq, float mscale, int n_rot, int neox, int n_head, int n_head_kv, int rows) {
-    const int t = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x, h = i / (D / 2), j = i % (D / 2), pos = state[0] + t;
-    if (h >= n_head + (k_cache ? 2 : 1) * n_head_kv) return;
-    const bool is_q = h < n_head, is_v = h >= n_head + n_head_kv;
-    const int head = is_q ? h : (h - n_head) % n_head_kv, half = n_rot / 2;
-    const float* x = is_q ? q + t * q_stride : is_v ? v + t * v_stride : k + t * k_stride;
-    x += head * D;
-    int a = 2 * j, b = 2 * j + 1;
-    float2 y = make_float2(x[a], x[b]);
-    if (!is_v) {
-        if (j >= half) a = n_rot + 2 * (j - half), b = a + 1, y = make_float2(x[a], x[b]);
-        else {
-            const float2 turn = turn_of(pos, inv_freq[j], mscale);
-            if (neox) a = j, b = j + half;
-            y = make_float2(x[a] * turn.x - x[b] * turn.y, x[b] * turn.x + x[a] * turn.y);
-        }
+// Many rows before attention: q is turned in place, k too, or turned and stored in the cache with the values. A block a row; a thread turns the
+// same pair of several heads.
+extern "C" __global__ void __launch_bounds__(128) turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache,
+        const int* state, const float* inv_freq, float mscale, int n_rot, int neox, int n_head, int n_head_kv, int rows) {
+    constexpr int PAIRS = D / 2, AT_ONCE = 128 / PAIRS;
+    let_next_start();
+    wait_for_last();
+    const int t = blockIdx.x, pos = state[0] + t, j = threadIdx.x % PAIRS, half = n_rot / 2;
+    if (threadIdx.x >= AT_ONCE * PAIRS) return;
+    const bool store = k_cache && pos >= 0 && pos < rows, turns = j < half;
+    const float2 turn = turns ? turn_of(pos, inv_freq[j], mscale) : make_float2(1.f, 0.f);
+    const int a = !turns ? n_rot + 2 * (j - half) : neox ? j : 2 * j, b = turns && neox ? j + half : a + 1;
+    #pragma unroll 4
+    for (int h = threadIdx.x / PAIRS; h < n_head + n_head_kv; h += AT_ONCE) {
+        float* x = h < n_head ? q + t * q_stride + h * D : k + t * k_stride + (h - n_head) * D;
+        const float xa = x[a], xb = x[b], ya = xa * turn.x - xb * turn.y, yb = xb * turn.x + xa * turn.y;
+        if (h >= n_head && k_cache) {
+            if (!store) continue;
+            f16* to = k_cache + ((i64)(h - n_head) * rows + pos) * D;
+            to[a] = to_f16(ya), to[b] = to_f16(yb);
+        } else if (turns) x[a] = ya, x[b] = yb;
     }
-    if (is_q || !k_cache) { float* to = (float*)x; to[a] = y.x, to[b] = y.y; return; }
-    if (pos < 0 || pos >= rows) return;
-    f16* to = (is_v ? v_cache : k_cache) + ((i64)head * rows + pos) * D;
-    to[a] = to_f16(y.x), to[b] = to_f16(y.y);
+    if (store) for (int h = threadIdx.x / PAIRS; h < n_head_kv; h += AT_ONCE) {
+        const float2 x = make_float2(v[t * v_stride + h * D + 2 * j], v[t * v_stride + h * D + 2 * j + 1]);
+        *(u32*)(v_cache + ((i64)h * rows + pos) * D + 2 * j) = pack_f16(x.x, x.y);
+    }
 }
 
 // ---- one query row ----------------------------------------------------------------------------------------------------------------
@@ -267,6 +274,8 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
         const float* sinks, float* out, i64 out_stride, float scale, int n_rows, int n_head, int n_head_kv, int kv_rows, int window) {
     __shared__ __align__(16) f16 ks[TILE * PAD];
     __shared__ __align__(16) f16 vs[TILE * PAD];
+    let_next_start();
+    wait_for_last();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, head = blockIdx.y;
     const int pos0 = state[0], base = window ? pos0 - window : 0, end = min(pos0 + n_rows, base + kv_rows), tile = (end - 1) / TILE - blockIdx.x;
     if (pos0 < 0 || end <= pos0 || tile < pos0 / TILE) return;

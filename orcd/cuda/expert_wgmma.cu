@@ -2,7 +2,7 @@
 enum { R = 2, D = 3, MOST = 128 };     // rows of W by 64, stages of MOST tokens; of fewer tokens there are more stages
 
 // One block: 128 rows of an expert's matrix, or 64 of gate and the same 64 of up, times N tokens from position p0 on, of which `left` are the expert's.
-// Gated: halves of gate * sigmoid(1.702 gate) * (up + 1), clamped, times 2^8 (at most 7 * 8 * 2^8), laid out as the next product's x. Otherwise out has a row for each slot.
+// Gated: halves laid out as the next product's x. Otherwise out has a row for each slot.
 template<int T, int N, bool GATED>
 __device__ __forceinline__ void expert(const u8* w0, const u8* w1, const u8* top0, const u8* top1, const float* bias0, const float* bias1, int expert, int n_expert, int n_out, int n_in,
     const u16* x, const float* inv, int x_rows, int p0, int left, const int* slots, float* out, long long ldo, u16* half, float* half_inv, int half_rows) {
@@ -13,36 +13,24 @@ __device__ __forceinline__ void expert(const u8* w0, const u8* w1, const u8* top
     Stages<N, R, 1, DEEP>::prepare(barriers);
     Tile<T, N, R, 1, DEEP> s;
     const bool up = GATED && s.r;
-    const int row0 = (GATED ? blockIdx.y : 2 * blockIdx.y + s.r) * 64;
+    const int row0 = (GATED ? blockIdx.y : 2 * blockIdx.y + s.r) * 64, first = expert * n_out, o = row0 + s.mine;
     const float* bias = up ? bias1 : bias0;
-    s.run(up ? w1 : w0, up ? top1 : top0, (long long)n_expert * n_out, (long long)expert * n_out, row0, n_out, n_in, x + (long long)p0 * 64, (long long)x_rows * 64, shared, barriers);
-    auto value = [&](int token, int row, float sum, float factor) {
-        float y = token < left ? sum * inv[p0 + token] * factor : 0;
-        return bias && row0 + row < n_out ? y + bias[(long long)expert * n_out + row0 + row] : y;
-    };
-    if (!GATED) {
-        s.each([&](int token, int row, float sum, float factor) {
-            const int slot = token < left ? slots[p0 + token] : -1;         // none where an expert's positions are filled up to a multiple of 8
-            if (slot >= 0 && row0 + row < n_out) out[slot * ldo + row0 + row] = value(token, row, sum, factor);
-        });
+    s.run(up ? w1 : w0, up ? top1 : top0, (long long)n_expert * n_out, first, row0, n_out, n_in, x + (long long)p0 * 64, (long long)x_rows * 64, shared, barriers);
+    if (bias) bias += first + row0;
+    if (GATED) {
+        store_gated<OAI>(s, bias, inv + p0, n_out - row0, left, shared, half + ((long long)blockIdx.y * half_rows + p0) * 64);
+        if (blockIdx.y == 0) for (int i = threadIdx.x; i < min(left, N); i += 256) half_inv[p0 + i] = 1 / gated_scale<OAI>();
         return;
     }
-    float* ups = (float*)shared;                        // N tokens, 64 rows and 4 against bank conflicts
-    u16* halves = shared + 2 * N * 68;
-    __syncthreads();
-    if (up) s.each([&](int token, int row, float sum, float factor) { ups[token * 68 + row] = value(token, row, sum, factor); });
-    __syncthreads();
-    if (!up) s.each([&](int token, int row, float sum, float factor) {
-        float g = value(token, row, sum, factor), u = ups[token * 68 + row];
-        g = g > 7.f ? 7.f : g; u = u > 7.f ? 7.f : u < -7.f ? -7.f : u;
-        const float y = row0 + row < n_out ? g / (1.f + expf(-1.702f * g)) * (u + 1.f) : 0;
-        const int chunk = 2 * (row / 16) + (row & 1);
-        halves[token * 64 + ((chunk ^ ((p0 + token) & 7)) << 3) + (row & 15) / 2] = to_half_bits(256.f * y);
+    const bool in[2] = {o < n_out, o + 8 < n_out};
+    const float b[2] = {bias && in[0] ? bias[s.mine] : 0, bias && in[1] ? bias[s.mine + 8] : 0};
+    s.each([&](int token, const float (&v)[4]) {
+        if (token >= left) return;              // an even number
+        const float2 x = *(const float2*)(inv + p0 + token);
+        const int slot[2] = {slots[p0 + token], slots[p0 + token + 1]};     // -1 where an expert's positions are filled up to a multiple of 8
+#pragma unroll
+        for (int e = 0; e < 4; e++) if (slot[e & 1] >= 0 && in[e / 2]) out[slot[e & 1] * ldo + o + 8 * (e / 2)] = v[e] * (e & 1 ? x.y : x.x) + b[e / 2];
     });
-    __syncthreads();
-    uint4* to = (uint4*)(half + ((long long)blockIdx.y * half_rows + p0) * 64);
-    for (int i = threadIdx.x; i < min(left, N) * 8; i += 256) to[i] = ((const uint4*)halves)[i];
-    if (blockIdx.y == 0) for (int i = threadIdx.x; i < min(left, N); i += 256) half_inv[p0 + i] = 1 / 256.f;
 #endif
 }
 
@@ -51,6 +39,8 @@ __device__ __forceinline__ void expert(const u8* w0, const u8* w1, const u8* top
 template<int T, bool GATED>
 __device__ __forceinline__ void experts(const u8* w0, const u8* w1, const u8* top0, const u8* top1, const float* bias0, const float* bias1, const int* offset, const int* slots,
     int n_expert, int n_out, int n_in, const u16* x, const float* inv, int x_rows, float* out, long long ldo, u16* half, float* half_inv, int half_rows) {
+    let_next_start();
+    wait_for_last();            // for the offsets
     int e = 0, tile = blockIdx.x;
     for (; e < n_expert; e++) {
         int tiles = (offset[e + 1] - offset[e] + MOST - 1) / MOST;

@@ -1,7 +1,8 @@
 #include "blocks.cu"
 #include "reduce.cu"
+#include "source.cu"
 
-// F32 and BF16 weights with few rows, such as a router: 8 rows of x a block, 4 rows of W a warp; a lane adds up every 32nd
+// F32 and BF16 weights with few rows, such as a router: 4 rows of x a block, 4 rows of W a warp; a lane adds up every 32nd
 // four columns, then lanes are added
 template<int T> __device__ __forceinline__ float4 four(const u8* row, int k) {
     if (T == F32) return *(const float4*)(row + 4 * k);
@@ -10,19 +11,21 @@ template<int T> __device__ __forceinline__ float4 four(const u8* row, int k) {
 }
 template<int T> __device__ __forceinline__ void thin(const u8* w, const float* x, float* out, const float* bias, const float* residual,
     int n_rows, int n_out, int n_in, long long ldx, long long ldo, long long ldr) {
-    const int lane = threadIdx.x & 31, t0 = 8 * blockIdx.x, o0 = 32 * blockIdx.y + 4 * (threadIdx.x / 32);
+    let_next_start();
+    wait_for_last();
+    const int lane = threadIdx.x & 31, t0 = 4 * blockIdx.x, o0 = 32 * blockIdx.y + 4 * (threadIdx.x / 32);
     if (o0 >= n_out) return;
     const u8* rows[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) rows[j] = w + (long long)min(o0 + j, n_out - 1) * n_in * Type<T>::s;
-    float acc[8][4] = {};
-#pragma unroll 1
+    float acc[4][4] = {};
+#pragma unroll 4
     for (int k = 4 * lane; k < n_in; k += 128) {
         float4 b[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) b[j] = four<T>(rows[j], k);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 4; i++) {
             const float4 a = *(const float4*)(x + min(t0 + i, n_rows - 1) * ldx + k);
 #pragma unroll
             for (int j = 0; j < 4; j++) acc[i][j] = fmaf(a.w, b[j].w, fmaf(a.z, b[j].z, fmaf(a.y, b[j].y, fmaf(a.x, b[j].x, acc[i][j]))));
@@ -30,11 +33,11 @@ template<int T> __device__ __forceinline__ void thin(const u8* w, const float* x
     }
     float mine = 0;             // lane 4 i + j keeps row i, column j
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) { const float y = warp_sum(acc[i][j]); if (lane == 4 * i + j) mine = y; }
     const int t = t0 + lane / 4, o = o0 + (lane & 3);
-    if (t >= n_rows || o >= n_out) return;
+    if (lane >= 16 || t >= n_rows || o >= n_out) return;
     if (bias) mine += bias[o];
     if (residual) mine += residual[t * ldr + o];
     out[t * ldo + o] = mine;

@@ -1,7 +1,9 @@
-#include "blocks.cu"
+#include "source.cu"
 
 // Row t of logits (n experts, at most 1024): the k largest in order, ties to the lower id; weights: softmax over those k. One warp a row.
 extern "C" __global__ void __launch_bounds__(32) route(const float* logits, int* ids, float* weights, int n, int k, long long ld) {
+    let_next_start();
+    wait_for_last();
     int t = blockIdx.x, lane = threadIdx.x;
     logits += t * ld; ids += t * k; weights += t * k;
     u32 taken = 0;                                  // bit j: expert lane + 32 j is chosen
@@ -29,6 +31,8 @@ extern "C" __global__ void __launch_bounds__(32) route(const float* logits, int*
 // out[t] = sum over rank r of weights[t][r] * y[t k + r] (+ residual[t]), in rank order
 extern "C" __global__ void __launch_bounds__(256) expert_sum(const float* y, const float* weights, const float* residual, float* out,
     int n, int k, long long ldy, long long ldo, long long ldr) {
+    let_next_start();
+    wait_for_last();
     int i = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
     if (i >= n) return;
     float sum = 0;
@@ -43,8 +47,11 @@ extern "C" __global__ void __launch_bounds__(256) expert_sum(const float* y, con
 extern "C" __global__ void __launch_bounds__(1024) group_slots(const int* ids, int* offset, int* slots, int n_slots, int n_expert) {
     __shared__ int count[1025];
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    let_next_start();
+    wait_for_last();
     for (int e = warp; e < n_expert; e += 32) {
         int c = 0;
+#pragma unroll 8
         for (int i = lane; i < (n_slots + 31) / 32 * 32; i += 32) c += __popc(__ballot_sync(0xFFFFFFFF, i < n_slots && ids[i] == e));
         if (lane == 0) count[e] = c;
     }
@@ -58,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(1024) group_slots(const int* ids, i
     for (int e = warp; e < n_expert; e += 32) {
         int at = count[e];
         const int end = count[e + 1];
+#pragma unroll 8
         for (int i = lane; i < (n_slots + 31) / 32 * 32; i += 32) {
             bool mine = i < n_slots && ids[i] == e;
             u32 all = __ballot_sync(0xFFFFFFFF, mine);

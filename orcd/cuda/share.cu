@@ -24,10 +24,10 @@ template<int T> struct Share {
         to[at] = v.x; to[at + 1] = v.y; to[at + 2] = v.z; to[at + 3] = v.w;
     }
     // Group g of a step; the scales of a K block's two groups come apart
-    __device__ __forceinline__ void quants(const Planes<T>& p, const long long (&row)[2], int step, int g, int t) {
+    template<class I> __device__ __forceinline__ void quants(const Planes<T>& p, const I (&row)[2], int step, int g, int t) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const long long at = row[e] * p.blocks;
+            const I at = row[e] * p.blocks;
             if constexpr (is_k<T>()) {
                 four(q[g][e], 0, p.q + (at + step) * 128 + 64 * g + 16 * t);
                 if (T == Q5_K) h[g][e][0] = *(const u32*)(p.h + (at + step) * 32 + 16 * g + 4 * t);
@@ -61,11 +61,11 @@ template<int T> struct Share {
             }
         }
     }
-    __device__ __forceinline__ void heads(const Planes<T>& p, const long long (&row)[2], int step) {
+    template<class I> __device__ __forceinline__ void heads(const Planes<T>& p, const I (&row)[2], int step) {
         if constexpr (is_k<T>())
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const long long at = row[e] * p.blocks + step;
+                const I at = row[e] * p.blocks + step;
                 if (T == Q6_K) head[e].x = *(const u16*)(p.d + at * 2);
                 else head[e] = *(const uint4*)(p.s + at * 16);
             }
@@ -74,6 +74,13 @@ template<int T> struct Share {
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) quants(p, row, step, g, t);
         heads(p, row, step);
+    }
+    // Of types with a plane of high bits: those of the pair, at bit 4, or at bit 8
+    __device__ __forceinline__ u32 high_bits(int g, int e, int j, int r) const {
+        const int from = T == Q6_K ? 8 * (j & 1) + 2 * r : 4 * j + r, to = high(j, r) ? 8 : 4;
+        u32 x = h[g][e][T == Q6_K ? j / 2 : 0];
+        x = from >= to ? x >> (from >= to ? from - to : 0) : x << (from < to ? to - from : 0);
+        return x & (T == Q6_K ? 0x00030003u << to : 0x00010001u << to);
     }
     // Weight pair r (0…3) of block j of group g in row e, as halves without their scale
     __device__ __forceinline__ u32 pair(const Masks& c, int g, int e, int j, int r) const {
@@ -84,16 +91,18 @@ template<int T> struct Share {
             u32 w = q[0][e][j], m = at <= 9 ? w << (9 - (at <= 9 ? at : 9)) : w >> (at > 9 ? at - 9 : 0);
             return (w << (12 - at) & 0x80008000) | (m & 0x0E000E00);
         }
-        const bool high = is_k<T>() ? j & 1 : r / 2;
+        const bool high = this->high(j, r);
         u32 w = q[g][e][is_k<T>() ? 2 * (j / 2) + r / 2 : j] >> 8 * (r & 1);
         w = (w & (high ? c.high : c.low)) | c.magic;
-        if (Type<T>::h) {       // the high bits of the pair to bit 4, or to bit 8
-            const int from = T == Q6_K ? 8 * (j & 1) + 2 * r : 4 * j + r, to = high ? 8 : 4;
-            u32 x = h[g][e][T == Q6_K ? j / 2 : 0];
-            x = from >= to ? x >> (from >= to ? from - to : 0) : x << (from < to ? to - from : 0);
-            w |= x & (T == Q6_K ? 0x00030003u << to : 0x00010001u << to);
-        }
+        if (Type<T>::h) w |= high_bits(g, e, j, r);
         return high ? high_halves<B>(w) : low_halves<B>(w);
+    }
+    // The same pair as integers in the low bits of two halves, 16 times as much where `high`. As halves these are the integers times 2^-24.
+    __device__ static constexpr bool high(int j, int r) { return T != Q8_0 && (is_k<T>() ? j & 1 : r / 2); }
+    __device__ __forceinline__ u32 integers(const Masks& c, int g, int e, int j, int r) const {
+        if (T == Q8_0) return __byte_perm(q[0][e][(2 * j + r / 2) % WORDS] ^ 0x80808080, 0, r & 1 ? 0x4341 : 0x4240);
+        u32 w = q[g][e][is_k<T>() ? 2 * (j / 2) + r / 2 : j] >> 8 * (r & 1) & (high(j, r) ? c.high : c.low);
+        return Type<T>::h ? w | high_bits(g, e, j, r) : w;
     }
     // Of row e: scale and minimum of block t of group g; of Q6_K the scales of its two halves
     __device__ __forceinline__ float2 scale(int g, int e, int t) const {

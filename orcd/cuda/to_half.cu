@@ -8,16 +8,20 @@
 extern "C" __global__ void __launch_bounds__(256) to_half(const float* x, const float* other, long long ldx, long long ldother, float eps, int mode,
     const int* slots, const int* end, int per, u16* half, float* inv, float* sums, int n, int ld, int rows) {
     __shared__ float top[8], squares[8];
+    let_next_start();
+    wait_for_last();
     const int t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     if (slots && (t >= *end || slots[t] < 0)) return;
     const Source src(x, other, slots ? slots[t] / per : t, ldx, ldother, eps, mode);
+    if (threadIdx.x < 8) top[threadIdx.x] = squares[threadIdx.x] = 0;       // there may be fewer warps
+    __syncthreads();
     float m = 0, square = 0;
     auto read = [&](float (&v)[16], int i) {        // columns i ... i + 15
         if (i + 16 <= n) for (int k = 0; k < 4; k++) src.four(v + 4 * k, i + 4 * k, square);
         else for (int k = 0; k < 16; k++) v[k] = i + k < n ? src.one(i + k, square) : 0;
     };
     float v[16];
-    for (int i = 16 * threadIdx.x; i < n; i += 16 * 256) {
+    for (int i = 16 * threadIdx.x; i < n; i += 16 * blockDim.x) {
         read(v, i);
 #pragma unroll
         for (int k = 0; k < 16; k++) m = fmaxf(m, fabsf(v[k]));
@@ -30,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(256) to_half(const float* x, const 
     const int e = __float_as_uint(m * factor) >> 23, s = e == 255 ? 127 : min(253, 267 - e);    // biased exponent of the scale; a row with an infinity stays as it is
     const float scale = __uint_as_float(s << 23);
     if (threadIdx.x == 0) inv[t] = __uint_as_float((254 - s) << 23);
-    for (int i = 16 * threadIdx.x; i < ld; i += 16 * 256) {        // ld is a multiple of 128: pairs of threads
+    for (int i = 16 * threadIdx.x; i < ld; i += 16 * blockDim.x) {        // ld is a multiple of 128: pairs of threads
         read(v, i);
         float sum = 0;
         u32 h[16];
