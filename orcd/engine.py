@@ -199,13 +199,14 @@ class CudaEngine:
                 self.n_ctx, self.n_kv, self.n_valid, self.length = self.plan.n_ctx, self.plan.n_kv, self.config.n_vocab, 0
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
-                slot = (4 if self.plan.weights >= 1 << 30 else 1) << 20 # few large reads: what Python does for each would be the limit
-                with Loader(device, chunk_bytes, self.plan.weights, slot_bytes=slot) as weights: # pins its memory while we go on
-                    code = nvrtc.compile_all(kernel_files(self.config, bound), nvrtc.device_arch(device))
-                    weights.copy(g.fileno(), self._allocate(bound), progress, self.stage)
+                with Loader(device, chunk_bytes, self.plan.weights) as weights: # pins its memory while we go on
+                    code = nvrtc.load_all(kernel_files(self.config, bound), device)
+                    weights.start(g.fileno(), self._allocate(bound), progress, self.stage)
+                    for c in code: c.result()
+                    self._capture() # wants addresses, not weights
+                    weights.wait()
                 g.check_unchanged()
-                for c in code: c.result()
-                self._prepare(g)
+                self._warm_up(bound)
         except BaseException: self.close(); raise
 
     def _arena(self, kind, n_bytes):
@@ -258,6 +259,7 @@ def _chunks(self:CudaEngine,
     ids,             # the whole prompt
     cancelled=None,  # asked before every chunk
     tap=None,        # called with (layer or -1, first position, rows of x) after the embedding and after each layer
+    only=None,       # indices of layers, for those who do not want the result
 ):
     "Run a prompt through the layers; yields (position of the first row, rows of the residual stream) after each chunk"
     ids = self._checked(ids)
@@ -270,8 +272,8 @@ def _chunks(self:CudaEngine,
         self._set_state(at)
         k_elementwise.embed(self.model.token_embd, self.ids[at:at + len(x)], x, stream=self.stream)
         if tap: tap(-1, at, x)
-        for i, w in enumerate(self.layers):
-            self._forward(w, i, x)
+        for i in range(len(self.layers)) if only is None else only:
+            self._forward(self.layers[i], i, x)
             if tap: tap(i, at, x)
         self.fences[n % 2].record(self.stream)
         yield at, x
@@ -346,25 +348,28 @@ def _begin(self:CudaEngine, params):
     k_sampler.reset(*self.draw_memory, self.config.n_vocab, stream=self.stream)
 
 @patch
-def _prepare(self:CudaEngine, g):
-    "Tables, every kernel, the graph"
-    from cupy.cuda import Event, runtime
-    factors = getattr(self.model, 'rope_freqs', None)
-    self.ops.inv_freq.set(self.config.rope.inv_freq(None if factors is None else factors.get()), self.stream)
+def _capture(self:CudaEngine):
+    "The decode step as a graph; nothing runs yet"
+    from cupy.cuda import Event
     self.host = PinnedBuffer(8*RING)
     self.drawn, self.events = np.frombuffer(self.host.view, np.uint64), [Event(disable_timing=True) for _ in range(DEPTH + 1)]
-    self.prefill([0])
-    self._begin(SamplingParams())
-    self._draw()
-    if self.n_kv > 1: self._step()
-    self.stream.synchronize()
     self.stream.begin_capture()
     self._step()
     self.graph = self.stream.end_capture()
-    if self.n_kv > 1: # the driver takes a graph's memory when it is launched first: now, not in the first job
-        self._set_state(1)
-        self.graph.launch(self.stream)
-        self.stream.synchronize()
+    self.graph.upload(self.stream)
+
+@patch
+def _warm_up(self:CudaEngine, bound):
+    "Tables, then every kernel once: what the driver takes at a first launch it takes now, not in the first job"
+    from cupy.cuda import runtime
+    runtime.memsetAsync(self.state.data.ptr, 0, self.state.nbytes, self.stream.ptr) # attention's tickets
+    factors = getattr(self.model, 'rope_freqs', None)
+    self.ops.inv_freq.set(self.config.rope.inv_freq(None if factors is None else factors.get()), self.stream)
+    for _, x in self._chunks([0], only=layer_kinds(self.config, bound)): self._head(x)
+    self._begin(SamplingParams())
+    self._set_state(0)
+    self.graph.launch(self.stream)
+    self.stream.synchronize()
     self.length = 0
 
 # %% ../nbs/32_engine.ipynb #efbc3d70
