@@ -198,6 +198,7 @@ DEPTH = 3 # decode steps that are queued ahead of the token being read
 class CudaEngine:
     "A model on one GPU, with the interface of `ReferenceEngine`. A context manager; `close()` gives every byte back."
     kind = 'cuda'
+    replay = True # chunks of a prompt as captured graphs; off for those who want to look on
 
     def __init__(self,
         g,                      # an open `GGUF`
@@ -207,7 +208,7 @@ class CudaEngine:
         chunk_bytes:int=1<<20,  # of the file, copied at a time
         progress=None,          # called with (bytes done, bytes in all) while weights are copied
     ):
-        self.device, self.vram, self.arenas, self.stream, self.host, self.graph = device, Ledger(), [], None, None, None
+        self.device, self.vram, self.arenas, self.stream, self.host, self.graph, self.graphs = device, Ledger(), [], None, None, None, {}
         self.family, self.config, bound = model = open_model(g)
         use_device(device)
         try:
@@ -218,13 +219,14 @@ class CudaEngine:
                 self.n_ctx, self.n_kv, self.n_valid, self.length = self.plan.n_ctx, self.plan.n_kv, self.config.n_vocab, 0
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
-                slot = (4 if self.plan.weights >= 1 << 30 else 1) << 20 # few large reads: what Python does for each would be the limit
-                with Loader(device, chunk_bytes, self.plan.weights, slot_bytes=slot) as weights: # pins its memory while we go on
-                    code = nvrtc.compile_all(kernel_files(self.config, bound, self.wide), nvrtc.device_arch(device))
-                    weights.copy(g.fileno(), self._allocate(bound), progress, self.stage)
+                with Loader(device, chunk_bytes, self.plan.weights) as weights: # pins its memory while we go on
+                    code = nvrtc.load_all(kernel_files(self.config, bound, self.wide), device)
+                    weights.start(g.fileno(), self._allocate(bound), progress, self.stage)
+                    for c in code: c.result()
+                    self._capture() # wants addresses, not weights
+                    weights.wait()
                 g.check_unchanged()
-                for c in code: c.result()
-                self._prepare(g)
+                self._warm_up(bound)
         except BaseException: self.close(); raise
 
     def _arena(self, kind, n_bytes):
@@ -265,8 +267,13 @@ def _forward(self:CudaEngine, w, i, x):
     if out is not x: k_elementwise.copy(out, x, stream=self.stream)
 
 @patch
-def _set_state(self:CudaEngine, pos):
-    nvrtc.kernel('state', 'set_state')((1,), (32,), (self.state, np.int32(pos), np.int32(0), np.int32(0)), stream=self.stream)
+def _set_state(self:CudaEngine, pos, missing=0):
+    nvrtc.kernel('state', 'set_state')((1,), (32,), (self.state, np.int32(pos), np.int32(0), np.int32(0), np.int32(missing)), stream=self.stream)
+
+@patch
+def _layers(self:CudaEngine, x):
+    for i, w in enumerate(self.layers): self._forward(w, i, x)
+    self.ops.begin_layer()
 
 @patch
 def _head(self:CudaEngine, row):
@@ -279,6 +286,7 @@ def _chunks(self:CudaEngine,
     ids,             # the whole prompt
     cancelled=None,  # asked before every chunk
     tap=None,        # called with (layer or -1, first position, rows of x) after the embedding and after each layer
+    only=None,       # indices of layers, for those who do not want the result
 ):
     "Run a prompt through the layers; yields (position of the first row, rows of the residual stream) after each chunk"
     ids = self._checked(ids)
@@ -288,12 +296,15 @@ def _chunks(self:CudaEngine,
         self.fences[n % 2].synchronize()
         if cancelled and cancelled(): raise Cancelled()
         x = self.x[:min(self.plan.chunk, len(ids) - at)]
-        self._set_state(at)
+        rows = min((r for r in self.graphs if r >= len(x)), default=0) if self.replay and tap is only is None else 0
+        self._set_state(at, max(rows - len(x), 0))
         k_elementwise.embed(self.model.token_embd, self.ids[at:at + len(x)], x, stream=self.stream)
-        if tap: tap(-1, at, x)
-        for i, w in enumerate(self.layers):
-            self._forward(w, i, x)
-            if tap: tap(i, at, x)
+        if rows: self.graphs[rows].launch(self.stream) # the rows beyond ours hold something or other, which nobody sees
+        else:
+            if tap: tap(-1, at, x)
+            for i in range(len(self.layers)) if only is None else only:
+                self._forward(self.layers[i], i, x)
+                if tap: tap(i, at, x)
         self.fences[n % 2].record(self.stream)
         yield at, x
 
@@ -367,28 +378,36 @@ def _begin(self:CudaEngine, params):
     k_sampler.reset(*self.draw_memory, self.config.n_vocab, stream=self.stream)
 
 @patch
-def _prepare(self:CudaEngine, g):
-    "Tables, every kernel, the graph"
-    from cupy.cuda import Event, runtime
+def _capture(self:CudaEngine):
+    "The decode step as a graph, and the layers over chunks of a few sizes; nothing runs yet"
+    from cupy.cuda import Event
+    self.host = PinnedBuffer(8*RING)
+    self.drawn, self.events = np.frombuffer(self.host.view, np.uint64), [Event(disable_timing=True) for _ in range(DEPTH + 1)]
+    def captured(launch, *args):
+        self.stream.begin_capture()
+        launch(*args)
+        graph = self.stream.end_capture()
+        graph.upload(self.stream)
+        return graph
+    self.graph = captured(self._step)
+    self.ops.decode = False
+    self.graphs = {rows: captured(self._layers, self.x[:rows]) for rows in [c for c in CHUNKS if c <= self.plan.chunk][:3]}
+
+@patch
+def _warm_up(self:CudaEngine, bound):
+    "Tables, then every kernel once: what the driver takes at a first launch it takes now, not in the first job"
+    from cupy.cuda import runtime
+    runtime.memsetAsync(self.state.data.ptr, 0, self.state.nbytes, self.stream.ptr) # attention's tickets
     factors = getattr(self.model, 'rope_freqs', None)
     self.ops.inv_freq.set(self.config.rope.inv_freq(None if factors is None else factors.get()), self.stream)
     for layer in self.layers:
         for W in vars(layer).values():
             if getattr(W, 'top', None) is not None: k_hopper.find_tops(W, self.stream)
-    self.host = PinnedBuffer(8*RING)
-    self.drawn, self.events = np.frombuffer(self.host.view, np.uint64), [Event(disable_timing=True) for _ in range(DEPTH + 1)]
-    self.prefill([0])
+    for _, x in self._chunks([0], only=layer_kinds(self.config, bound)): self._head(x)
     self._begin(SamplingParams())
-    self._draw()
-    if self.n_kv > 1: self._step()
+    self._set_state(0)
+    self.graph.launch(self.stream)
     self.stream.synchronize()
-    self.stream.begin_capture()
-    self._step()
-    self.graph = self.stream.end_capture()
-    if self.n_kv > 1: # the driver takes a graph's memory when it is launched first: now, not in the first job
-        self._set_state(1)
-        self.graph.launch(self.stream)
-        self.stream.synchronize()
     self.length = 0
 
 # %% ../nbs/32_engine.ipynb #efbc3d70
@@ -444,6 +463,7 @@ def close(self:CudaEngine):
         use_device(self.device)
         if self.stream is not None: self.stream.synchronize()
     except Exception: pass # a lost context: its memory is gone with it
+    self.graphs = {}
     self.graph = self.ops = self.model = self.layers = self.cache = self.drawn = None
     for buffer in (self.host, *self.arenas):
         try: buffer and buffer.free()

@@ -20,7 +20,7 @@ from .k_elementwise import check, check_rows, check_vector
 SPLIT = 128                         # positions of a split of decode
 MAX_BLOCKS = 1024                   # of decode: enough for any GPU; in a longer context a block takes several splits
 HEAD_DIMS = (32, 48, 64, 96, 128)   # head dimensions that there is a kernel for
-STATE_SIZE = 256                    # int32s in `state`: position, token, step, done, and from TICKETS on the tickets
+STATE_SIZE = 256                    # int32s in `state`: position, token, step, done, missing rows of a chunk, and from TICKETS on the tickets
 TICKETS = 8
 
 def decode_workspace(
@@ -143,7 +143,7 @@ def attend_prefill(
         check_vector('attend_prefill inv_freq', inv_freq, n_rot // 2)
         caches = (None, None) if ring else (k_cache, v_cache)
         fn('turn_rows')((T,), (128,), (q, qs, k, ks, v, vs, *caches, state, inv_freq, np.float32(mscale),
-            np.int32(n_rot), np.int32(style == 'neox'), *ints[1:], np.int32(rows)), stream=stream, early=True)
+            np.int32(n_rot), np.int32(style == 'neox'), *ints, np.int32(rows)), stream=stream, early=True)
     if ring:
         size = prefill_workspace(T, n_head_kv, d, window)
         check_vector('attend_prefill workspace', workspace, size, np.float16)

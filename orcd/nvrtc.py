@@ -6,10 +6,10 @@ Docs: https://orcd-dev.github.io/orcd/nvrtc.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIONS', 'read_source', 'with_includes', 'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'target',
-           'cubin', 'device_arch', 'Kernel', 'kernel', 'only', 'compile_all', 'QTensor']
+           'cubin', 'device_arch', 'Kernel', 'kernel', 'only', 'load_all', 'QTensor']
 
 # %% ../nbs/19_nvrtc.ipynb #59e5ad29
-import hashlib, os, re, tempfile, threading
+import hashlib, os, re, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -118,12 +118,11 @@ def cache_dir():
 
 @lru_cache(1)
 def _compilers():
-    "Versions of what may compile. NVRTC would know its own, but to load it takes longer than to read every kernel from the cache."
-    from importlib.metadata import PackageNotFoundError, version
-    def of(package):
-        try: return version(package)
-        except PackageNotFoundError: return None
-    return [of(p) for p in ('nvidia-cuda-nvrtc', 'nvidia-cuda-nvrtc-cu12', 'cuda-bindings')]
+    "What may compile, by the folders of installed packages. NVRTC would know its version, but to load it takes longer than to read every kernel from the cache."
+    def names(folder):
+        try: return os.listdir(folder)
+        except OSError: return []
+    return sorted({n for p in sys.path for n in names(p) if n.startswith(('nvidia_cuda_nvrtc', 'cuda_bindings'))})
 
 def _cache_path(name, source, arch, defines):
     h = hashlib.sha256(repr((name, source, sorted(with_includes(source).items()), arch, defines, OPTIONS, _compilers())).encode())
@@ -168,22 +167,37 @@ def cubin(
     return data
 
 # %% ../nbs/19_nvrtc.ipynb #0138b6b3
-_modules, _lock = {}, threading.Lock()
+_modules, _locks = {}, {}
 
 def device_arch(device=None):
     "`sm_90` for the current (or given) CUDA device"
     import cupy
     return f'sm_{cupy.cuda.Device(device).compute_capability}'
 
+def _driver(result):
+    "Unpack a call of the driver's bindings; errors are raised as CuPy raises its own"
+    if int(result[0]):
+        from cupy.cuda import driver
+        raise driver.CUDADriverError(int(result[0]))
+    return result[1] if len(result) > 1 else None
+
+def _load_functions(module):
+    "The driver would put that off until each function is launched first"
+    from cupy.cuda import runtime
+    from cuda.bindings import driver as cu
+    if runtime.driverGetVersion() < 12040: return
+    m = cu.CUmodule(module.ptr)
+    for f in _driver(cu.cuModuleEnumerateFunctions(_driver(cu.cuModuleGetFunctionCount(m)), m)): _driver(cu.cuFuncLoad(f))
+
 def _module(name, device, defines=()):
     key = (name, device, defines)
     if key not in _modules:
-        code = cubin(name, device_arch(device), defines) # outside of the lock: several threads may compile at once
-        with _lock:
+        with _locks.setdefault(key, threading.Lock()): # one a file: several threads may compile and load at once
             if key not in _modules:
                 from cupy.cuda.function import Module
                 m = Module()
-                m.load(code)
+                m.load(cubin(name, device_arch(device), defines))
+                _load_functions(m)
                 _modules[key] = m
     return _modules[key]
 
@@ -212,6 +226,11 @@ class Kernel:
         if early and self.early: _launch_early(self.fn.ptr, grid, block, args, shared_mem, stream)
         else: self.fn(grid, block, args, shared_mem, stream)
 
+def _word(x):
+    "The bits of one launch argument"
+    if not isinstance(x, np.generic): return x.data.ptr
+    return int(x.view(f'u{x.itemsize}')) if x.dtype.kind in 'if' else int(x)
+
 def _launch_early(fn, grid, block, args, shared_mem, stream):
     "CuPy has no launch attributes"
     import cupy
@@ -221,10 +240,9 @@ def _launch_early(fn, grid, block, args, shared_mem, stream):
     a.value.programmaticStreamSerializationAllowed = 1
     (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ) = ((*d, 1, 1)[:3] for d in (grid, block))
     c.sharedMemBytes, c.hStream, c.attrs, c.numAttrs = shared_mem, (stream or cupy.cuda.get_current_stream()).ptr, [a], 1
-    values = [np.array([x]) if isinstance(x, np.generic) else np.array([x.data.ptr], np.uint64) for x in args]
-    pointers = np.array([v.ctypes.data for v in values], np.uint64)
-    err, = cu.cuLaunchKernelEx(c, cu.CUfunction(fn), pointers.ctypes.data, 0)
-    if int(err): raise cupy.cuda.driver.CUDADriverError(int(err)) # as CuPy's own launches do
+    values = np.array([_word(x) for x in args], np.uint64) # eight bytes each; the kernel reads as many as it wants
+    pointers = values.ctypes.data + 8*np.arange(len(args), dtype=np.uint64)
+    _driver(cu.cuLaunchKernelEx(c, cu.CUfunction(fn), pointers.ctypes.data, 0))
 
 @lru_cache(None)
 def _kernel(module, name, device, defines): return Kernel(module, name, device, defines)
@@ -246,14 +264,18 @@ def only(type:GGMLType)->tuple:
     "Defines that compile the kernels of one weight type alone"
     return f'ONLY_NAME={type.name.lower()}', f'ONLY_TYPE={type.name}'
 
-def compile_all(
+def load_all(
     files,      # (cell's name, defines) of each
-    arch:str,   # e.g. sm_90
+    device:int, # CUDA index
 ):              # a list of futures
-    "Fill the cache with the machine code of several files: what is missing is compiled, each in a thread of its own (NVRTC works without Python's lock)"
-    missing = [(n, defines) for n, defines in files if not _cached(_cache_path(n, (s := read_source(n)), target(s, arch), defines))]
-    pool = ThreadPoolExecutor(max(len(missing), 1), 'orcd-nvrtc')
-    jobs = [pool.submit(cubin, name, arch, defines) for name, defines in missing]
+    "Load several files on a device, each in a thread of its own: NVRTC and the driver work without Python's lock"
+    _compilers() # once for all threads
+    def load(name, defines):
+        from cupy.cuda import Device
+        Device(device).use()
+        _module(name, device, defines)
+    pool = ThreadPoolExecutor(len(files), 'orcd-nvrtc')
+    jobs = [pool.submit(load, *f) for f in files]
     pool.shutdown(wait=False)
     return jobs
 

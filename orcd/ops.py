@@ -87,7 +87,9 @@ class CudaOps:
         "An array, also of a product that was put off"
         if not isinstance(p, Product): return p
         if p.out is None and p.route is not None: self.experts(p)
-        elif p.out is None: self.flush()
+        elif p.out is None:
+            if p not in self.pending: self.flush(); self.pending.append(p)
+            self.flush()
         return p.out
 
     def once(self, make, x, *key):
@@ -161,10 +163,12 @@ class CudaOps:
             if self.pending and self.pending[0].x is not x: self.flush()
             self.pending.append(Product(x, W, bias))
             return self.pending[-1]
+        source = self.floats(x) if not quick else x if self.decode else self.half(x)
+        self.flush()
         out = residual if residual is not None else self.scratch.take((x.shape[0], W.shape[0]))
-        if not quick: self.run(k_gemm.plain_gemm, W, self.floats(x), out, bias, residual)
-        elif self.decode: self.flush(); self.run(k_gemv.gemv, W, x, out, bias, residual)
-        else: self.run(k_hopper.gemms, [(W, out, bias)], self.half(x), residual)
+        if not quick: self.run(k_gemm.plain_gemm, W, source, out, bias, residual)
+        elif self.decode: self.run(k_gemv.gemv, W, source, out, bias, residual)
+        else: self.run(k_hopper.gemms, [(W, out, bias)], source, residual)
         if residual is not None and not self.decode: self.scratch.reset(); self.made.clear() # of half a layer nothing is left but the stream
         return out
 

@@ -9,6 +9,7 @@ constexpr int D = HEAD_DIM, PAD = D + 8;   // halves of a row in shared memory; 
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(D % 16 == 0, "head_dim is a multiple of 16");
 
+// state[4] rows at a chunk's end are there to fill it only
 // where a position lives in a layer's cache of `rows` rows; -1: nowhere
 __device__ __forceinline__ int cache_row(int pos, int rows, bool ring) { return pos < 0 ? -1 : ring ? pos % rows : pos < rows ? pos : -1; }
 
@@ -18,6 +19,7 @@ extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v
     let_next_start();
     wait_for_last();
     const int t = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
+    n_rows -= state[4];
     if (t >= n_rows || c >= n_head_kv * D || (ring && t < n_rows - rows)) return;
     const int row = cache_row(state[0] + t, rows, ring);
     if (row < 0) return;
@@ -45,13 +47,13 @@ extern "C" __global__ void stage_window(const float* k, i64 k_stride, const floa
 // Many rows before attention: q is turned in place, k too, or turned and stored in the cache with the values. A block a row; a thread turns the
 // same pair of several heads.
 extern "C" __global__ void __launch_bounds__(128) turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache,
-        const int* state, const float* inv_freq, float mscale, int n_rot, int neox, int n_head, int n_head_kv, int rows) {
+        const int* state, const float* inv_freq, float mscale, int n_rot, int neox, int n_rows, int n_head, int n_head_kv, int rows) {
     constexpr int PAIRS = D / 2, AT_ONCE = 128 / PAIRS;
     let_next_start();
     wait_for_last();
     const int t = blockIdx.x, pos = state[0] + t, j = threadIdx.x % PAIRS, half = n_rot / 2;
     if (threadIdx.x >= AT_ONCE * PAIRS) return;
-    const bool store = k_cache && pos >= 0 && pos < rows, turns = j < half;
+    const bool store = k_cache && t < n_rows - state[4] && pos >= 0 && pos < rows, turns = j < half;
     const float2 turn = turns ? turn_of(pos, inv_freq[j], mscale) : make_float2(1.f, 0.f);
     const int a = !turns ? n_rot + 2 * (j - half) : neox ? j : 2 * j, b = turns && neox ? j + half : a + 1;
     #pragma unroll 4
@@ -277,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
     let_next_start();
     wait_for_last();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, head = blockIdx.y;
-    const int pos0 = state[0], base = window ? pos0 - window : 0, end = min(pos0 + n_rows, base + kv_rows), tile = (end - 1) / TILE - blockIdx.x;
+    const int pos0 = state[0], base = window ? pos0 - window : 0, end = min(pos0 + n_rows - state[4], base + kv_rows), tile = (end - 1) / TILE - blockIdx.x;
     if (pos0 < 0 || end <= pos0 || tile < pos0 / TILE) return;
     const i64 of_head = (i64)(head / (n_head / n_head_kv)) * kv_rows * D;
     k += of_head, v += of_head;

@@ -104,6 +104,26 @@ def test_bits_do_not_depend_on_chunks(name, model_file, monkeypatch):
     assert (got[0] == got[1]).all() and (got[0] == got[2]).all()
 
 
+@pytest.mark.parametrize('name', MODELS)
+def test_captured_chunks(name, model_file, monkeypatch):
+    "Chunks from graphs, the last one filled up, against launches of just its rows; then decode, which must not see what filled it"
+    from orcd.engine import CudaEngine
+    from orcd.sampling import SamplingParams
+    ids = prompt(700)
+    with cuda(model_file(name)) as engine:
+        assert sorted(engine.graphs, reverse=True) == [c for c in (512, 256, 128) if c <= engine.plan.chunk]
+        def run(n):
+            out = engine.logits(ids[:n])
+            engine.prefill(ids[:n])
+            return out, [i for i, _ in engine.decode(SamplingParams(temperature=0.), 20)]
+        for n in (1, 40, 129, 500):
+            graphs = run(n)
+            monkeypatch.setattr(CudaEngine, 'replay', False)
+            launches = run(n)
+            monkeypatch.setattr(CudaEngine, 'replay', True)
+            assert (graphs[0] == launches[0]).all() and graphs[1] == launches[1]
+
+
 @pytest.mark.parametrize('name', ['qwen2', 'gpt-oss'])
 def test_decode_is_prefill(name, model_file):
     "The logits of each decode step against a fresh prefill of the same tokens"
