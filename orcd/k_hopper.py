@@ -64,7 +64,7 @@ def tile(rows, tokens:int, tiles=None):
     def cost(t):
         n, r, _, _, blocks = t
         count = -(-tokens//n) * sum(-(-m//(64*r)) for m in rows)
-        return -(-count//(SMS*blocks)) * blocks * n*r / SPEED[n, r]
+        return -(-count//(SMS*blocks)) * min(blocks, -(-count//SMS)) * n*r / SPEED[n, r]
     return min(tiles or TILES[splits(rows)], key=cost)
 
 def defines(t): return tuple(f'{k}={v}' for k, v in zip(('TOKENS', 'ROWS', 'SPLITS', 'DEPTH', 'BLOCKS'), t))

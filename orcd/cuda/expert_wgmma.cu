@@ -1,6 +1,9 @@
 #include "slab.cu"
 enum { R = 2, D = 3, MOST = 128 };     // rows of W by 64, stages of MOST tokens; of fewer tokens there are more stages
 
+// Blocks on an SM: two, unless a type wants too many registers
+template<int T> __device__ constexpr int resident() { return T == MXFP4 || T == Q4_0 || T == Q4_1 || T == Q5_0 ? 2 : 1; }
+
 // One block: 128 rows of an expert's matrix, or 64 of gate and the same 64 of up, times N tokens from position p0 on, of which `left` are the expert's.
 // Gated: halves laid out as the next product's x. Otherwise out has a row for each slot.
 template<int T, int N, bool GATED>
@@ -54,10 +57,10 @@ __device__ __forceinline__ void experts(const u8* w0, const u8* w1, const u8* to
 #undef RUN
 }
 #define KERNEL(name, T) \
-extern "C" __global__ void __launch_bounds__(256, 2) experts_##name(const u8* w, const u8* top, const float* bias, const int* offset, const int* slots, \
+extern "C" __global__ void __launch_bounds__(256, resident<T>()) experts_##name(const u8* w, const u8* top, const float* bias, const int* offset, const int* slots, \
     int n_expert, int n_out, int n_in, const u16* x, const float* inv, int x_rows, float* out, long long ldo) { \
     experts<T, false>(w, nullptr, top, nullptr, bias, nullptr, offset, slots, n_expert, n_out, n_in, x, inv, x_rows, out, ldo, nullptr, nullptr, 0); } \
-extern "C" __global__ void __launch_bounds__(256, 2) experts_gated_##name(const u8* gate, const u8* up, const u8* gate_top, const u8* up_top, const float* gate_bias, \
+extern "C" __global__ void __launch_bounds__(256, resident<T>()) experts_gated_##name(const u8* gate, const u8* up, const u8* gate_top, const u8* up_top, const float* gate_bias, \
     const float* up_bias, const int* offset, const int* slots, int n_expert, int n_out, int n_in, const u16* x, const float* inv, int x_rows, u16* half, float* half_inv, int half_rows) { \
     experts<T, true>(gate, up, gate_top, up_top, gate_bias, up_bias, offset, slots, n_expert, n_out, n_in, x, inv, x_rows, nullptr, 0, half, half_inv, half_rows); }
 EACH_QUANT(KERNEL)
