@@ -186,6 +186,31 @@ class Metadata(Mapping):
     def __repr__(self): return f'Metadata({len(self)} keys: {", ".join(list(self)[:4])}, …)'
 
 # %% ../nbs/02_gguf.ipynb #6aa7253d
+def _lengths(data, n):
+    "Where the lengths of `n` strings lie; None when that is quicker told by going through them"
+    places, ends, breaks = _candidates(data)
+    if len(breaks) > n/100: return None
+    parts, i = [], 0
+    while n:
+        k = int(np.searchsorted(places, i))
+        if k < len(places) and places[k] == i:
+            j = min(int(breaks[np.searchsorted(breaks, k)]), k + n - 1)
+            parts.append(places[k:j+1])
+            i, n = int(ends[j]), n - (j - k + 1)
+        else:
+            parts.append([i])
+            i, n = i + 8 + _u64(data, i)[0], n - 1
+    return np.concatenate(parts)
+
+def _strings(data, n):
+    "All strings of an array at once: one text, cut at zeros. None when it does not go that way."
+    at = _lengths(data, n)
+    if at is None: return None
+    keep = np.ones(len(data), bool)
+    for i in range(7): keep[at + i] = False          # of each length the last byte stays, a zero
+    out = np.frombuffer(data, np.uint8)[keep].tobytes().decode().split('\0')[1:]
+    return out if len(out) == n else None            # there are zeros in the strings
+
 def _decode(data, lazy, key):
     "The value of a lazy entry from its bytes"
     t, n = lazy.type, lazy.n
@@ -196,6 +221,7 @@ def _decode(data, lazy, key):
             if t != GGUFType.BOOL: return a
             if n and a.max() > 1: raise GGUFError(f'{short(key)} holds a boolean that is neither 0 nor 1', offset=lazy.start)
             return a.astype(bool)
+        if n >= 1000 and (out := _strings(data, n)): return out
         out, i = [], 0
         for _ in range(n):
             j = i + 8

@@ -20,7 +20,7 @@ from .k_elementwise import check, check_rows, check_vector
 SPLIT = 128                         # positions of a split of decode
 MAX_BLOCKS = 528                    # of decode, four an SM of an H200; in a longer context a block takes several splits
 HEAD_DIMS = (32, 48, 64, 96, 128)   # head dimensions that there is a kernel for
-STATE_SIZE = 256                    # int32s in `state`: position, token, step, done, and from TICKETS on the tickets
+STATE_SIZE = 256                    # int32s in `state`: position, token, step, done, missing rows of a chunk, and from TICKETS on the tickets
 TICKETS = 8
 
 def decode_workspace(
@@ -66,7 +66,7 @@ def store_kv(
     ks, vs = check_rows('store_kv k', k, (T, n)), check_rows('store_kv v', v, (T, n))
     check_vector('store_kv state', state, 1, np.int32)
     nvrtc.kernel(f'attention_{d}', 'store_kv')((-(-n // 128), T), (128,), (k, ks, v, vs, k_cache, v_cache, state,
-        np.int32(T), np.int32(n_head_kv), np.int32(rows), np.int32(ring)), stream=stream)
+        np.int32(T), np.int32(n_head_kv), np.int32(rows), np.int32(ring)), stream=stream, early=True)
 
 # %% ../nbs/24_attention.ipynb #fec976fe
 def _heads(name, n, n_head_kv, d, sinks):
@@ -124,6 +124,7 @@ def attend_prefill(
     window=0,      # of the layer
     sinks=None,    # (n_head,) extra logits, or None
     scale=None,    # of the scores, 1/sqrt(head_dim) by default
+    rope=None,     # (inv_freq, mscale, style, n_rot) when q and k still have to be turned, which changes them
     stream=None,
 ):
     "Causal attention of T rows over the cache and over themselves. A row's bits do not depend on the chunk it came with."
@@ -136,14 +137,21 @@ def attend_prefill(
     check_vector('attend_prefill state', state, 1, np.int32)
     fn = lambda name: nvrtc.kernel(f'attention_{d}', name)
     ints = np.int32(T), np.int32(n_head), np.int32(n_head_kv)
+    if rope:
+        inv_freq, mscale, style, n_rot = rope
+        check(0 < n_rot <= d and n_rot % 2 == 0, f'attend_prefill: n_rot {n_rot} of head_dim {d}: even, not larger')
+        check_vector('attend_prefill inv_freq', inv_freq, n_rot // 2)
+        caches = (None, None) if ring else (k_cache, v_cache)
+        fn('turn_rows')((T,), (128,), (q, qs, k, ks, v, vs, *caches, state, inv_freq, np.float32(mscale),
+            np.int32(n_rot), np.int32(style == 'neox'), *ints, np.int32(rows)), stream=stream, early=True)
     if ring:
         size = prefill_workspace(T, n_head_kv, d, window)
         check_vector('attend_prefill workspace', workspace, size, np.float16)
         at = workspace[:size // 2], workspace[size // 2:]
-        fn('stage_window')((-(-nk // 128), window + T), (128,), (k, ks, v, vs, k_cache, v_cache, *at, state, ints[0], ints[2], np.int32(rows)), stream=stream)
+        fn('stage_window')((-(-nk // 128), window + T), (128,), (k, ks, v, vs, k_cache, v_cache, *at, state, ints[0], ints[2], np.int32(rows)), stream=stream, early=True)
     else:
-        store_kv(k, v, k_cache, v_cache, state, stream=stream)
+        if not rope: store_kv(k, v, k_cache, v_cache, state, stream=stream)
         at = k_cache, v_cache
     fn('attend_prefill')((-(-T // 64) + 1, n_head), (128,), (q, qs, *at, state, sinks, out, os, _scale(scale, d), *ints,
-        np.int32(window + T if ring else rows), np.int32(window if ring else 0)), stream=stream)
+        np.int32(window + T if ring else rows), np.int32(window if ring else 0)), stream=stream, early=True)
     if ring: store_kv(k, v, k_cache, v_cache, state, window, stream)

@@ -53,7 +53,7 @@ def rms_norm(
     xs, os = check_rows('rms_norm x', x), check_rows('rms_norm out', out, (T, n))
     check_vector('rms_norm w', w, n)
     threads = min(1024, max(32, -(-n // 128) * 32)) # four columns a thread
-    nvrtc.kernel('elementwise', 'rms_norm')((T,), (threads,), (x, xs, w, np.float32(eps), out, os, np.int32(T), np.int32(n)), stream=stream)
+    nvrtc.kernel('elementwise', 'rms_norm')((T,), (threads,), (x, xs, w, np.float32(eps), out, os, np.int32(T), np.int32(n)), stream=stream, early=True)
 
 # %% ../nbs/21_elementwise.ipynb #07714e01
 def head_norm(

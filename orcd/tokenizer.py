@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 # %% ../nbs/04_tokenizer.ipynb #8dbd16bd
-import tokenizers
+import numpy as np, tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 # %% ../nbs/04_tokenizer.ipynb #f0e95373
@@ -81,18 +81,19 @@ class ByteBPE:
     ):
         skip = set(skip)
         vocab = {t: i for i, t in enumerate(tokens) if i not in skip}
-        pairs = [self._pair(m, vocab) for m in merges]
         self.tokens, self.missing = tokens, {b for b, c in ALPHABET.items() if c not in vocab}
-        self.bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre.whole_words))
+        pairs = [tuple(m.split(' ', 1)) for m in merges]
+        if not all(map(vocab.__contains__, map(''.join, pairs))): raise self._wrong(merges, vocab) # the library would panic
+        try: self.bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre.whole_words))
+        except Exception: raise self._wrong(merges, vocab) from None
         if pre.nfc: self.bpe.normalizer = normalizers.NFC()
         split = [pre_tokenizers.Split(Regex(r), 'isolated') for r in pre.patterns]
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
-    def _pair(self, merge, vocab):
-        left, _, right = merge.partition(' ')
-        if left not in vocab or right not in vocab or left + right not in vocab:
-            raise TokenizerError(f'the merge {merge!r} must name two tokens with one space between, and make a third one')
-        return left, right
+    def _wrong(self, merges, vocab):
+        "An error that names the wrong merge: to look at each is slower than to let the library find that there is one"
+        wrong = next((repr(m) for m in merges if ' ' not in m or not {*m.split(' ', 1), m.replace(' ', '', 1)} <= vocab.keys()), 'list')
+        return TokenizerError(f'the merge {wrong} must name two tokens with one space between, and make a third one')
 
     def encode(self, text, first=True):
         "Token ids of ordinary text; `first` is for vocabularies that put a space before it"
@@ -333,7 +334,7 @@ def _gguf_parts(m):
     tokens = _array(m, 'tokens'); n = len(tokens)
     if not n or not isinstance(tokens[0], str): raise TokenizerError(f'{_g}tokens must be a non-empty array of strings')
     types = _array(m, 'token_type', n, required=False)
-    types = [NORMAL]*n if types is None else [int(t) for t in types]
+    types = [NORMAL]*n if types is None else np.asarray(types).tolist()
     n_valid = _n_valid(tokens, types)
     specials = list(_specials(tokens, types, n_valid, rstrip=model == 'llama' and m.get('general.architecture') == 'phi3'))
     ids = {k: _id(m, k + '_token_id', n) for k in ('bos', 'eos', 'eot', 'eom', 'unknown', 'padding')}

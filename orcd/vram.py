@@ -129,9 +129,9 @@ def is_resident(
     return bool(attrs) and all(a.type == runtime.memoryTypeDevice and not a.hostPointer for a in attrs)
 
 def import_cupy():
-    "Import CuPy. Raises `DeviceError` that says how to get it."
-    try: import cupy
-    except ImportError as e: raise DeviceError('no CuPy: pip install "orcd[cuda13]" (or orcd[cuda12] for a CUDA 12 driver); --device reference runs on the CPU') from e
+    "Import CuPy and the driver's bindings. Raises `DeviceError` that says how to get them."
+    try: import cupy, cuda.bindings.driver
+    except ImportError as e: raise DeviceError('no CuPy, or no bindings of the driver: pip install "orcd[cuda13]" (or orcd[cuda12] for a CUDA 12 driver); --device reference runs on the CPU') from e
 
 def use_device(
     device:int, # CUDA index

@@ -3,6 +3,7 @@
 Two runs with the same roundings still differ: sums in another order move a number by 1e-7 of its size, and one that lies at the edge between two
 halves then rounds the other way, by up to 5e-4. In a few layers such flips add up to about half of the error that the roundings themselves make."""
 import numpy as np
+from orcd.blocks import GGMLType, dequantize
 from orcd.k_gemm import PLAIN
 from orcd.reference import NumpyOps, ReferenceEngine, visible
 
@@ -13,12 +14,60 @@ def as_half(x):
     return (x * scale).astype(np.float16).astype(np.float32) / scale
 
 
+def as_hopper(
+    blocks,     # uint8 (rows, bytes a row)
+    t,          # a quantised type
+):              # float32 (rows, n)
+    """Weights as Hopper's kernels make them: scale and minimum of a block as halves, and their sum with the integers rounded once more.
+    The integers are found by decoding the same blocks with all quants 0, and 1."""
+    if t == GGMLType.MXFP4: return dequantize(blocks, t) # a power of two rounds nothing
+
+    def filled(quants, high):
+        b = blocks.copy().view(t.dtype)
+        for f in {'qs', 'ql', 'qh'} & set(b.dtype.names): b[f] = high if f == 'qh' else quants
+        return dequantize(b.view(np.uint8).reshape(blocks.shape), t).astype(np.float64)
+    one = 1 if t == GGMLType.Q8_0 else 0x11
+    w, zero, d = dequantize(blocks, t).astype(np.float64), filled(0, 0), filled(one, 0) - filled(0, 0)
+    n = np.rint(np.divide(w - zero, d, out=np.zeros_like(w), where=d != 0))
+    b = blocks.view(t.dtype).reshape(len(blocks), -1)
+    top = np.maximum(1, np.max([(b[f].view(np.uint16).reshape(len(b), -1) >> 10 & 31).max(1) for f in {'d', 'm', 'dmin'} & set(b.dtype.names)], 0))
+    up = np.exp2(dict(Q4_K=23., Q5_K=23., Q6_K=22.).get(t.name, 29.) - top)[:, None]
+    half = lambda x: x.astype(np.float32).astype(np.float16).astype(np.float64)
+    scale = half(d*up)
+    least = half(zero*up/2**24) if t.name in ('Q4_1', 'Q5_1', 'Q4_K', 'Q5_K') else np.rint(np.divide(zero, d, out=np.zeros_like(d), where=d != 0))*scale/2**24
+    return ((n*scale/2**24 + least).astype(np.float16).astype(np.float64)*2**24/up).astype(np.float32)
+
+
+class HalfWeight:
+    "A quantised matrix as Hopper's kernels take it"
+    def __init__(self, W): self.W, self.shape, self.type, self.kept = W, W.shape, W.type, {}
+    def matrix(self, expert=0):
+        rows = self.shape[-2]
+        if expert not in self.kept: self.kept[expert] = as_hopper(np.ascontiguousarray(self.W.blocks[expert*rows:(expert + 1)*rows]), self.type)
+        return self.kept[expert]
+
+
 def half(x): return x.astype(np.float16).astype(np.float32)
 
 
 class HalfOps(NumpyOps):
-    def linear(self, x, W, bias=None, residual=None): return super().linear(x if W.type in PLAIN else as_half(x), W, bias, residual)
-    def expert_linear(self, x, W, bias, route): return super().expert_linear(as_half(x), W, bias, route)
+    wide = fused = False    # with Hopper's kernels? And with the activation in the product before it?
+    halves = None           # id of a weight -> HalfWeight
+
+    def weight(self, W):
+        if not self.wide or W.type.block_size == 1: return W
+        self.halves = self.halves or {}
+        return self.halves.setdefault(id(W), HalfWeight(W))
+
+    def swiglu(self, gate, up):
+        y = super().swiglu(gate, up)
+        return half(y/8)*8 if self.fused else y
+
+    def swiglu_oai(self, gate, up):
+        y = super().swiglu_oai(gate, up)
+        return half(y*256)/256 if self.fused else y
+    def linear(self, x, W, bias=None, residual=None): return super().linear(x if W.type in PLAIN else as_half(x), self.weight(W), bias, residual)
+    def expert_linear(self, x, W, bias, route): return super().expert_linear(as_half(x), self.weight(W), bias, route)
 
     def attention(self, q, k, v, i, sinks=None):
         "Tiles of 64 keys with a running maximum: the exponentials are rounded where they meet V, not in their sum"
@@ -37,8 +86,10 @@ class HalfOps(NumpyOps):
 
 
 class Rounded(ReferenceEngine):
-    def __init__(self, g, **kw):
+    def __init__(self, g, wide=False, **kw):
         super().__init__(g, **kw)
         m, exact = self.model, self.model.ops
         m.ops = HalfOps(m.config, getattr(m.w, 'rope_freqs', None))
+        up = getattr(m.layers[0], 'ffn_up', None) or m.layers[0].ffn_up_exps
+        m.ops.wide, m.ops.fused = wide, wide and up.type.block_size > 1
         m.head = lambda x: exact.linear(exact.rms_norm(x, m.w.output_norm, m.config.rms_eps), m.w.output) # rows of logits are products of one row, in FP32

@@ -62,15 +62,16 @@ class Follower:
 @contextmanager
 def recorded(n_layer):
     "What the routers of a CUDA engine see and take in the prefill inside"
+    from orcd.engine import CudaEngine
     from orcd.ops import CudaOps
     seen, route = Recorded(n_layer), CudaOps.route
     def spy(self, logits, k):
         r = route(self, logits, k)
         if not self.dry: seen.calls.append((logits.get(stream=self.stream), r.ids.get(stream=self.stream)))
         return r
-    CudaOps.route = spy
+    CudaOps.route, CudaEngine.replay = spy, False # a graph would not call it
     try: yield seen
-    finally: CudaOps.route = route
+    finally: CudaOps.route, CudaEngine.replay = route, True
 
 
 @contextmanager

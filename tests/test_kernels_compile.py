@@ -11,7 +11,8 @@ ARCHS = os.environ.get('ORCD_ARCHS', '90').split()
 @pytest.mark.parametrize('name', CUDA)
 def test_compiles(name, arch):
     from orcd import nvrtc
-    c = nvrtc.compile_text(name, nvrtc.read_source(name), f'sm_{arch}')
+    source = nvrtc.read_source(name)
+    c = nvrtc.compile_text(name, source, nvrtc.target(source, f'sm_{arch}'))
     assert c.cubin[:4] == b'\x7fELF'
     if arch == '90':
         assert c.resources or not c.log.count('Compiling entry')

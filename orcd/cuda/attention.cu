@@ -9,13 +9,17 @@ constexpr int D = HEAD_DIM, PAD = D + 8;   // halves of a row in shared memory; 
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(D % 16 == 0, "head_dim is a multiple of 16");
 
+// state[4] rows at a chunk's end are there to fill it only
 // where a position lives in a layer's cache of `rows` rows; -1: nowhere
 __device__ __forceinline__ int cache_row(int pos, int rows, bool ring) { return pos < 0 ? -1 : ring ? pos % rows : pos < rows ? pos : -1; }
 
 // float32 k, v (n_rows, n_head_kv * D) -> FP16 caches (n_head_kv, rows, D); a ring keeps the last `rows` of them
 extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache, const int* state,
                                     int n_rows, int n_head_kv, int rows, int ring) {
+    let_next_start();
+    wait_for_last();
     const int t = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
+    n_rows -= state[4];
     if (t >= n_rows || c >= n_head_kv * D || (ring && t < n_rows - rows)) return;
     const int row = cache_row(state[0] + t, rows, ring);
     if (row < 0) return;
@@ -27,6 +31,8 @@ extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v
 // A window layer's prefill: row j of the staging buffers is position pos - rows + j, the past from the ring, the rest from k and v
 extern "C" __global__ void stage_window(const float* k, i64 k_stride, const float* v, i64 v_stride, const f16* k_ring, const f16* v_ring,
                                         f16* k_staged, f16* v_staged, const int* state, int n_rows, int n_head_kv, int rows) {
+    let_next_start();
+    wait_for_last();
     const int j = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x, pos = state[0] - rows + j;
     if (j >= rows + n_rows || c >= n_head_kv * D || pos < 0) return;
     const i64 to = ((i64)(c / D) * (rows + n_rows) + j) * D + c % D;
@@ -35,6 +41,34 @@ extern "C" __global__ void stage_window(const float* k, i64 k_stride, const floa
         k_staged[to] = k_ring[from], v_staged[to] = v_ring[from];
     } else {
         k_staged[to] = to_f16(k[(j - rows) * k_stride + c]), v_staged[to] = to_f16(v[(j - rows) * v_stride + c]);
+    }
+}
+
+// Many rows before attention: q is turned in place, k too, or turned and stored in the cache with the values. A block a row; a thread turns the
+// same pair of several heads.
+extern "C" __global__ void __launch_bounds__(128) turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache,
+        const int* state, const float* inv_freq, float mscale, int n_rot, int neox, int n_rows, int n_head, int n_head_kv, int rows) {
+    constexpr int PAIRS = D / 2, AT_ONCE = 128 / PAIRS;
+    let_next_start();
+    wait_for_last();
+    const int t = blockIdx.x, pos = state[0] + t, j = threadIdx.x % PAIRS, half = n_rot / 2;
+    if (threadIdx.x >= AT_ONCE * PAIRS) return;
+    const bool store = k_cache && t < n_rows - state[4] && pos >= 0 && pos < rows, turns = j < half;
+    const float2 turn = turns ? turn_of(pos, inv_freq[j], mscale) : make_float2(1.f, 0.f);
+    const int a = !turns ? n_rot + 2 * (j - half) : neox ? j : 2 * j, b = turns && neox ? j + half : a + 1;
+    #pragma unroll 4
+    for (int h = threadIdx.x / PAIRS; h < n_head + n_head_kv; h += AT_ONCE) {
+        float* x = h < n_head ? q + t * q_stride + h * D : k + t * k_stride + (h - n_head) * D;
+        const float xa = x[a], xb = x[b], ya = xa * turn.x - xb * turn.y, yb = xb * turn.x + xa * turn.y;
+        if (h >= n_head && k_cache) {
+            if (!store) continue;
+            f16* to = k_cache + ((i64)(h - n_head) * rows + pos) * D;
+            to[a] = to_f16(ya), to[b] = to_f16(yb);
+        } else if (turns) x[a] = ya, x[b] = yb;
+    }
+    if (store) for (int h = threadIdx.x / PAIRS; h < n_head_kv; h += AT_ONCE) {
+        const float2 x = make_float2(v[t * v_stride + h * D + 2 * j], v[t * v_stride + h * D + 2 * j + 1]);
+        *(u32*)(v_cache + ((i64)h * rows + pos) * D + 2 * j) = pack_f16(x.x, x.y);
     }
 }
 
@@ -258,8 +292,10 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
         const float* sinks, float* out, i64 out_stride, float scale, int n_rows, int n_head, int n_head_kv, int kv_rows, int window) {
     __shared__ __align__(16) f16 ks[TILE * PAD];
     __shared__ __align__(16) f16 vs[TILE * PAD];
+    let_next_start();
+    wait_for_last();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, head = blockIdx.y;
-    const int pos0 = state[0], base = window ? pos0 - window : 0, end = min(pos0 + n_rows, base + kv_rows), tile = (end - 1) / TILE - blockIdx.x;
+    const int pos0 = state[0], base = window ? pos0 - window : 0, end = min(pos0 + n_rows - state[4], base + kv_rows), tile = (end - 1) / TILE - blockIdx.x;
     if (pos0 < 0 || end <= pos0 || tile < pos0 / TILE) return;
     const i64 of_head = (i64)(head / (n_head / n_head_kv)) * kv_rows * D;
     k += of_head, v += of_head;

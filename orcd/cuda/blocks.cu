@@ -16,21 +16,21 @@ __device__ __forceinline__ u32 minus_half2(u32 v, u32 b) { u32 r; asm("sub.f16x2
 __device__ constexpr u32 two_of(int n) { int e = 10; while (n < 1 << e) e--; return ((e + 15) << 10 | ((n << 10 >> e) & 1023)) * 0x10001u; }
 
 // How a type is stored. block: weights of a block. q, h, s, d: bytes of a block's quants, of their high bits, of scales, and of the
-// super-block scale. mins: weight = d * integer + m. group: weights that share a scale. even, odd: what is too much in the halves that
-// `pair` makes of an integer, at even and odd places.
+// super-block scale. mins: weight = d * (integer - bias) + m. group: weights that share a scale. even, odd: what is too much in
+// the halves that `pair` makes of an integer, at even and odd places.
 template<int T> struct Type;
 struct Of32 { enum { block = 32, d = 0, group = 32 }; };
 struct Of256 { enum { block = 256, q = 128, group = 32 }; };
 struct Plain { enum { block = 1, q = 0, h = 0, d = 0, mins = 0, group = 32 }; };
-template<> struct Type<Q4_0>  : Of32  { enum { q = 16, h = 0, s = 2, mins = 0, even = 16 + 8, odd = 256 + 8 }; };
-template<> struct Type<Q4_1>  : Of32  { enum { q = 16, h = 0, s = 4, mins = 1, even = 16, odd = 256 }; };
-template<> struct Type<Q5_0>  : Of32  { enum { q = 16, h = 4, s = 2, mins = 0, even = 32 + 16, odd = 512 + 16 }; };
-template<> struct Type<Q5_1>  : Of32  { enum { q = 16, h = 4, s = 4, mins = 1, even = 32, odd = 512 }; };
-template<> struct Type<Q8_0>  : Of32  { enum { q = 32, h = 0, s = 2, mins = 0, even = 1024 + 128, odd = 1024 + 128 }; };
-template<> struct Type<MXFP4> : Of32  { enum { q = 16, h = 0, s = 1, mins = 0, even = 0, odd = 0 }; };
-template<> struct Type<Q4_K>  : Of256 { enum { h = 0, s = 16, d = 0, mins = 1, even = 16, odd = 256 }; };
-template<> struct Type<Q5_K>  : Of256 { enum { h = 32, s = 16, d = 0, mins = 1, even = 32, odd = 512 }; };
-template<> struct Type<Q6_K>  : Of256 { enum { h = 64, s = 16, d = 2, mins = 0, group = 16, even = 64 + 32, odd = 1024 + 32 }; };
+template<> struct Type<Q4_0>  : Of32  { enum { q = 16, h = 0, s = 2, mins = 0, bias = 8, even = 16 + bias, odd = 256 + bias }; };
+template<> struct Type<Q4_1>  : Of32  { enum { q = 16, h = 0, s = 4, mins = 1, bias = 0, even = 16, odd = 256 }; };
+template<> struct Type<Q5_0>  : Of32  { enum { q = 16, h = 4, s = 2, mins = 0, bias = 16, even = 32 + bias, odd = 512 + bias }; };
+template<> struct Type<Q5_1>  : Of32  { enum { q = 16, h = 4, s = 4, mins = 1, bias = 0, even = 32, odd = 512 }; };
+template<> struct Type<Q8_0>  : Of32  { enum { q = 32, h = 0, s = 2, mins = 0, bias = 128, even = 1024 + bias, odd = 1024 + bias }; };
+template<> struct Type<MXFP4> : Of32  { enum { q = 16, h = 0, s = 1, mins = 0, bias = 0, even = 0, odd = 0 }; };
+template<> struct Type<Q4_K>  : Of256 { enum { h = 0, s = 16, d = 0, mins = 1, bias = 0, even = 16, odd = 256 }; };
+template<> struct Type<Q5_K>  : Of256 { enum { h = 32, s = 16, d = 0, mins = 1, bias = 0, even = 32, odd = 512 }; };
+template<> struct Type<Q6_K>  : Of256 { enum { h = 64, s = 16, d = 2, mins = 0, group = 16, bias = 32, even = 64 + bias, odd = 1024 + bias }; };
 template<> struct Type<F32>   : Plain { enum { s = 4 }; __device__ static float at(const u8* row, int i) { return ((const float*)row)[i]; } };
 template<> struct Type<F16>   : Plain { enum { s = 2 }; __device__ static float at(const u8* row, int i) { return half_at(row + 2 * i); } };
 template<> struct Type<BF16>  : Plain { enum { s = 2 }; __device__ static float at(const u8* row, int i) { return __uint_as_float((u32)((const u16*)row)[i] << 16); } };
@@ -74,6 +74,21 @@ struct Masks {
     __device__ static constexpr u32 two_of_power(int e) { return (e + 15) << 10 | (e + 15) << 26; }
 };
 
+template<int T> __device__ constexpr int pair_bits() { return Type<T>::h == 0 ? 4 : T == Q6_K ? 6 : 5; }
+// Without the exponent these bits are a small half: the integer times 2^(lifted - 24), of even pairs 16 times as much
+template<int T> __device__ constexpr int lifted() { return T == Q8_0 ? 0 : 6 - pair_bits<T>(); }
+template<int T> __device__ constexpr bool is_lifted(int r) { return T != Q8_0 && !(r & 1); }
+template<int T> __device__ __forceinline__ u32 small_pair(u32 w, u32 v, u32 h, int j, int r) {
+    const bool odd = r & 1, second = r / 2;
+    if (T == Q8_0) return __byte_perm(second ? v : w, 0, odd ? 0x4341 : 0x4240);
+    constexpr int BITS = pair_bits<T>(), LOW = lifted<T>();         // the odd pairs' integers begin at bit LOW, the even ones' 4 higher
+    const u32 u = !second ? w : T == Q6_K ? w >> 8 : turn_left(w);
+    u32 y = u & (odd ? 0x000F000Fu << LOW : 0x00F000F0u << LOW);
+    if (BITS == 5) y |= (j < 2 ? h : turn_left(h)) >> (2 * (j & 1) + second) & (odd ? 0x00200020 : 0x02000200);
+    if (BITS == 6) y |= (j & 1 ? turn_left(h) : h) >> 2 * second & (odd ? 0x00300030 : 0x03000300);
+    return y;
+}
+
 // Pair r (0…3) of block j of a group of four: halves of the integers, plus `even` or `odd`. w: the block's word (of Q8_0 its two words w and
 // v), h: the group's high bits (of Q6_K those of blocks 2 (j / 2) and the next)
 template<int T> __device__ __forceinline__ u32 pair(const Masks& c, u32 w, u32 v, u32 h, int j, int r) {
@@ -84,20 +99,8 @@ template<int T> __device__ __forceinline__ u32 pair(const Masks& c, u32 w, u32 v
         if (r == 1) return w << 8 & 0x8E008E00;
         return r == 2 ? (w << 5 & 0x0E000E00) | (w << 15 & 0x80008000) : (w >> 3 & 0x0E000E00) | (w << 7 & 0x80008000);
     }
-    constexpr int BITS = Type<T>::h == 0 ? 4 : T == Q6_K ? 6 : 5, LOW = 6 - BITS;       // the odd pairs' integers begin at bit LOW, the even ones' 4 higher
-    const u32 u = !second ? w : T == Q6_K ? w >> 8 : turn_left(w);
-    u32 y = (u & (odd ? 0x000F000Fu << LOW : 0x00F000F0u << LOW)) | (odd ? c.odd : c.even);
-    if (BITS == 5) {
-        const u32 x = (j < 2 ? h : turn_left(h)) >> (2 * (j & 1) + second);
-        y |= x & (odd ? 0x00200020 : 0x02000200);
-    }
-    if (BITS == 6) {
-        const u32 x = (j & 1 ? turn_left(h) : h) >> 2 * second;
-        y |= x & (odd ? 0x00300030 : 0x03000300);
-    }
-    return y;
+    return small_pair<T>(w, v, h, j, r) | (odd ? c.odd : c.even);
 }
-template<int T> __device__ constexpr int pair_bits() { return Type<T>::h == 0 ? 4 : T == Q6_K ? 6 : 5; }
 // The same without what is too much
 template<int T> __device__ __forceinline__ u32 exact_pair(const Masks& c, u32 w, u32 v, u32 h, int j, int r) {
     const u32 y = pair<T>(c, w, v, h, j, r);

@@ -1,9 +1,12 @@
 #include "reduce.cu"
 #include "turn.cu"
+#include "source.cu"
 typedef long long i64;
 
 // y = x / sqrt(mean(x^2) + eps) * w; one block a row
 extern "C" __global__ void rms_norm(const float* x, i64 x_stride, const float* w, float eps, float* out, i64 out_stride, int n_rows, int n) {
+    let_next_start();
+    wait_for_last();
     const int row = blockIdx.x;
     if (row >= n_rows) return;
     x += row * x_stride, out += row * out_stride;

@@ -17,6 +17,14 @@ __device__ __forceinline__ void wait_for_last() {
 #endif
 }
 
+// 1 / root mean square, from the sums of squares of the block's warps
+__device__ __forceinline__ float norm_factor(bool norm, const float* squares, int warps, int n, float eps) {
+    if (!norm) return 1.f;
+    float sum = 0;
+    for (int i = 0; i < warps; i++) sum += squares[i];
+    return rsqrtf(sum / n + eps);
+}
+
 // Element i of row `row` is x[i], or x[i] * w[i] when there are weights of a norm: its common factor is applied to the products
 struct Source {
     const float *x, *w;
@@ -37,12 +45,6 @@ struct Source {
         if (w) { square = fmaf(a, a, square); a *= w[i]; }
         return a;
     }
-    // 1 / root mean square, from the sums of squares of the block's warps
-    __device__ __forceinline__ float factor(const float* squares, int warps, int n) const {
-        if (!w) return 1.f;
-        float sum = 0;
-        for (int i = 0; i < warps; i++) sum += squares[i];
-        return rsqrtf(sum / n + eps);
-    }
+    __device__ __forceinline__ float factor(const float* squares, int warps, int n) const { return norm_factor(w, squares, warps, n, eps); }
 };
 #endif

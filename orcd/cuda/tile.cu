@@ -27,7 +27,7 @@ __device__ __forceinline__ void ldmatrix(u32 (&r)[4], const u16* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
 }
-// An octet as halves: q[0..1] are its first four weights without their scale, q[2..3] the four 16 further
+// An octet as halves without their scale: q[0] are the even ones of its first four weights, q[1] the odd ones, q[2..3] those of the four 16 further
 struct Halves { u32 q[4]; float da, db, ma, mb; };
 
 // An octet on its way from global to shared memory: it waits in registers as it came, `there` says whether there is one
@@ -41,9 +41,7 @@ template<int T> struct Fetch {
     __device__ __forceinline__ Halves halves(int span, int u) {
         if (!there) return {{0, 0, 0, 0}, 0, 0, 0, 0};
         Octet o = octet<T>(raw, span, u);
-        Halves h = {{0, 0, 0, 0}, o.da, o.db, o.ma, o.mb};
-        for (int k = 0; k < 4; k += 2) { h.q[k] = __byte_perm(o.p[k], o.p[k + 1], 0x5410); h.q[k + 1] = __byte_perm(o.p[k], o.p[k + 1], 0x7632); }
-        return h;
+        return {{o.p[0], o.p[1], o.p[2], o.p[3]}, o.da, o.db, o.ma, o.mb};
     }
 };
 template<> struct Fetch<F16> {      // are halves already
@@ -53,8 +51,8 @@ template<> struct Fetch<F16> {      // are halves already
         int i = 64 * span + octet_start(u);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            int k = i + 2 * (j & 1) + 16 * (j / 2);
-            q[j] = (valid && k < n ? p[k] : 0) | (valid && k + 1 < n ? p[k + 1] : 0) << 16;
+            int k = i + (j & 1) + 16 * (j / 2);
+            q[j] = (valid && k < n ? p[k] : 0) | (valid && k + 2 < n ? p[k + 2] : 0) << 16;
         }
     }
     __device__ __forceinline__ Halves halves(int span, int u) { return {{q[0], q[1], q[2], q[3]}, 1, 1, 0, 0}; }
@@ -66,19 +64,19 @@ struct Shared {
     int xrow[BM], yrow[BM];         // rows of x and out that this tile's rows stand for, -1: none
 };
 
-// x: halves (ldx a row), xinv: 1/scale of each row, xsum: sums of 32 halves (ldx/32 a row). p: W, first: its first row of this tile,
+// x: halves in spans of x_rows rows, xinv: 1/scale of each row, xsum: sums of 32 halves (ldx/32 a row). p: W, first: its first row of this tile,
 // rows: how many are left.
 // The scale of a block multiplies the accumulators of that block in FP32; integers times halves are summed exactly as the tensor core
 // sums them.
 template<int T>
 __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long first, int rows, const u16* x, const float* xinv, const float* xsum,
-    int ldx, int n_in, float* out, long long ldo, const float* bias, const float* residual, long long ldr) {
+    int x_rows, int ldx, int n_in, float* out, long long ldo, const float* bias, const float* residual, long long ldr) {
     constexpr int GROUP = Type<T>::group;
     const int tid = threadIdx.x, lane = tid & 31, wm = tid / 32 / 2 * 32, wn = tid / 32 % 2 * 32, spans = (n_in + BK - 1) / BK;
     auto load_x = [&](int span) {
         for (int j = 0; j < 4; j++) {
             int r = (tid + 256 * j) / 8, c = tid & 7, t = s.xrow[r];
-            copy16(&s.x[span & 1][chunk(r, c)], x + (long long)max(t, 0) * ldx + span * BK + 8 * c, t >= 0);
+            copy16(&s.x[span & 1][chunk(r, c)], x + ((long long)span * x_rows + max(t, 0)) * BK + ((c ^ (t & 7)) << 3), t >= 0);
         }
     };
     Fetch<T> f[2];
@@ -89,8 +87,11 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
         for (int j = 0; j < 2; j++) {
             Halves h = f[j].halves(span, tid & 7);
             int r = tid / 8 + 32 * j, i = octet_start(tid & 7), k = i + 16;
-            *(uint2*)&s.w[chunk(r, i / 8) + (i & 7)] = {h.q[0], h.q[1]};
-            *(uint2*)&s.w[chunk(r, k / 8) + (k & 7)] = {h.q[2], h.q[3]};
+#pragma unroll
+            for (int e = 0; e < 2; e++) {       // even and odd columns apart, as x has them
+                *(u32*)&s.w[chunk(r, i / 16 * 2 + e) + (i & 15) / 2] = h.q[e];
+                *(u32*)&s.w[chunk(r, k / 16 * 2 + e) + (k & 15) / 2] = h.q[2 + e];
+            }
             if (i % GROUP == 0) { s.d[i / GROUP][r] = h.da; s.m[i / GROUP][r] = h.ma; }
             if (k % GROUP == 0) { s.d[k / GROUP][r] = h.db; s.m[k / GROUP][r] = h.mb; }
         }

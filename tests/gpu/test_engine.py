@@ -69,7 +69,8 @@ def test_against_reference(name, model_file):
     from rounded import Rounded
     from routing import forced, recorded
     ids, path = prompt(300), model_file(name)
-    with orcd.GGUF(path) as g: plain, rounded = ReferenceEngine(g), Rounded(g)
+    from orcd.k_hopper import wide
+    with orcd.GGUF(path) as g: plain, rounded = ReferenceEngine(g), Rounded(g, wide=wide())
     moe, n_layer = name == 'gpt-oss', plain.config.n_layer
     with cuda(path) as engine:
         for n in (1, 2, 33, 300):
@@ -78,7 +79,9 @@ def test_against_reference(name, model_file):
             assert len(took.calls) == len(again.calls) == n_layer*moe*-(-n // engine.plan.chunk)
             # Keys, values and the inputs of products are FP16, and random weights amplify that: by these roundings alone the logits move by up to
             # 1.4e-2, for gpt-oss 2.4e-2. Two engines that round but sum in another order are up to 8e-4 (residual), 6e-3 (logits), 4e-3 (scores) apart.
-            limits = ('plain', plain, 5e-3, 3e-2 if moe else 2e-2, 2e-2), ('rounded', rounded, 2e-3, 1e-2, 1e-2)
+            # With Hopper's kernels weights are halves as well: 2.9e-3 (residual) and 2.4e-2 (logits) by these roundings alone.
+            hopper = wide()
+            limits = ('plain', plain, 5e-3, 4e-2 if hopper else 3e-2 if moe else 2e-2, 2e-2), ('rounded', rounded, 2e-3, 2e-2 if hopper else 1e-2, 1e-2)
             for what, want, residual_limit, logit_limit, score_limit in limits:
                 first, second = (t.follow() if moe else None for t in (took, again))
                 with forced(want, first): ref = want.residuals(ids[:n])
@@ -103,6 +106,26 @@ def test_bits_do_not_depend_on_chunks(name, model_file, monkeypatch):
     assert (got[0] == got[1]).all() and (got[0] == got[2]).all()
 
 
+@pytest.mark.parametrize('name', MODELS)
+def test_captured_chunks(name, model_file, monkeypatch):
+    "Chunks from graphs, the last one filled up, against launches of just its rows; then decode, which must not see what filled it"
+    from orcd.engine import CudaEngine
+    from orcd.sampling import SamplingParams
+    ids = prompt(700)
+    with cuda(model_file(name)) as engine:
+        assert max(engine.graphs) == engine.plan.chunk and min(engine.graphs) <= 128
+        def run(n):
+            out = engine.logits(ids[:n])
+            engine.prefill(ids[:n])
+            return out, [i for i, _ in engine.decode(SamplingParams(temperature=0.), 20)]
+        for n in (1, 40, 129, 500):
+            graphs = run(n)
+            monkeypatch.setattr(CudaEngine, 'replay', False)
+            launches = run(n)
+            monkeypatch.setattr(CudaEngine, 'replay', True)
+            assert (graphs[0] == launches[0]).all() and graphs[1] == launches[1]
+
+
 @pytest.mark.parametrize('name', ['qwen2', 'gpt-oss'])
 def test_decode_is_prefill(name, model_file):
     "The logits of each decode step against a fresh prefill of the same tokens"
@@ -124,7 +147,7 @@ def test_decode_is_prefill(name, model_file):
         try:
             engine.prefill(ids)
             for k, _ in enumerate(engine.decode(SamplingParams(temperature=1., seed=5), 60)):
-                assert np.abs(engine.row.get() - want[len(ids) + k - 1]).max() < 3e-2 * std, f'step {k}'
+                assert np.abs(engine.row.get() - want[len(ids) + k - 1]).max() < 4e-2 * std, f'step {k}'
         finally: orcd.engine.DEPTH = depth
 
 

@@ -31,6 +31,19 @@ def gemm_out(cp, t, blocks, x, n_out, bias=None, residual=None):
     return gemm(W, h, out, *(None if a is None else cp.asarray(a) for a in (bias, residual))).get()
 
 
+def wide_out(cp, t, blocks, x, n_out, bias=None, residual=None):
+    "The same with Hopper's kernels, where there are any"
+    from orcd.k_gemm import HalfRows, half_bytes, to_half
+    from orcd.k_hopper import gemms, wide, with_tops
+    from orcd.nvrtc import QTensor
+    if t.block_size == 1 or not wide(): pytest.skip('no kernel of its own')
+    rows, n_in = x.shape
+    W, out = with_tops(QTensor.upload(blocks, t, (n_out, n_in))), cp.full((rows, n_out), np.nan, cp.float32)
+    h = to_half(cp.asarray(x), HalfRows(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in))
+    gemms([(W, out, None if bias is None else cp.asarray(bias))], h, None if residual is None else cp.asarray(residual))
+    return out.get()
+
+
 def by_norm(y, ref): return np.linalg.norm(y - ref) / np.linalg.norm(ref)
 
 
@@ -62,13 +75,17 @@ def test_gemv_vocabulary(cp, t):
     assert (abs(gemv_out(cp, t, blocks, x, 151936) - y) <= 1e-5 * size).all()
 
 
+both = pytest.mark.parametrize('product', [gemm_out, wide_out])
+
+
+@both
 @pytest.mark.parametrize('t', TYPES, ids=ids)
-@pytest.mark.parametrize('rows,n_out,k', [(1, 1, 1), (2, 31, 2), (33, 33, 7), (127, 64, 3), (129, 65, 5), (300, 896, 2)])
-def test_gemm(cp, t, rows, n_out, k):
+@pytest.mark.parametrize('rows,n_out,k', [(1, 1, 1), (2, 31, 2), (33, 33, 7), (127, 64, 3), (129, 65, 5), (300, 896, 2), (140, 1100, 3), (260, 2200, 1)])
+def test_gemm(cp, t, rows, n_out, k, product):
     from orcd.k_gemv import product64
     blocks, x, bias, res = inputs(t, rows, n_out, columns(t, k))
     y, size = product64(blocks, t, x)
-    out, fused = gemm_out(cp, t, blocks, x, n_out), gemm_out(cp, t, blocks, x, n_out, bias, res)
+    out, fused = product(cp, t, blocks, x, n_out), product(cp, t, blocks, x, n_out, bias, res)
     assert (abs(out - y) <= 1e-3 * size).all()
     assert (abs(fused - (y + bias + res)) <= 1e-3 * size + 1e-6 * (abs(bias) + abs(res))).all()
     if y.size > 30: assert by_norm(out, y) < 2e-3 and by_norm(fused, y + bias + res) < 2e-3     # a single number may cancel
@@ -89,10 +106,37 @@ def test_exact_on_half_activations(cp, t):
 def test_same_bits(cp, t):
     "20 runs; a row alone, at another place, in a batch of another size"
     blocks, x, *_ = inputs(t, 140, 100, columns(t, 4))
-    for f in (gemv_out, gemm_out):
+    for f in (gemv_out, gemm_out, wide_out):
+        if f is wide_out and t.block_size == 1: continue
         first = f(cp, t, blocks, x, 100)
         for _ in range(19): assert np.array_equal(f(cp, t, blocks, x, 100), first)
         for rows in ([0], [139], [128, 5, 127], list(range(64, 140))): assert np.array_equal(f(cp, t, blocks, x[rows], 100), first[rows])
+
+
+@pytest.mark.parametrize('t', [GGMLType.Q4_K, GGMLType.Q5_0, GGMLType.MXFP4], ids=ids)
+@pytest.mark.parametrize('n_out', [896, 1100, 2200])
+def test_same_bits_in_any_tile(cp, t, n_out):
+    "Hopper's tiles of 64, 128 and 256 tokens, and rows dealt to one, two or four warpgroups"
+    blocks, x, *_ = inputs(t, 700, n_out, columns(t, 20 if t.block_size == 32 else 4))
+    whole = wide_out(cp, t, blocks, x, n_out)
+    for rows in (slice(0, 1), slice(40, 100), slice(100, 230), slice(400, 700)): assert np.array_equal(wide_out(cp, t, blocks, x[rows], n_out), whole[rows])
+
+
+@pytest.mark.parametrize('types', [('Q5_0', 'Q5_0', 'Q8_0'), ('Q4_K', 'Q6_K'), ('MXFP4', 'Q4_1', 'Q5_1', 'Q8_0'), ('F16', 'Q4_0')], ids=str)
+def test_gemms(cp, types):
+    "Several matrices in a launch"
+    from orcd.k_gemm import HalfRows, half_bytes, to_half
+    from orcd.k_gemv import Normed, product64, random_blocks
+    from orcd.k_hopper import gemms, with_tops
+    from orcd.nvrtc import QTensor
+    rng, rows, n_in = np.random.default_rng(), 77, 768
+    x, w = rng.standard_normal((rows, n_in), np.float32), rng.standard_normal(n_in, np.float32)
+    parts = [(GGMLType[t], random_blocks(GGMLType[t], n, n_in, rng), n) for t, n in zip(types, (150, 33, 64, 16))]
+    jobs = [(with_tops(QTensor.upload(b, t, (n, n_in))), cp.full((rows, n), np.nan, cp.float32), cp.asarray(rng.standard_normal(n, np.float32))) for t, b, n in parts]
+    gemms(jobs, to_half(Normed(cp.asarray(x), cp.asarray(w), 1e-6), HalfRows(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in)))
+    d = x.astype(np.float64)
+    d = d*w/np.sqrt((d*d).mean(1, keepdims=True) + 1e-6)
+    for (t, b, n), (_, out, bias) in zip(parts, jobs): assert by_norm(out.get(), product64(b, t, d)[0] + bias.get()) < 2e-3, t.name
 
 
 @pytest.mark.parametrize('t', TYPES, ids=ids)
@@ -132,16 +176,29 @@ def test_against_gguf_py(cp, t):
     assert by_norm(gemm_out(cp, t, blocks, x, 50), x @ w.T) < 2e-3
 
 
+@both
 @pytest.mark.parametrize('t', [GGMLType.Q4_K, GGMLType.Q8_0, GGMLType.MXFP4, GGMLType.F16], ids=ids)
-def test_large_and_small_activations(cp, t):
+def test_large_and_small_activations(cp, t, product):
     "A half would overflow or vanish; the scale of each row prevents it. A row of zeros stays zero."
     from orcd.k_gemv import product64
     blocks, x, *_ = inputs(t, 6, 40, columns(t, 4))
     x *= np.float32([[1e-30], [1e-6], [1], [1e6], [1e25], [0]])
     y, _ = product64(blocks, t, x)
-    out = gemm_out(cp, t, blocks, x, 40)
+    out = product(cp, t, blocks, x, 40)
     for r in range(5): assert by_norm(out[r], y[r]) < 2e-3
     assert (out[5] == 0).all()
+
+
+@pytest.mark.parametrize('t', [t for t in TYPES if t.block_size > 1 and t != GGMLType.MXFP4], ids=ids)
+def test_large_and_small_weights(cp, t):
+    "Scales at both ends of a half's range, rows of either in one matrix: weights as halves must neither overflow nor vanish"
+    from orcd.k_gemv import product64
+    blocks, x, *_ = inputs(t, 6, 48, columns(t, 4))
+    b = blocks.view(t.dtype).reshape(48, -1)
+    for f in {'d', 'm', 'dmin'} & set(b.dtype.names): b[f] = (b[f].astype(np.float64) * np.float64([2.**-9, 1, 2.**9]).repeat(16)[:, None]).astype(np.float16)
+    y, _ = product64(blocks, t, x)
+    out = wide_out(cp, t, blocks, x, 48)
+    for k in range(3): assert by_norm(out[:, 16*k:16*k+16], y[:, 16*k:16*k+16]) < (1e-2 if k == 0 else 2e-3)    # the small ones are subnormal halves in the file
 
 
 # ---- MXFP4
@@ -163,14 +220,14 @@ def test_mxfp4_exponents(cp, e):
     if e < 3: x *= np.float32(2**20)
     w = dequantize(blocks, t).astype(np.float64)
     y = x.astype(np.float64) @ w.T
-    for f, bound in ((gemv_out, 1e-5), (gemm_out, 2e-3)): assert by_norm(f(cp, t, blocks, x, 48).astype(np.float64), y) < bound
+    for f, bound in ((gemv_out, 1e-5), (gemm_out, 2e-3), (wide_out, 2e-3)): assert by_norm(f(cp, t, blocks, x, 48).astype(np.float64), y) < bound
 
 
 def test_mxfp4_negative_zero(cp):
     blocks = np.full((3, 17), 0x88, np.uint8)
     blocks[:, 0] = 130
     x = np.random.default_rng().standard_normal((2, 32)).astype(np.float32)
-    for f in (gemv_out, gemm_out): assert (f(cp, GGMLType.MXFP4, blocks, x, 3) == 0).all()
+    for f in (gemv_out, gemm_out, wide_out): assert (f(cp, GGMLType.MXFP4, blocks, x, 3) == 0).all()
 
 
 MUTATIONS = dict(   # name -> for GEMV and GEMM: (what the source says, what a mistake would say)
@@ -288,11 +345,12 @@ def test_refused(cp):
     blocks, x, bias, _ = inputs(GGMLType.Q8_0, 2, 32, 64)
     W, x, out = QTensor.upload(blocks, GGMLType.Q8_0, (32, 64)), cp.asarray(x), cp.empty((2, 32), cp.float32)
     z = lambda *s, d=cp.float32: cp.zeros(s, d)
+    size = half_bytes(2, 96)
     calls = [lambda: gemv(W, z(2, 63), out), lambda: gemv(W, z(2, 64, d=cp.float64), out), lambda: gemv(W, x, z(3, 32)),
         lambda: gemv(W, x, out, z(31)), lambda: gemv(W, x, out, None, z(2, 31)), lambda: gemv(W, z(2, 128)[:, ::2], out),
         lambda: gemv(W, z(64, 2).T, out), lambda: gemv(QTensor.upload(blocks, GGMLType.Q8_0, (2, 16, 64)), x, out),
-        lambda: HalfRows(z(100, d=cp.uint8), 2, 64), lambda: gemm(W, HalfRows(z(5000, d=cp.uint8), 2, 64), out),
-        lambda: gemm(W, to_half(z(2, 96), HalfRows(z(5000, d=cp.uint8), 2, 96)), out)]
+        lambda: HalfRows(z(100, d=cp.uint8), 2, 64), lambda: gemm(W, HalfRows(z(size, d=cp.uint8), 2, 64), out),
+        lambda: gemm(W, to_half(z(2, 96), HalfRows(z(size, d=cp.uint8), 2, 96)), out)]
     for call in calls:
         with pytest.raises(KernelError): call()
     assert half_bytes(1, 32) == half_bytes(1, 64)

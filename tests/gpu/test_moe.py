@@ -55,23 +55,29 @@ def test_group(cp, T, n, k):
     from orcd.k_moe import Groups, group
     ids = np.random.default_rng().integers(0, n, (T, k)).astype(np.int32)
     g = group(cp.asarray(ids), Groups(cp.full(Groups.size(T*k, n), -1, cp.int32), T*k, n))
-    flat = ids.ravel()
-    assert np.array_equal(g.offset.get(), np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=n))]))
-    assert np.array_equal(g.slots.get(), np.argsort(flat, kind='stable'))
+    flat, offset, slots = ids.ravel(), g.offset.get(), g.slots.get()
+    count = np.bincount(flat, minlength=n)
+    assert np.array_equal(offset, np.concatenate([[0], np.cumsum((count + 7) // 8 * 8)])) and offset[-1] + 120 <= len(slots)
+    for e in range(n):
+        mine = slots[offset[e]:offset[e + 1]]
+        assert np.array_equal(mine[:count[e]], np.flatnonzero(flat == e)) and (mine[count[e]:] == -1).all()
 
 
 def products(cp, t, ids, x, blocks, shape, bias, runs=1):
     from orcd.k_gemm import HalfRows, half_bytes, to_half
+    from orcd.k_hopper import experts, with_tops
     from orcd.k_moe import Groups, expert_gemm, expert_gemv, group
     from orcd.nvrtc import QTensor
-    n_slots, (rows, n_in) = ids.size, x.shape
+    n_slots, n_in = ids.size, x.shape[1]
     W, idd, xd, bd = QTensor.upload(blocks, t, shape), cp.asarray(ids), cp.asarray(x), None if bias is None else cp.asarray(bias)
     for _ in range(runs):
-        a, b = cp.full((2, n_slots, shape[1]), np.nan, cp.float32)
+        a, b, c = cp.full((3, n_slots, shape[1]), np.nan, cp.float32)
         expert_gemv(W, xd, idd, a, bd)
         g = group(idd, Groups(cp.full(Groups.size(n_slots, shape[0]), -1, cp.int32), n_slots, shape[0]))
-        expert_gemm(W, to_half(xd, HalfRows(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in)), g, b, bd)
-        yield a.get(), b.get()
+        h = to_half(xd, HalfRows(cp.full(half_bytes(g.positions, n_in), 255, cp.uint8), g.positions, n_in), g)
+        expert_gemm(W, h, g, b, bd)
+        experts(with_tops(W), h, g, c, bd)
+        yield a.get(), b.get(), c.get()
 
 
 def choose(rng, T, E, k): return np.array([rng.permutation(E)[:k] for _ in range(T)], np.int32)
@@ -89,9 +95,9 @@ def test_experts(cp, t, T, E, k, n_out, m, shared):
     y = np.stack([w[e] @ x[s//k if shared else s] for s, e in enumerate(ids.ravel())])
     for b in (bias, None):
         ref = y if b is None else y + bias[ids.ravel()]
-        (ev, em), = products(cp, t, ids, x, blocks, (E, n_out, n_in), b)
+        (ev, *tensor), = products(cp, t, ids, x, blocks, (E, n_out, n_in), b)
         assert np.linalg.norm(ev - ref) / np.linalg.norm(ref) < 1e-5
-        assert np.linalg.norm(em - ref) / np.linalg.norm(ref) < 2e-3
+        for em in tensor: assert np.linalg.norm(em - ref) / np.linalg.norm(ref) < 2e-3
 
 
 def test_mxfp4_scales(cp):
@@ -105,8 +111,8 @@ def test_mxfp4_scales(cp):
     x = rng.standard_normal((140, n_in), np.float32) * np.tile(np.exp2(np.float32([20, 20, 0, -20])), 35)[:, None]
     w = dequantize(blocks, GGMLType.MXFP4).astype(np.float64).reshape(4, n_out, n_in)
     y = np.stack([w[s % 4] @ x[s] for s in range(140)])
-    (ev, em), = products(cp, GGMLType.MXFP4, ids, x, blocks, (4, n_out, n_in), None)
-    for out, bound in ((ev, 1e-5), (em, 2e-3)):
+    (ev, em, eh), = products(cp, GGMLType.MXFP4, ids, x, blocks, (4, n_out, n_in), None)
+    for out, bound in ((ev, 1e-5), (em, 2e-3), (eh, 2e-3)):
         for e in range(4): assert np.linalg.norm(out[e::4].astype(np.float64) - y[e::4]) < bound*np.linalg.norm(y[e::4]), f'exponent {E[e]}'
 
 
@@ -116,11 +122,42 @@ def test_same_bits(cp):
     t, rng, T, E, k, n_out, n_in = GGMLType.MXFP4, np.random.default_rng(), 200, 4, 2, 66, 96
     blocks, ids, x = random_blocks(t, E*n_out, n_in, rng), choose(rng, T, E, k), rng.standard_normal((T, n_in), np.float32)
     runs = list(products(cp, t, ids, x, blocks, (E, n_out, n_in), None, runs=20))
-    for a, b in runs[1:]: assert np.array_equal(a, runs[0][0]) and np.array_equal(b, runs[0][1])
+    for run in runs[1:]: assert all(np.array_equal(a, b) for a, b in zip(run, runs[0]))
     for tokens in ([0], [199], [150, 3], list(range(60, 200))):
-        (a, b), = products(cp, t, ids[tokens], x[tokens], blocks, (E, n_out, n_in), None)
+        few, = products(cp, t, ids[tokens], x[tokens], blocks, (E, n_out, n_in), None)
         slots = (np.array(tokens)[:, None] * k + np.arange(k)).ravel()
-        assert np.array_equal(a, runs[0][0][slots]) and np.array_equal(b, runs[0][1][slots])
+        assert all(np.array_equal(a, b[slots]) for a, b in zip(few, runs[0]))
+
+
+@pytest.mark.parametrize('T,E,k,n,m', [(1, 8, 2, 96, 160), (33, 4, 3, 320, 96), (300, 3, 2, 64, 320), (70, 2, 1, 160, 2208)])
+def test_gated_experts(cp, T, E, k, n, m):
+    "gpt-oss's feed-forward part with Hopper's kernels; a token's bits alone and in company"
+    from orcd.k_gemm import HalfRows, half_bytes, to_half
+    from orcd.k_gemv import random_blocks
+    from orcd.k_hopper import experts, experts_gated, wide, with_tops
+    from orcd.k_moe import Groups, group
+    from orcd.nvrtc import QTensor
+    if not wide(): pytest.skip('no kernel of its own')
+    t, rng, shapes = GGMLType.MXFP4, np.random.default_rng(), ((m, n), (m, n), (n, m))
+    blocks = [random_blocks(t, E*s[0], s[1], rng) for s in shapes]
+    gate, up, down = (with_tops(QTensor.upload(b, t, (E, *s))) for b, s in zip(blocks, shapes))
+    x, bias, ids = rng.standard_normal((T, n), np.float32)/np.float32(n**.5), [rng.standard_normal((E, s[0]), np.float32) for s in shapes], choose(rng, T, E, k)
+    rows = lambda g, n: HalfRows(cp.full(half_bytes(g.positions, n), 255, cp.uint8), g.positions, n)
+
+    def run(x, ids):
+        g = group(cp.asarray(ids), Groups(cp.full(Groups.size(ids.size, E), -1, cp.int32), ids.size, E))
+        act = experts_gated(gate, up, to_half(cp.asarray(x), rows(g, n), g), g, rows(g, m), *map(cp.asarray, bias[:2]))
+        return experts(down, act, g, cp.full((ids.size, n), np.nan, cp.float32), cp.asarray(bias[2])).get()
+    W = [dequantize(b, t).astype(np.float64).reshape(E, *s) for b, s in zip(blocks, shapes)]
+    y = []
+    for s, e in enumerate(ids.ravel()):
+        g, u = W[0][e] @ x[s//k] + bias[0][e], W[1][e] @ x[s//k] + bias[1][e]
+        g, u = np.minimum(g, 7), np.clip(u, -7, 7)
+        y.append(W[2][e] @ (g/(1 + np.exp(-1.702*g))*(u + 1)) + bias[2][e])
+    out = run(x, ids)
+    assert np.linalg.norm(out - y) < 2e-3*np.linalg.norm(y)
+    some = [0, T//2, T - 1]
+    assert np.array_equal(run(x[some], ids[some]), out.reshape(T, k, n)[some].reshape(-1, n))
 
 
 @pytest.mark.parametrize('T,k,n', [(1, 4, 2880), (5, 1, 31), (300, 8, 257)])
