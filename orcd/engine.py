@@ -159,7 +159,7 @@ def is_float_array(t):
 TOGETHER = ('attn_q', 'attn_k', 'attn_v'), ('ffn_gate', 'ffn_up'), ('ffn_gate_exps', 'ffn_up_exps') # roles whose products read one vector
 
 def kernel_files(config, bound):
-    "The `.cu` files that a model's kernels come from, with the weight types where they matter"
+    "The `.cu` files that a model's kernels come from, with the weight types where they matter; what the loader wants comes first"
     files = {(n, ()) for n in ('state', 'elementwise', 'to_half', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
     def products(*tensors):
@@ -172,7 +172,7 @@ def kernel_files(config, bound):
         for role, t in matrices.items():
             if not any(role in roles for roles in TOGETHER): products(t)
             files.add(('gemm_plain', ()) if t.type in k_gemm.PLAIN else ('expert_gemm' if len(t.shape) == 3 else 'gemm', nvrtc.only(t.type)))
-    return sorted(files | {('repack', nvrtc.only(t.type)) for t in bound.unique if t.type.block_size > 1})
+    return sorted({('repack', nvrtc.only(t.type)) for t in bound.unique if t.type.block_size > 1}) + sorted(files)
 
 # %% ../nbs/32_engine.ipynb #cad5afdd
 DEPTH = 3 # decode steps that are queued ahead of the token being read
@@ -200,9 +200,8 @@ class CudaEngine:
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
                 with Loader(device, chunk_bytes, self.plan.weights) as weights: # pins its memory while we go on
-                    code = nvrtc.load_all(kernel_files(self.config, bound), device)
                     weights.start(g.fileno(), self._allocate(bound), progress, self.stage)
-                    for c in code: c.result()
+                    for code in nvrtc.load_all(kernel_files(self.config, bound), device): code.result()
                     self._capture() # wants addresses, not weights
                     weights.wait()
                 g.check_unchanged()
