@@ -238,8 +238,14 @@ def head_start(
     gc.disable()                                                 # a start makes objects and drops none; `worker` switches it on again
     os.environ.setdefault('PYDANTIC_DISABLE_PLUGINS', '__all__') # it would look for them in every package that is installed
     if device == 'reference' or not file.is_file(): return
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')           # NumPy would start a thread a core when it is imported; the CUDA engine needs none
+    import threading
     from orcd.vram import begin_context
     begin_context(device)
+    def engine():
+        try: import cupy, cuda.bindings.driver, orcd.engine, orcd.generation, orcd.tokenizer
+        except Exception: pass                                   # the load will say it
+    threading.Thread(target=engine, name='orcd-imports').start() # half of an import waits for the file system
 
 @app.command()
 @from_flags

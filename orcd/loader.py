@@ -152,23 +152,23 @@ def _send(self, job, ptr, begin, end, staged, stream):
 def _read(self, fd, k, staged):
     "What reader `k` does"
     from cupy.cuda import Device, Event, Stream
-    deal, stream, ring, done, turn = self.deal, None, None, 0, 0
+    deal, stream, ring, n, turn = self.deal, None, None, 0, 0
     try:
         ring, size = self.rings[k].result(), self.slot
         Device(self.device).use()
         stream = Stream(non_blocking=True)
         slots = [(ring.ptr + at, ring.view[at:at + size], Event(disable_timing=True)) for at in (0, size)]
-        while job := deal.next(done):
-            begin, done = job[0][1], job[-1][1] + job[-1][2]
-            for at in range(begin, done, size):
-                (ptr, view, event), turn, end = slots[turn], 1 - turn, min(at + size, done)
+        while job := deal.next(n):
+            begin, stop = job[0][1], job[-1][1] + job[-1][2]
+            for at in range(begin, stop, size):
+                (ptr, view, event), turn, end = slots[turn], 1 - turn, min(at + size, stop)
                 event.synchronize()
                 read_into(fd, view[:end - at], at)
                 self._send(job, ptr, at, end, staged, stream)
                 event.record(stream)
             for place, _, _, dst, sort in job: # the stream's next copies wait for it
                 if sort: self.sort(sort[0], staged + place, dst, *sort[1:], stream)
-            done = sum(n for _, _, n, *_ in job)
+            n = sum(piece[2] for piece in job)
     except BaseException as e: deal.error = deal.error or e
     finally:
         if stream is not None: stream.synchronize()
