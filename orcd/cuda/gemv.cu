@@ -247,7 +247,7 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
     if (block >= b0) { block -= b0; blocks = b1; i = 1; m[0] = m[1]; } \
     if (i && block >= b1) { block -= b1; blocks = b2; i = 2; m[0] = {w2, out2, bias2, n2, ldo2}; } \
     if (A == B || !(second >> i & 1)) CALL(A, PRODUCT); else CALL(B, PRODUCT); }
-#define JOINT(name, MODE, T) extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) name(ARGUMENTS) { \
+#define JOINT(name, MODE, T) extern "C" __global__ void __launch_bounds__(32 * WARPS, (MODE == MIX && is_k<T>() ? 1 : MIN_BLOCKS)) name(ARGUMENTS) { \
     const int block = blockIdx.x, blocks = b0; \
     const Segment m[2] = {{w0, out0, bias0, n0, ldo0}, {w1, out1, bias1, n1, ldo1}}; \
     CALL(T, MODE); }

@@ -11,7 +11,7 @@
 template<int T> struct Lift {
     int top;
     __device__ __forceinline__ int up() const { return (is_k<T>() ? T == Q6_K ? 22 : 23 : 29) - top; }
-    __device__ __forceinline__ float factor() const { return T == MXFP4 ? mxfp4_scale(top) : __uint_as_float((127 + 24 - up()) << 23); }
+    __device__ __forceinline__ float factor() const { return T == MXFP4 ? .5f * mxfp4_scale(top) : __uint_as_float((127 + 24 - up()) << 23); }
     // Lifted scale and minimum of block t of group g in row e as halves; of Q6_K two scales
     __device__ __forceinline__ u32 halves(const Share<T>& b, int g, int e, int t) const {
         if (T == MXFP4) {
@@ -62,6 +62,8 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p
     const int lane = threadIdx.x & 31, t = lane & 3, groups = (n_in + 127) / 128, units = (groups + 1) / 2;
     const int mine = 2 * ((units - part + S - 1) / S) - ((groups & 1) && (units - 1) % S == part);       // groups of this part
     const Masks c(pair_bits<T>());
+    constexpr int UNIT = 16 * Planes<T>::PER * Planes<T>::SIZE;
+    const u8* rows = p.at(tile, 0);
     Share<T> b[K ? 1 : 2];      // two groups, in turns: a K block, or two steps
     auto unit_of = [&](int k) { return part + S * (k / 2); };
     auto copy = [&](int k, int slot) {
@@ -72,17 +74,17 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p
     auto load = [&](int k, int g) {
         if (k >= mine) return;
         const int unit = K ? unit_of(k) : 2 * unit_of(k) + g;
-        b[K ? 0 : g % 2].quants(p.at(tile, unit), p.left(unit), K ? g : 0, lane);
+        b[K ? 0 : g % 2].quants(rows + unit * UNIT, p.left(unit), K ? g : 0, lane);
     };
     load(0, 0); load(1, 1);
-    if (K && mine) b[0].heads(p.at(tile, unit_of(0)), lane);
+    if (K && mine) b[0].heads(rows + unit_of(0) * UNIT, lane);
     wait_for_last();            // weights are there, x is not yet
     if (issuer) for (int k = 0; k < D && k < mine; k++) copy(k, k);
     int slot = 0, phase = 0, last = 0, last_phase = 0;
     auto step = [&](int k, int g) {       // group k; g = k & 1
         const Share<T>& now = b[K ? 0 : g];
         const u32 v[2] = {lift[0].halves(now, K ? g : 0, 0, t), lift[1].halves(now, K ? g : 0, 1, t)};
-        if (K && g == 1 && k + 1 < mine) b[0].heads(p.at(tile, unit_of(k + 1)), lane);
+        if (K && g == 1 && k + 1 < mine) b[0].heads(rows + unit_of(k + 1) * UNIT, lane);
         wait(s.full + slot, phase);
         const u64 at = described(address_of(s.x + 2 * slot * N * 64));
         u32 a[2][2][4];         // block j while block j - 1 is multiplied
