@@ -2,7 +2,7 @@
 enum { R = 2, D = 3, MOST = 128 };     // rows of W by 64, stages of MOST tokens; of fewer tokens there are more stages
 
 // Blocks on an SM: two, unless a type wants too many registers
-template<int T> __device__ constexpr int resident() { return T == MXFP4 || T == Q4_0 || T == Q4_1 || T == Q5_0 ? 2 : 1; }
+template<int T> __device__ constexpr int resident() { return T == MXFP4 || T == Q4_0 || T == Q4_1 ? 2 : 1; }
 
 // One block: 128 rows of an expert's matrix, or 64 of gate and the same 64 of up, times N tokens from position p0 on, of which `left` are the expert's.
 // Gated: halves laid out as the next product's x. Otherwise out has a row for each slot.

@@ -31,21 +31,21 @@ template<int T> struct Share {
                 if (!is_k<T>()) { const u8* f = unit + 64 * (Y::q + Y::h) + Y::s * at; s[0][e] = Y::s == 4 ? *(const u32*)f : Y::s == 2 ? *(const u16*)f : *f; }
             }
         } else {        // a row's last blocks: fewer words a lane
+            constexpr int W = T == Q8_0 ? 8 : 4;
+            const int row = lane / 4;
+            const u8 *words = unit + W * left * lane, *high = unit + 16 * left * Y::q + left * lane, *scale = unit + 16 * left * (Y::q + Y::h) + Y::s * (left * row + t);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const int row = 8 * e + lane / 4, at = 32 * e + lane;
                 h[0][e][0] = 0;
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const bool in = j < left;
-                    if (T == Q8_0) {
-                        const u32* w = (const u32*)(unit + 8 * (left * at + j));
-                        q[0][e][(2 * j) % WORDS] = in ? w[0] : 0; q[0][e][(2 * j + 1) % WORDS] = in ? w[1] : 0;
-                    } else q[0][e][j % WORDS] = in ? *(const u32*)(unit + 4 * (left * at + j)) : 0;
-                    if (Y::h && in) h[0][e][0] |= fifth_of(unit[16 * left * Y::q + left * at + j], j);
+                    q[0][e][(T == Q8_0 ? 2 * j : j) % WORDS] = in ? *(const u32*)(words + W * j) : 0;
+                    if (T == Q8_0) q[0][e][(2 * j + 1) % WORDS] = in ? *(const u32*)(words + W * j + 4) : 0;
+                    if (Y::h && in) h[0][e][0] |= fifth_of(high[j], j);
                 }
-                const u8* f = unit + 16 * left * (Y::q + Y::h) + Y::s * (left * row + t);
-                s[0][e] = t >= left ? 0 : Y::s == 4 ? *(const u32*)f : Y::s == 2 ? *(const u16*)f : *f;
+                s[0][e] = t >= left ? 0 : Y::s == 4 ? *(const u32*)scale : Y::s == 2 ? *(const u16*)scale : *scale;
+                words += W * left * 32; high += left * 32; scale += Y::s * left * 8;
             }
         }
     }
