@@ -226,6 +226,16 @@ class Kernel:
         if early and self.early: _launch_early(self.fn.ptr, grid, block, args, shared_mem, stream)
         else: self.fn(grid, block, args, shared_mem, stream)
 
+@lru_cache(4096)
+def _early_config(grid, block, shared_mem, stream):
+    from cuda.bindings import driver as cu
+    a, c = cu.CUlaunchAttribute(), cu.CUlaunchConfig()
+    a.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    a.value.programmaticStreamSerializationAllowed = 1
+    (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ) = ((*d, 1, 1)[:3] for d in (grid, block))
+    c.sharedMemBytes, c.hStream, c.attrs, c.numAttrs = shared_mem, stream, [a], 1
+    return c, a
+
 def _word(x):
     "The bits of one launch argument"
     if not isinstance(x, np.generic): return x.data.ptr
@@ -235,11 +245,7 @@ def _launch_early(fn, grid, block, args, shared_mem, stream):
     "CuPy has no launch attributes"
     import cupy
     from cuda.bindings import driver as cu
-    a, c = cu.CUlaunchAttribute(), cu.CUlaunchConfig()
-    a.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    a.value.programmaticStreamSerializationAllowed = 1
-    (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ) = ((*d, 1, 1)[:3] for d in (grid, block))
-    c.sharedMemBytes, c.hStream, c.attrs, c.numAttrs = shared_mem, (stream or cupy.cuda.get_current_stream()).ptr, [a], 1
+    c, _ = _early_config(tuple(grid), tuple(block), shared_mem, (stream or cupy.cuda.get_current_stream()).ptr)
     values = np.array([_word(x) for x in args], np.uint64) # eight bytes each; the kernel reads as many as it wants
     pointers = values.ctypes.data + 8*np.arange(len(args), dtype=np.uint64)
     _driver(cu.cuLaunchKernelEx(c, cu.CUfunction(fn), pointers.ctypes.data, 0))
