@@ -239,13 +239,13 @@ def _early_config(grid, block, shared_mem, stream):
     a.value.programmaticStreamSerializationAllowed = 1
     (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ) = ((*d, 1, 1)[:3] for d in (grid, block))
     c.sharedMemBytes, c.hStream, c.attrs, c.numAttrs = shared_mem, stream, [a], 1
-    return c
+    return c, a
 
 def _launch_early(fn, grid, block, args, shared_mem, stream):
     "CuPy has no launch attributes"
     import cupy
     from cuda.bindings import driver as cu
-    c = _early_config(grid, block, shared_mem, (stream or cupy.cuda.get_current_stream()).ptr)
+    c, _ = _early_config(grid, block, shared_mem, (stream or cupy.cuda.get_current_stream()).ptr)
     values = b''.join((x.tobytes() if isinstance(x, np.generic) else x.data.ptr.to_bytes(8, 'little')).ljust(8, b'\0') for x in args)
     memory = np.frombuffer(values, np.uint64)
     pointers = memory.ctypes.data + 8*np.arange(len(args), dtype=np.uint64)

@@ -59,7 +59,7 @@ class CudaOps:
     def __init__(self, config, n_ctx, scratch, cache=None, state=None, inv_freq=None, stream=None, wide=False):
         self.config, self.n_ctx, self.scratch, self.cache, self.state, self.inv_freq, self.stream = config, n_ctx, scratch, cache, state, inv_freq, stream
         self.wide = wide # a Hopper GPU?
-        self.dry, self.decode, self.made, self.pending, self.routes = not scratch.ptr, False, {}, [], {}
+        self.dry, self.decode, self.made, self.pending, self.routes, self.rows = not scratch.ptr, False, {}, [], {}, {}
 
     def begin_layer(self):
         "Forget the last layer's temporaries"
@@ -145,7 +145,10 @@ class CudaOps:
 
     def half_rows(self, rows, n):
         buffer = self.scratch.take((k_gemm.half_bytes(rows, n),), np.uint8)
-        return None if self.dry else k_gemm.HalfRows(buffer, rows, n)
+        if self.dry: return None
+        key = buffer.data.ptr, rows, n
+        if key not in self.rows: self.rows[key] = k_gemm.HalfRows(buffer, rows, n)
+        return self.rows[key]
 
     def fuses(self, gate, up):
         "Can gate and up be one launch?"

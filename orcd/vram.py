@@ -107,7 +107,7 @@ class Shape:
 
 class Scratch:
     "A stack of temporary arrays, over `ptr` or counting only"
-    def __init__(self, ptr=0, n_bytes=0, owner=None): self.ptr, self.n_bytes, self.owner, self.used, self.peak = ptr, n_bytes, owner, 0, 0
+    def __init__(self, ptr=0, n_bytes=0, owner=None): self.ptr, self.n_bytes, self.owner, self.used, self.peak, self.arrays = ptr, n_bytes, owner, 0, 0, {}
 
     def reset(self): self.used = 0
 
@@ -117,7 +117,9 @@ class Scratch:
         self.peak = max(self.peak, self.used)
         if not self.ptr: return Shape(tuple(shape), dtype)
         if self.used > self.n_bytes: raise OutOfVRAM(f'the workspace of {mib(self.n_bytes)} is too small for a step that takes {mib(self.used)}')
-        return device_array(self.ptr + at, shape, dtype, self.owner)
+        key = at, tuple(shape), np.dtype(dtype)
+        if key not in self.arrays: self.arrays[key] = device_array(self.ptr + at, shape, dtype, self.owner) # every layer takes the same
+        return self.arrays[key]
 
 # %% ../nbs/28_vram.ipynb #7d377ad4
 def is_resident(

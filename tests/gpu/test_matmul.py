@@ -139,6 +139,57 @@ def test_gemms(cp, types):
     for (t, b, n), (_, out, bias) in zip(parts, jobs): assert by_norm(out.get(), product64(b, t, d)[0] + bias.get()) < 2e-3, t.name
 
 
+def unpacked(h):
+    "Halves of `HalfRows` as float64 (rows, n_in)"
+    a = h.half.get().view(np.float16).reshape(h.ld//64, h.held, 8, 8)[:, :h.rows]              # span, row, place, of a chunk's 8 halves
+    place = np.arange(8) ^ (np.arange(h.rows) & 7)[:, None]                                      # where chunk c of a row is
+    a = np.take_along_axis(a, place[None, :, :, None], 2).reshape(h.ld//64, h.rows, 4, 2, 8)     # 16 columns: the even ones, then the odd ones
+    a = a.swapaxes(3, 4).reshape(h.ld//64, h.rows, 64).swapaxes(0, 1).reshape(h.rows, h.ld)
+    assert (a[:, h.n_in:] == 0).all(), 'columns beyond the last must be zero'
+    return a[:, :h.n_in].astype(np.float64) * h.inv.get()[:h.rows, None]
+
+
+@pytest.mark.parametrize('rows,n', [(1, 32), (5, 37), (130, 896), (9, 4864)])
+def test_halves(cp, rows, n):
+    from orcd.k_gemm import HalfRows, half_bytes, to_half
+    rng = np.random.default_rng()
+    x, w, up = (rng.standard_normal(s).astype(np.float32)*3 for s in ((rows, n), n, (rows, n)))
+    for lazy, v in vectors(cp, x, w, up):
+        h = to_half(lazy, HalfRows(cp.full(half_bytes(rows, n), 255, cp.uint8), rows, n))
+        got = unpacked(h)
+        assert (abs(got - v) <= 2.0**-11*abs(v) + 2.0**-20*abs(v).max(1, keepdims=True)).all()
+        sums = h.sums.get()[:rows*h.ld//32].reshape(rows, -1) * h.inv.get()[:rows, None]
+        whole = np.pad(got, ((0, 0), (0, h.ld - n))).reshape(rows, -1, 32)
+        assert (abs(sums - whole.sum(2)) <= 1e-5*abs(whole).sum(2)).all()
+
+
+@pytest.mark.parametrize('t', [t for t in TYPES if t.block_size > 1], ids=ids)
+@pytest.mark.parametrize('rows,n,k', [(1, 64, 1), (150, 200, 3), (300, 1100, 1)])
+def test_gated(cp, t, rows, n, k):
+    "Gate and up in one launch, also when they are one matrix; a token alone and in company"
+    from orcd.k_gemm import HalfRows, half_bytes, to_half
+    from orcd.k_gemv import product64, random_blocks
+    from orcd.k_hopper import Rows, gated, wide, with_tops
+    from orcd.nvrtc import QTensor
+    if not wide(): pytest.skip('no kernel of its own')
+    rng, n_in = np.random.default_rng(), columns(t, k)
+    blocks, x, bias = random_blocks(t, 2*n, n_in, rng), rng.standard_normal((rows, n_in), np.float32)/np.float32(n_in**.5), rng.standard_normal(2*n, np.float32)
+    one = with_tops(QTensor.upload(blocks, t, (2*n, n_in)))
+    two = [with_tops(QTensor.upload(b, t, (n, n_in))) for b in (blocks[:n], blocks[n:])]
+    biases = cp.asarray(bias[:n]), cp.asarray(bias[n:])
+
+    def run(x, gate, up):
+        buffer = lambda m: HalfRows(cp.full(half_bytes(len(x), m), 255, cp.uint8), len(x), m)
+        return unpacked(gated(gate, up, to_half(cp.asarray(x), buffer(n_in)), buffer(n), *biases))
+    y = product64(blocks, t, x)[0] + bias
+    y = y[:, :n]/(1 + np.exp(-y[:, :n]))*y[:, n:]
+    out = run(x, *two)
+    assert by_norm(out, y) < 2e-3
+    assert np.array_equal(run(x, Rows(one, 0, n), Rows(one, n, n)), out)
+    some = [0, rows//2, rows - 1]
+    assert np.array_equal(run(x[some], *two), out[some])
+
+
 @pytest.mark.parametrize('t', TYPES, ids=ids)
 def test_views(cp, t):
     "Inputs and outputs that are columns of wider arrays; in-place residual"
