@@ -177,8 +177,9 @@ def kernel_files(config, bound, wide=False):
     files = {(n, ()) for n in ('state', 'elementwise', 'to_half', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
     def products(*tensors):
-        types = [t.type for t in tensors if t is not None]
-        for group in k_gemv.launches(types): files.add(k_gemv.code([types[i] for i in group])[:2])
+        there = [t for t in tensors if t is not None]
+        types = [t.type for t in there]
+        for group in k_gemv.launches(types): files.add(k_gemv.code([types[i] for i in group], k_gemv.is_large([there[i] for i in group], config.n_expert_used or 1))[:2])
     products(bound.model['output'])
     for layer in bound.layers:
         matrices = matrices_of(layer)

@@ -32,7 +32,7 @@ __device__ __forceinline__ void expert(const u8* w0, const u8* w1, const u8* top
         const float2 x = *(const float2*)(inv + p0 + token);
         const int slot[2] = {slots[p0 + token], slots[p0 + token + 1]};     // -1 where an expert's positions are filled up to a multiple of 8
 #pragma unroll
-        for (int e = 0; e < 4; e++) if (slot[e & 1] >= 0 && in[e / 2]) out[slot[e & 1] * ldo + o + 8 * (e / 2)] = v[e] * (e & 1 ? x.y : x.x) + b[e / 2];
+        for (int e = 0; e < 4; e++) if (slot[e & 1] >= 0 && in[e / 2]) out[slot[e & 1] * ldo + o + 8 * (e / 2)] = s.scaled(v[e], e, x) + b[e / 2];
     });
 #endif
 }

@@ -32,7 +32,7 @@ __device__ __forceinline__ void product(const Matrix& m, int tile, const u16* x,
         const float* from = residual + t * ldr + o;
 #pragma unroll
         for (int e = 0; e < 4; e++) if (in[e / 2] && (!(e & 1) || t + 1 < n_rows)) {
-            float y = v[e] * (e & 1 ? x.y : x.x) + b[e / 2];
+            float y = s.scaled(v[e], e, x) + b[e / 2];
             if (residual) y += from[(e & 1) * ldr + 8 * (e / 2)];
             to[(e & 1) * m.ldo + 8 * (e / 2)] = y;
         }

@@ -2,11 +2,10 @@
 #include "source.cu"
 #include "ring.cu"
 #include "top.cu"
-#ifndef WARPS
-#define WARPS 12
-#endif
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 2
+enum { WARPS = 8 };         // of a block
+// Blocks that an SM has registers for. Of a small launch two and one of the next, which waits with its first weights; a large one wants the registers.
+#ifndef RESIDENT
+#define RESIDENT 3
 #endif
 
 // The vector in shared memory, for the tensor cores: x = hi + lo in halves, 22 bits, with a power of two for every block of 32.
@@ -241,13 +240,13 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
     long long ldo0, long long ldo1, long long ldo2, const float* residual, long long ldr, int n_in, int parts, int depth, int span, int second, int oai, \
     const float* x, const float* norm, long long ldx, float eps, int per, const float* logits, const int* ids, int n_expert, int n_used, int settled
 #define CALL(T, MODE) gemv<T, MODE>(m, x, norm, ldx, eps, n_in, residual, ldr, block, blocks, parts, depth, span, oai, blockIdx.y, per, logits, ids, n_expert, n_used, settled)
-#define KERNEL(name, A, B) extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) gemv_##name(ARGUMENTS) { \
+#define KERNEL(name, A, B) extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) gemv_##name(ARGUMENTS) { \
     int block = blockIdx.x, blocks = b0, i = 0; \
     Segment m[2] = {{w0, out0, bias0, n0, ldo0}, {w1, out1, bias1, n1, ldo1}}; \
     if (block >= b0) { block -= b0; blocks = b1; i = 1; m[0] = m[1]; } \
     if (i && block >= b1) { block -= b1; blocks = b2; i = 2; m[0] = {w2, out2, bias2, n2, ldo2}; } \
     if (A == B || !(second >> i & 1)) CALL(A, PRODUCT); else CALL(B, PRODUCT); }
-#define JOINT(name, MODE, T) extern "C" __global__ void __launch_bounds__(32 * WARPS, (MODE == MIX && is_k<T>() ? 1 : MIN_BLOCKS)) name(ARGUMENTS) { \
+#define JOINT(name, MODE, T) extern "C" __global__ void __launch_bounds__(32 * WARPS, (MODE == MIX && is_k<T>() ? 1 : RESIDENT)) name(ARGUMENTS) { \
     const int block = blockIdx.x, blocks = b0; \
     const Segment m[2] = {{w0, out0, bias0, n0, ldo0}, {w1, out1, bias1, n1, ldo1}}; \
     CALL(T, MODE); }

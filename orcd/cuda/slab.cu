@@ -142,13 +142,15 @@ template<int T, int N, int R, int S, int D> struct Tile {
         }
         return true;
     }
+    // Sum e of a pair of tokens as it should be; inv: 1/scale of their activations. In this order, since either factor may be near the end of the range
+    __device__ __forceinline__ float scaled(float sum, int e, float2 inv) const { return sum * (e & 1 ? inv.y : inv.x) * factor[e / 2]; }
     // f(token, v) for each pair of tokens of the tile that this thread has: v are the sums of rows mine, mine and mine + 8, mine + 8
     template<class F> __device__ __forceinline__ void each(F f) const {
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
             float v[4];
 #pragma unroll
-            for (int e = 0; e < 4; e++) v[e] = acc[4 * i + e] * factor[e / 2];
+            for (int e = 0; e < 4; e++) v[e] = acc[4 * i + e];
             f(8 * i + 2 * (lane & 3), v);
         }
     }
@@ -176,7 +178,7 @@ __device__ __forceinline__ void store_gated(const Tile<T, N, 2, S, D>& s, const 
     if (s.r) s.each([&](int token, const float (&v)[4]) {
         const float2 x = *(const float2*)(inv + token);
 #pragma unroll
-        for (int e = 0; e < 4; e++) ups[(token + (e & 1)) * 68 + s.mine + 8 * (e / 2)] = v[e] * (e & 1 ? x.y : x.x) + b[e / 2];
+        for (int e = 0; e < 4; e++) ups[(token + (e & 1)) * 68 + s.mine + 8 * (e / 2)] = s.scaled(v[e], e, x) + b[e / 2];
     });
     __syncthreads();
     if (!s.r) {
@@ -186,7 +188,7 @@ __device__ __forceinline__ void store_gated(const Tile<T, N, 2, S, D>& s, const 
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int t = token + (e & 1);
-                const u32 h = gated<ACT>(v[e] * (e & 1 ? x.y : x.x) + b[e / 2], ups[t * 68 + s.mine + 8 * (e / 2)]);
+                const u32 h = gated<ACT>(s.scaled(v[e], e, x) + b[e / 2], ups[t * 68 + s.mine + 8 * (e / 2)]);
                 halves[t * 64 + ((chunk ^ (t & 7)) << 3) + place + 4 * (e / 2)] = in[e / 2] ? h : 0;
             }
         });

@@ -303,6 +303,7 @@ def inlined(name):
 def mxfp4_errors(cp, monkeypatch, mutation=None):
     "GEMV and GEMM error by norm with the shipped source, or with one mistake in it"
     import orcd.k_gemm, orcd.k_gemv
+    from cupy.cuda import driver
     from cupy.cuda.function import Module
     from orcd.nvrtc import _arg, compile_text, device_arch
     from orcd.planes import random_blocks
@@ -319,7 +320,11 @@ def mxfp4_errors(cp, monkeypatch, mutation=None):
         m.load(compile_text(file, source, device_arch()).cubin)
         def changed(module, name, *defines):
             if module != file: return shipped(module, name, *defines)
-            return lambda grid, block, args, shared_mem=0, stream=None, early=False: m.get_function(name)(grid, block, [_arg(a) for a in args], shared_mem, stream)
+            f = m.get_function(name)
+            def launch(grid, block, args, shared_mem=0, stream=None, early=False):
+                if shared_mem > 48 << 10: driver.funcSetAttribute(f.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_mem)
+                f(grid, block, [_arg(a) for a in args], shared_mem, stream)
+            return launch
         with monkeypatch.context() as p:
             p.setattr(launcher, 'kernel', changed)
             errors.append(by_norm(out(cp, GGMLType.MXFP4, blocks, x, n_out), y))
