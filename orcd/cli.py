@@ -8,9 +8,9 @@ Docs: https://orcd-dev.github.io/orcd/cli.html.md"""
 __all__ = ['FLAGS', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature', 'TopK', 'TopP', 'MinP', 'Penalty', 'Seed',
            'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'device', 'seconds', 'url', 'yes', 'Flag', 'settle',
            'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path', 'complete_model', 'from_flags',
-           'worker_settings', 'serve', 'open_model', 'stream', 'has_chat', 'generate', 'summary', 'chat', 'by_type',
-           'mib', 'info', 'words', 'bench', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks',
-           'doctor', 'run', 'main', 'worker_main']
+           'worker_settings', 'head_start', 'serve', 'open_model', 'stream', 'has_chat', 'generate', 'summary', 'chat',
+           'by_type', 'mib', 'info', 'words', 'bench', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo',
+           'checks', 'doctor', 'run', 'main', 'worker_main']
 
 # %% ../nbs/44_cli.ipynb #ca78b11e
 import inspect, os, signal, sys, time
@@ -219,29 +219,47 @@ def from_flags(command):
 def worker_settings(
     given:dict,         # flag -> text
     settings:str=None,  # --settings
-):
-    "Flags, environment and file -> `worker.Settings`; `UsageError` before anything is imported or started"
+)->dict:
+    "Flags, environment and file -> fields of `worker.Settings`; `UsageError` before anything is imported or started"
     s = settle(given, os.environ, read_settings(settings))
     if not s['model']: raise UsageError('--model: a GGUF file, a pulled name or demo is required')
     file = s.pop('token_file')
     token = None if file is None else read_token(file)
     guard(s['host'], token, s.pop('insecure'))
     if s['log_format'] == 'auto': s['log_format'] = 'pretty' if sys.stderr.isatty() else 'json'
-    from orcd.worker import Settings
-    return Settings(token=token, **s)
+    return s | dict(token=token)
+
+def head_start(
+    file:Path, # the model
+    device,    # index of a GPU, or 'reference'
+):
+    "What makes a worker ready sooner: the driver works while Python imports, and Python leaves out what it can"
+    import gc
+    gc.disable()                                                 # a start makes objects and drops none; `worker` switches it on again
+    os.environ.setdefault('PYDANTIC_DISABLE_PLUGINS', '__all__') # it would look for them in every package that is installed
+    if device == 'reference' or not file.is_file(): return
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')           # NumPy would start a thread a core when it is imported; the CUDA engine needs none
+    import threading
+    from orcd.vram import begin_context
+    begin_context(device)
+    def engine():
+        try: import cupy, cuda.bindings.driver, orcd.engine, orcd.generation, orcd.tokenizer
+        except Exception: pass                                   # the load will say it
+    threading.Thread(target=engine, name='orcd-imports').start() # half of an import waits for the file system
 
 @app.command()
 @from_flags
 def serve(settings=None, **given):
     "Serve a model over HTTP (SSE)."
     s = worker_settings({k.replace('_', '-'): None if v is None else str(v) for k, v in given.items()}, settings)
+    try: file = model_path(s['model'])
+    except OrcdError: file = Path(s['model'])
+    head_start(file, s['gpu_device'])
     from dataclasses import replace
-    from orcd.worker import load_model, serve as run
+    from orcd.worker import Settings, load_model, serve as run
     def load(s, progress):                                  # here, so that a missing file is an error of the start, in the log
         return load_model(replace(s, model=str(model_path(s.model))), progress)
-    try: file = model_path(s.model)
-    except OrcdError: file = Path(s.model)
-    raise typer.Exit(run(replace(s, model_ref=s.model_ref or file.name), load))
+    raise typer.Exit(run(Settings(**s | dict(model_ref=s['model_ref'] or file.name)), load))
 
 # %% ../nbs/44_cli.ipynb #cb6a84a8
 Model = Annotated[str, typer.Argument(help='a GGUF file, a pulled name or demo', autocompletion=complete_model)]

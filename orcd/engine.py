@@ -173,7 +173,7 @@ TOGETHER = ('attn_q', 'attn_k', 'attn_v'), ('ffn_gate', 'ffn_up'), ('ffn_gate_ex
 GATES = ('ffn_gate', 'ffn_up'), ('ffn_up',)       # gate and up, also in one matrix
 
 def kernel_files(config, bound, wide=False):
-    "The `.cu` files that a model's kernels come from, with the weight types where they matter"
+    "The `.cu` files that a model's kernels come from, with the weight types where they matter; what the loader wants comes first"
     files = {(n, ()) for n in ('state', 'elementwise', 'to_half', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
     def products(*tensors):
@@ -191,7 +191,7 @@ def kernel_files(config, bound, wide=False):
             if t.type in k_gemm.PLAIN: files.update((n, ()) for n in ('gemm_plain', 'gemm_thin'))
             elif wide and t.type.block_size > 1: files.update((n, nvrtc.only(t.type)) for n in ('tops', *(['expert_wgmma'] if stack else [])))
             else: files.add(('expert_gemm' if stack else 'gemm', nvrtc.only(t.type)))
-    return sorted(files | {('repack', nvrtc.only(t.type)) for t in bound.unique if t.type.block_size > 1})
+    return sorted({('repack', nvrtc.only(t.type)) for t in bound.unique if t.type.block_size > 1}) + sorted(files)
 
 # %% ../nbs/32_engine.ipynb #cad5afdd
 DEPTH = 3 # decode steps that are queued ahead of the token being read
@@ -221,9 +221,8 @@ class CudaEngine:
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
                 with Loader(device, chunk_bytes, self.plan.weights) as weights: # pins its memory while we go on
-                    code = nvrtc.load_all(kernel_files(self.config, bound, self.wide), device)
                     weights.start(g.fileno(), self._allocate(bound), progress, self.stage)
-                    for c in code: c.result()
+                    for code in nvrtc.load_all(kernel_files(self.config, bound, self.wide), device): code.result()
                     self._capture() # wants addresses, not weights
                     weights.wait()
                 g.check_unchanged()

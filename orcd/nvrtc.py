@@ -27,6 +27,7 @@ from .magic import CUDA_DIR
 # %% ../nbs/19_nvrtc.ipynb #41d19249
 _include = re.compile(r'^\s*#include\s+"(\w+\.cu)"', re.M)
 
+@lru_cache(None)
 def read_source(
     name:str, # a cell's name, `gemv` for orcd/cuda/gemv.cu
 )->str:
@@ -124,8 +125,12 @@ def _compilers():
         except OSError: return []
     return sorted({n for p in sys.path for n in names(p) if n.startswith(('nvidia_cuda_nvrtc', 'cuda_bindings'))})
 
+@lru_cache(None)
+def _digest(source): return hashlib.sha256(source.encode()).hexdigest() # once, though twenty files may include it
+
 def _cache_path(name, source, arch, defines):
-    h = hashlib.sha256(repr((name, source, sorted(with_includes(source).items()), arch, defines, OPTIONS, _compilers())).encode())
+    parts = {f: _digest(s) for f, s in with_includes(source).items()}
+    h = hashlib.sha256(repr((name, _digest(source), sorted(parts.items()), arch, defines, OPTIONS, _compilers())).encode())
     return cache_dir()/f'{name}-{arch}-{h.hexdigest()[:24]}.cubin'
 
 def _cached(path):
@@ -176,9 +181,8 @@ def device_arch(device=None):
 
 def _driver(result):
     "Unpack a call of the driver's bindings; errors are raised as CuPy raises its own"
-    if int(result[0]):
-        from cupy.cuda import driver
-        raise driver.CUDADriverError(int(result[0]))
+    from cupy.cuda import driver
+    if int(result[0]): raise driver.CUDADriverError(int(result[0]))
     return result[1] if len(result) > 1 else None
 
 def _load_functions(module):
@@ -226,28 +230,25 @@ class Kernel:
         if early and self.early: _launch_early(self.fn.ptr, grid, block, args, shared_mem, stream)
         else: self.fn(grid, block, args, shared_mem, stream)
 
-@lru_cache(4096)
+@lru_cache(1024)
 def _early_config(grid, block, shared_mem, stream):
+    "Kept: the layers of a model are launched alike, and the bindings take long to fill it in"
     from cuda.bindings import driver as cu
     a, c = cu.CUlaunchAttribute(), cu.CUlaunchConfig()
     a.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     a.value.programmaticStreamSerializationAllowed = 1
     (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ) = ((*d, 1, 1)[:3] for d in (grid, block))
     c.sharedMemBytes, c.hStream, c.attrs, c.numAttrs = shared_mem, stream, [a], 1
-    return c, a
-
-def _word(x):
-    "The bits of one launch argument"
-    if not isinstance(x, np.generic): return x.data.ptr
-    return int(x.view(f'u{x.itemsize}')) if x.dtype.kind in 'if' else int(x)
+    return c
 
 def _launch_early(fn, grid, block, args, shared_mem, stream):
     "CuPy has no launch attributes"
     import cupy
     from cuda.bindings import driver as cu
-    c, _ = _early_config(tuple(grid), tuple(block), shared_mem, (stream or cupy.cuda.get_current_stream()).ptr)
-    values = np.array([_word(x) for x in args], np.uint64) # eight bytes each; the kernel reads as many as it wants
-    pointers = values.ctypes.data + 8*np.arange(len(args), dtype=np.uint64)
+    c = _early_config(grid, block, shared_mem, (stream or cupy.cuda.get_current_stream()).ptr)
+    values = b''.join((x.tobytes() if isinstance(x, np.generic) else x.data.ptr.to_bytes(8, 'little')).ljust(8, b'\0') for x in args)
+    memory = np.frombuffer(values, np.uint64)
+    pointers = memory.ctypes.data + 8*np.arange(len(args), dtype=np.uint64)
     _driver(cu.cuLaunchKernelEx(c, cu.CUfunction(fn), pointers.ctypes.data, 0))
 
 @lru_cache(None)
@@ -274,13 +275,14 @@ def load_all(
     files,      # (cell's name, defines) of each
     device:int, # CUDA index
 ):              # a list of futures
-    "Load several files on a device, each in a thread of its own: NVRTC and the driver work without Python's lock"
-    _compilers() # once for all threads
+    "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
+    arch = device_arch(device)
+    missing = [n for n, defines in files if not _cache_path(n, read_source(n), arch, defines).exists()]
     def load(name, defines):
         from cupy.cuda import Device
         Device(device).use()
         _module(name, device, defines)
-    pool = ThreadPoolExecutor(len(files), 'orcd-nvrtc')
+    pool = ThreadPoolExecutor(4 + len(missing), 'orcd-nvrtc')
     jobs = [pool.submit(load, *f) for f in files]
     pool.shutdown(wait=False)
     return jobs

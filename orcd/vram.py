@@ -6,7 +6,7 @@ Docs: https://orcd-dev.github.io/orcd/vram.html.md"""
 
 # %% auto #0
 __all__ = ['ALIGN', 'PAGE', 'OUT_OF_MEMORY', 'aligned', 'mib', 'Entry', 'Ledger', 'alloc', 'Arena', 'device_array', 'Shape',
-           'Scratch', 'is_resident', 'import_cupy', 'use_device']
+           'Scratch', 'is_resident', 'import_cupy', 'use_device', 'begin_context']
 
 # %% ../nbs/28_vram.ipynb #70111408
 from dataclasses import dataclass
@@ -148,3 +148,15 @@ def use_device(
         runtime.setDevice(device)
         runtime.free(0) # creates the context
     except runtime.CUDARuntimeError as e: raise DeviceError(f'GPU {device} cannot be used: {e}') from e
+
+def begin_context(
+    device:int, # CUDA index
+):
+    "Have the driver create the context in a thread of its own: some tenths of a second, without Python's lock. `use_device` waits for it and says what is wrong."
+    import ctypes, threading
+    def create():
+        try: cuda = ctypes.CDLL('libcuda.so.1')
+        except OSError: return
+        i, context = ctypes.c_int(), ctypes.c_void_p()
+        cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(i), device) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), i)
+    threading.Thread(target=create, name='orcd-context').start()

@@ -9,7 +9,7 @@ __all__ = ['EXECUTE', 'EVENT', 'CANCEL', 'ERROR', 'Settings', 'EventStream', 'Wo
            'make_app', 'Edge', 'Connection', 'Server', 'bind', 'uri', 'load_model', 'Process', 'serve']
 
 # %% ../nbs/43_worker.ipynb #97ea61bd
-import asyncio, hmac, ipaddress, os, signal, socket, time, urllib.request, uuid
+import asyncio, gc, hmac, ipaddress, os, signal, socket, time, urllib.request, uuid
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -501,6 +501,8 @@ async def _run(self):
 async def _load(self):
     self.jobs.thread.start()
     await asyncio.wrap_future(self.jobs.loaded)
+    gc.freeze()                          # what a start has made stays: later collections need not look at it
+    gc.enable()
 
 Process.run, Process.load = _run, _load
 

@@ -28,7 +28,7 @@ def test_full_shape(path):
     with orcd.GGUF(path) as g:
         start = time.perf_counter()
         n_ctx = 4096 if 'phi' in path.name else 8192
-        engine = CudaEngine(g, n_ctx=n_ctx, chunk_bytes=4 << 20)
+        engine = CudaEngine(g, n_ctx=n_ctx)
         load = time.perf_counter() - start
         taken = before - cp.cuda.runtime.memGetInfo()[0]
         p = engine.plan

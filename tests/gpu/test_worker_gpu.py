@@ -80,8 +80,10 @@ def info(path, n_ctx):
 @pytest.mark.parametrize('name', KINDS)
 def test_published_shape(name, model):
     path, before = model(name), vram_used()
+    began = time.monotonic()
     with serve(path, wait=False) as w:
         grown = growth(w)
+        ready = time.monotonic() - began
         w.ready()
         order = ['startup', 'model_load_start', 'model_load_complete', 'ready']
         assert [e['event'] for e in logged(w, *order)] == order
@@ -99,7 +101,7 @@ def test_published_shape(name, model):
         assert events[-1]['type'] == 'end' and (len(events) > 100 or events[-1]['stop_reason'] == 'EOS')
         maps = Path(f'/proc/{w.p.pid}/maps').read_text()
         assert 'libcuda' in maps and '.gguf' not in maps
-        print(f'{name}: VRAM {h["vram_bytes_used"] >> 20} MiB, {taken >> 20} with the context; anonymous host memory +{grown >> 20} MiB during the load; '
+        print(f'{name}: ready after {ready:.2f} s, VRAM {h["vram_bytes_used"] >> 20} MiB, {taken >> 20} with the context; anonymous host memory +{grown >> 20} MiB during the load; '
               f'{events[-1]["tokens_out"] / events[-1]["decode_time_ms"] * 1e3:.0f} tok/s')
         assert grown < 512 << 20
         w.signal()
