@@ -130,7 +130,7 @@ def plan(
     family, config, bound = model or open_model(g)
     if n_ctx and n_ctx > config.context_length:
         raise RequestError(f'context length {n_ctx}: {config.name or config.arch} was trained for {config.context_length}')
-    weights = sum(aligned(t.n_bytes) for t in bound.unique)
+    weights = sum(aligned(nvrtc.padded_bytes(t.shape, t.type)) for t in bound.unique)
     wanted = n_ctx or config.context_length
     layers, tops = layer_kinds(config, bound), sum(row_tops(bound, wide).values())
     scratch_of = lambda rows, n_kv, decode: dry_run(family, config, layers, n_kv, rows, decode, wide)
@@ -242,10 +242,10 @@ class CudaEngine:
         w = {name: work.take(*what, name) for name, what in workspace(c, p.n_ctx, p.chunk, p.scratch, sum(rows.values())).items()}
         arrays, copies = {}, []
         for t in bound.unique:
-            data, n = weights.take((t.n_bytes,), np.uint8, t.name), rows.get(t.name, 0)
+            data, n = weights.take((nvrtc.padded_bytes(t.shape, t.type),), np.uint8, t.name), rows.get(t.name, 0)
             W = arrays[t.name] = data.view(np.float32).reshape(t.shape) if is_float_array(t) else nvrtc.QTensor(t.type, t.shape, data, t.name, w['tops'][at:at + n] if n else None)
             at += n
-            copies.append(Copy(t.offset, t.n_bytes, data.data.ptr, *((t.type, W.matrix) if t.type.block_size > 1 else ())))
+            copies.append(Copy(t.offset, t.n_bytes, data.data.ptr, *((t.type, W.shape) if t.type.block_size > 1 else ())))
         roles = lambda d: SimpleNamespace(**{role: t and arrays[t.name] for role, t in d.items()})
         self.model, self.layers = roles(bound.model), [roles(d) for d in bound.layers]
         self.cache = [tuple(kv.take(cache_shape(c, i, p.n_kv), np.float16, f'kv.{i}.{x}') for x in 'kv') for i in range(c.n_layer)]

@@ -18,7 +18,7 @@ from .k_elementwise import check, check_rows, check_vector
 
 # %% ../nbs/24_attention.ipynb #32c0bb0e
 SPLIT = 128                         # positions of a split of decode
-MAX_BLOCKS = 1024                   # of decode: enough for any GPU; in a longer context a block takes several splits
+MAX_BLOCKS = 528                    # of decode, four an SM of an H200; in a longer context a block takes several splits
 HEAD_DIMS = (32, 48, 64, 96, 128)   # head dimensions that there is a kernel for
 STATE_SIZE = 256                    # int32s in `state`: position, token, step, done, missing rows of a chunk, and from TICKETS on the tickets
 TICKETS = 8

@@ -10,11 +10,12 @@ __all__ = ['SMS', 'TILES', 'GATED_TILES', 'SPEED', 'EXPERT_SHARED', 'wide', 'fin
 
 # %% ../nbs/27_hopper.ipynb #c7a00003
 from functools import lru_cache
+from math import prod
 from .errors import KernelError
 from .k_gemm import HalfRows, gemm
 from .k_gemv import launches, matrix, stride, vector
 from .k_moe import Groups, expert_gemm, expert_shapes
-from .nvrtc import QTensor, device_arch, kernel, only
+from .nvrtc import QTensor, TILE, device_arch, kernel, only
 
 # %% ../nbs/27_hopper.ipynb #c7a00004
 import numpy as np
@@ -32,14 +33,14 @@ def find_tops(
     stream=None, # CuPy stream
 ):
     "The exponent of each row's largest scale"
-    rows, n = W.matrix
-    kernel('tops', f'tops_{W.type.name.lower()}', only(W.type))((-(-rows//8),), (256,), (W, vector('top', W.top, rows, np.uint8), np.int64(rows), np.int32(n)), stream=stream)
+    rows = prod(W.shape[:-1])
+    kernel('tops', f'tops_{W.type.name.lower()}', only(W.type))((-(-rows//8),), (256,), (W, vector('top', W.top, rows, np.uint8), np.int64(rows), np.int32(W.shape[-2]), np.int32(W.shape[-1])), stream=stream)
 
 def with_tops(W:QTensor):
     "The same weights, ready for `gemms`; for notebooks and tests"
     if W.type.block_size == 1 or not wide(): return W
     import cupy
-    W = QTensor(W.type, W.shape, W.data, W.name, cupy.empty(W.matrix[0], np.uint8))
+    W = QTensor(W.type, W.shape, W.data, W.name, cupy.empty(prod(W.shape[:-1]), np.uint8))
     find_tops(W)
     return W
 
@@ -89,7 +90,7 @@ def files(
 
 # %% ../nbs/27_hopper.ipynb #c7a00012
 class Rows:
-    "Some rows of a matrix, to be multiplied as if they were one"
+    "Some rows of a matrix, from a whole tile on, to be multiplied as if they were one"
     def __init__(self,
         W:QTensor, # (n, n_in)
         first=0,
@@ -98,7 +99,7 @@ class Rows:
         self.W, self.first = W, first
         self.all, self.n_in = W.shape
         self.n = self.all - first if n is None else n
-        if not 0 <= first < first + self.n <= self.all: raise KernelError(f'{W.name or "weights"}: no rows {first} to {first + self.n} of {self.all}')
+        if first % TILE or not 0 <= first < first + self.n <= self.all: raise KernelError(f'{W.name or "weights"}: no rows {first} to {first + self.n} of {self.all}')
 
 def rows_of(jobs, h):
     "The matrices of a launch as `Rows`, checked"
@@ -107,7 +108,6 @@ def rows_of(jobs, h):
     for m in ms:
         matrix(m.W)
         if m.n_in != h.n_in: raise KernelError(f'{m.W.name or "weights"} {m.W.shape} does not read {h.n_in} columns')
-        if m.W.n_bytes >= 1 << 32: raise KernelError(f'{m.W.name or "weights"}: {m.W.n_bytes} bytes, a launch takes less than 4 GiB')
         vector('top', m.W.top, m.all, np.uint8)
     return ms
 
@@ -137,7 +137,7 @@ def _launch(jobs, h, residual, stream):
     pad = lambda values, kind=np.int32: [*(kind(v) for v in values), *[kind(0)]*(3 - len(values))]
     some = lambda values: [*values, *[None]*(3 - len(values))]
     kernel('gemm_wgmma', f'wgmma_{name}', code + defines(t))((-(-h.rows//tokens), sum(blocks)), (128*r*s,), (*some([m.W for m in ms]), *some([m.W.top for m in ms]), *some([o for _, o, _ in jobs]), *some(biases),
-        *pad(rows), *pad([m.first for m in ms]), *pad([m.all for m in ms]), *pad(blocks)[:2], *pad(strides, np.int64), residual, np.int64(ldr), np.int32(second),
+        *pad(rows), *pad([m.first for m in ms]), *pad(blocks)[:2], *pad(strides, np.int64), residual, np.int64(ldr), np.int32(second),
         h.half, h.inv, *map(np.int32, (h.held, h.rows, h.n_in))), shared_mem=s*depth*tokens*256, stream=stream, early=True)
 
 def gated(
@@ -155,7 +155,7 @@ def gated(
     if out.n_in != g.n or out.rows != h.rows: raise KernelError(f'{out.rows} rows of {out.n_in} halves for {h.rows} of {g.n}')
     t = tokens, r, _, depth, _ = tile((2*g.n,), h.rows, GATED_TILES)
     kernel('gemm_wgmma', f'gated_{g.W.type.name.lower()}', only(g.W.type) + ('GATE=1',) + defines(t))((-(-h.rows//tokens), out.ld//64), (256,), (g.W, u.W, g.W.top, u.W.top,
-        vector('bias', gate_bias, g.n), vector('bias', up_bias, g.n), *map(np.int32, (g.n, g.first, u.first, g.all, u.all)), h.half, h.inv, np.int32(h.held),
+        vector('bias', gate_bias, g.n), vector('bias', up_bias, g.n), *map(np.int32, (g.n, g.first, u.first)), h.half, h.inv, np.int32(h.held),
         out.half, out.inv, *map(np.int32, (out.held, h.rows, h.n_in))), shared_mem=depth*tokens*256, stream=stream, early=True)
     out.x, out.ready = None, True
     return out

@@ -11,6 +11,7 @@ __all__ = ['GAP', 'READERS', 'SLOT', 'JOB', 'ROW', 'Copy', 'pieces', 'jobs', 're
 import ctypes, os, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 
 # %% ../nbs/29_loader.ipynb #f4b09bcd
 from .errors import GGUFError, KernelError
@@ -25,7 +26,7 @@ class Copy:
     n_bytes:int
     dst:int
     type:object=None   # `GGMLType`
-    shape:tuple=None   # (rows, columns)
+    shape:tuple=None   # of the tensor
 
 def pieces(
     copies,    # iterable of `Copy`, one a tensor
@@ -36,10 +37,11 @@ def pieces(
         if c.type is None:
             for at in range(0, c.n_bytes, most): yield c.offset + at, min(most, c.n_bytes - at), c.dst + at, None
             continue
-        size = c.n_bytes // c.shape[0]
+        in_all = prod(c.shape[:-1])
+        size = c.n_bytes // in_all
         n = max(1, most // size)
-        for row in range(0, c.shape[0], n):
-            rows = min(n, c.shape[0] - row)
+        for row in range(0, in_all, n):
+            rows = min(n, in_all - row)
             yield c.offset + row*size, rows*size, c.dst, (c.type, c.shape, row, rows)
 
 GAP = 4096 # bytes between tensors that are read as well rather than skipped
@@ -181,7 +183,7 @@ def _start(self,
     stage=(0, 0),   # (address, bytes) of VRAM that nobody uses meanwhile: where blocks lie before they are sorted
 ):
     "Begin to copy tensors from the file into VRAM; `progress` is called by the readers"
-    rows, readers, most = [c.n_bytes // c.shape[0] for c in copies if c.type is not None], self.readers, self.job
+    rows, readers, most = [c.n_bytes // prod(c.shape[:-1]) for c in copies if c.type is not None], self.readers, self.job
     if rows: # a job holds a row at least
         readers = min(readers, stage[1] // (max(rows) + 256))
         if not readers or max(rows) > most: raise KernelError(f'{stage[1]} bytes are too little to sort rows of {max(rows)} bytes')

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/30_ops.ipynb #a38354e3
 from . import k_attention, k_elementwise, k_gemm, k_gemv, k_hopper, k_moe
+from .nvrtc import TILE
 from .vram import Scratch, Shape, aligned
 
 # %% ../nbs/30_ops.ipynb #04632bb0
@@ -58,13 +59,14 @@ class CudaOps:
     def __init__(self, config, n_ctx, scratch, cache=None, state=None, inv_freq=None, stream=None, wide=False):
         self.config, self.n_ctx, self.scratch, self.cache, self.state, self.inv_freq, self.stream = config, n_ctx, scratch, cache, state, inv_freq, stream
         self.wide = wide # a Hopper GPU?
-        self.dry, self.decode, self.made, self.pending, self.rows = not scratch.ptr, False, {}, [], {}
+        self.dry, self.decode, self.made, self.pending, self.routes, self.rows = not scratch.ptr, False, {}, [], {}, {}
 
     def begin_layer(self):
         "Forget the last layer's temporaries"
         self.flush()
         self.scratch.reset()
         self.made.clear()
+        self.routes.clear()
 
     def run(self, launcher, *args, **kw):
         if not self.dry: launcher(*args, stream=self.stream, **kw)
@@ -73,15 +75,15 @@ class CudaOps:
         "Launch the products that were put off: those of one vector together"
         jobs, self.pending = self.pending, []
         if not jobs: return
-        if self.decode: self.run(k_gemv.gemvs, [j[2:] for j in jobs], jobs[0][0], ids=jobs[0][1])
+        if self.decode: self.run(k_gemv.gemvs, [j[2:] for j in jobs], jobs[0][0], ids=self.chosen(jobs[0][1]))
         else:
             for p in jobs: p.out = self.scratch.take(p.shape)
             self.run(k_hopper.gemms, [(p.rows, p.out, p.bias) for p in jobs] if not self.dry else None, self.half(jobs[0].x))
 
-    def later(self, x, ids, *job):
-        "Put a product off until another vector's comes or its result is wanted"
-        if self.pending and (self.pending[0][0] is not x or self.pending[0][1] is not ids): self.flush()
-        self.pending.append((x, ids, *job))
+    def later(self, x, choice, *job):
+        "Put a product off until another vector's comes or its result is wanted. job: W, out, bias"
+        if self.pending and (self.pending[0][0] is not x or self.pending[0][1] is not choice): self.flush()
+        self.pending.append((x, choice, *job))
 
     def array(self, p):
         "An array, also of a product that was put off"
@@ -99,7 +101,17 @@ class CudaOps:
         return self.made[key][0]
 
     def rms_norm(self, x, w, eps): return k_gemv.Normed(x, w, eps)
-    def swiglu(self, gate, up): return k_gemv.Gated(gate, up)
+    def swiglu(self, gate, up, oai=False):
+        if not self.decode: return k_gemm.Gated(gate, up, oai)
+        out = self.scratch.take(gate.shape)
+        if len(self.pending) == 2 and self.pending[0][3] is gate and self.pending[1][3] is up and (self.dry or k_gemv.fuses(self.pending[0][2], self.pending[1][2])):
+            (x, choice, Wg, _, bg), (*_, Wu, _, bu) = self.pending # one launch does both products and this
+            self.pending = []
+            self.run(k_gemv.gated, (Wg, bg), (Wu, bu), x, out, oai, choice)
+        else:
+            self.flush()
+            self.run(k_elementwise.swiglu_oai if oai else k_elementwise.swiglu, gate, up, out)
+        return out
 
     def head_norm(self, q, w, n_head, eps):
         self.flush()
@@ -116,14 +128,14 @@ class CudaOps:
             self.run(launch, *args, out)
             return out
         self.flush()
-        return self.once(make, x, 'floats') if isinstance(x, (k_gemv.Normed, k_gemv.Gated)) else x
+        return self.once(make, x, 'floats') if isinstance(x, (k_gemv.Normed, k_gemm.Gated)) else x
 
     def half(self, x, route=None):
         "The input of prefill's products as FP16, made once for all that read `x`; for experts sorted by them"
         def make():
-            if isinstance(x, k_gemv.Gated):
+            if isinstance(x, k_gemm.Gated):
                 if self.fuses(x): return self.gated(x)
-                source = k_gemv.Gated(self.array(x.x), self.array(x.other), x.oai)
+                source = k_gemm.Gated(self.array(x.x), self.array(x.other), x.oai)
             else: source = x
             self.flush()
             h = self.half_rows(route.positions if route else x.shape[0], x.shape[1])
@@ -177,8 +189,14 @@ class CudaOps:
         return out
 
     def split(self, y, sizes):
-        ends = np.cumsum(sizes).tolist()
-        if isinstance(y, Product) and y.out is None and self.wide and y.W.type.block_size > 1: # products of their own
+        "Columns of y. A product that was put off becomes one for each part, if the parts are whole tiles."
+        ends, whole = np.cumsum(sizes).tolist(), not any(n % TILE for n in sizes)
+        if self.decode and whole and self.pending and self.pending[-1][3] is y:
+            x, choice, W, _, bias = self.pending.pop()
+            parts = [y[:, e - n:e] for n, e in zip(sizes, ends)]
+            for n, e, out in zip(sizes, ends, parts): self.later(x, choice, W if self.dry else W.rows(e - n, n), out, None if bias is None else bias[e - n:e])
+            return parts
+        if isinstance(y, Product) and y.out is None and self.wide and whole and y.W.type.block_size > 1:
             parts = [Product(y.x, y.W, None if y.bias is None else y.bias[e - n:e], first=e - n, n=n) for n, e in zip(sizes, ends)]
             self.pending = [q for p in self.pending for q in (parts if p is y else [p])]
             return parts
@@ -212,22 +230,34 @@ class CudaOps:
 @dataclass
 class Route:
     "Which experts each of T tokens takes, best first, and with what weight"
+    choice:object      # `k_gemv.Choice`: decode's products find the experts themselves
     ids:object         # int32 (T, k)
     weights:object     # float32 (T, k)
     positions:int      # rows of activations sorted by expert
     groups:object=None # how they are sorted, for prefill
+    made:bool=False    # are ids and weights there?
 
 @patch
 def route(self:CudaOps, logits, k):
     self.flush()
     logits = self.array(logits)
     T, n = logits.shape
-    r = Route(self.scratch.take((T, k), np.int32), self.scratch.take((T, k)), k_moe.Groups.room(T*k, n))
-    self.run(k_moe.route, logits, k, r.ids, r.weights)
+    r = Route(k_gemv.Choice(logits, k), self.scratch.take((T, k), np.int32), self.scratch.take((T, k)), k_moe.Groups.room(T*k, n))
+    self.routes[id(r.choice)] = r
     if not self.decode:
+        self.chosen(r.choice)
         buffer = self.scratch.take((k_moe.Groups.size(T*k, n),), np.int32)
         if not self.dry: r.groups = k_moe.group(r.ids, k_moe.Groups(buffer, T*k, n), self.stream)
     return r
+
+@patch
+def chosen(self:CudaOps, choice):
+    "The ids of a choice, for kernels that cannot find them"
+    if choice is None: return None
+    r = self.routes[id(choice)]
+    if not r.made: self.run(k_moe.route, choice.logits, choice.k, r.ids, r.weights)
+    r.made = True
+    return r.ids
 
 @patch
 def expert_linear(self:CudaOps, x, W, bias, route):
@@ -235,7 +265,7 @@ def expert_linear(self:CudaOps, x, W, bias, route):
     if not self.decode: return Product(x, W, bias, route)
     T, k = route.ids.shape
     out = self.scratch.take((T*k, W.shape[1]))
-    self.later(x, route.ids, W, out, bias)
+    self.later(x, route.choice, W, out, bias)
     return out
 
 @patch
@@ -247,11 +277,16 @@ def experts(self:CudaOps, p):
     self.run(launch, p.W, *x, p.out, p.bias)
 
 @patch
-def swiglu_oai(self:CudaOps, gate, up): return k_gemv.Gated(gate, up, True)
+def swiglu_oai(self:CudaOps, gate, up): return self.swiglu(gate, up, True)
 
 @patch
 def expert_sum(self:CudaOps, y, route, residual):
     "residual += the experts' rows times their weights, in rank order"
+    if self.decode and len(self.pending) == 1 and self.pending[0][3] is y and (self.dry or k_gemv.fuses(self.pending[0][2])) and route.choice.k <= k_gemv.MAX_TERMS:
+        x, choice, W, _, bias = self.pending.pop()
+        self.run(k_gemv.mixed, W, x, residual, bias, residual, choice, settled=True) # gate and up came between the router and this
+        return residual
     self.flush()
+    self.chosen(route.choice)
     self.run(k_moe.expert_sum, self.array(y), route.weights, residual, residual)
     return residual

@@ -2,7 +2,7 @@
 import ctypes, re, shutil, subprocess
 import numpy as np, pytest
 from orcd.blocks import GGMLType, dequantize
-from orcd.nvrtc import read_source
+from orcd.nvrtc import padded_bytes, read_source
 from orcd.planes import random_blocks, to_planes
 
 # As much of CUDA as blocks.cu and repack.cu need
@@ -12,13 +12,11 @@ SHIM = r'''
 #define __device__
 #define __global__
 #define __launch_bounds__(n)
-static struct { int x; } blockIdx, blockDim = {1}, threadIdx;
+static struct { int x, z; } blockIdx, blockDim = {1, 1}, threadIdx;
 template<class A> static A min(A a, A b) { return a < b ? a : b; }
 #define __forceinline__ inline
+struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
-static uint32_t __funnelshift_rc(uint32_t lo, uint32_t hi, uint32_t s) {
-    return s > 31 ? hi : (uint32_t)((((uint64_t)hi << 32) | lo) >> s);
-}
 static float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
     uint64_t v = ((uint64_t)y << 32) | x; uint32_t r = 0;
@@ -31,20 +29,27 @@ static float half_bits(uint32_t h) {
     uint32_t e = h >> 10 & 31, m = h & 1023; float s = h & 0x8000 ? -1.f : 1.f;
     return e ? s * __uint_as_float((e + 112) << 23 | m << 13) : s * m * 0x1p-24f;
 }
+static uint32_t half_of(float x) {      // of an integer below 2048
+    uint32_t u; memcpy(&u, &x, 4);
+    return (u >> 16 & 0x8000) | (x == 0 ? 0 : (u >> 23 & 255) - 112) << 10 | (x == 0 ? 0 : u >> 13 & 1023);
+}
+static uint32_t minus_half2(uint32_t v, uint32_t b) {
+    return half_of(half_bits(v & 65535) - half_bits(b & 65535)) | half_of(half_bits(v >> 16) - half_bits(b >> 16)) << 16;
+}
 '''
 CALLS = r'''
 #define CALL(name, T) extern "C" void decode_##name(const u8* w, float* y, int rows, int n) { \
-    for (int r = 0; r < rows; r++) for (int i = 0; i < n; i++) y[(long)r * n + i] = dequant_one<T>(w, rows, r, n, i); }
+    for (int r = 0; r < rows; r++) for (int i = 0; i < n; i++) y[(long)r * n + i] = dequant_one<T>(w, r, n, i); }
 EACH_TYPE(CALL)
-#define SORT(name, T) extern "C" void sort_##name(const u8* src, u8* dst, long rows, int n, long first, int n_rows) { \
-    for (blockIdx.x = 0; blockIdx.x < n_rows * ((n + 127) / 128) * 4; blockIdx.x++) repack<T>(src, dst, rows, n, first, n_rows); }
+#define SORT(name, T) extern "C" void sort_##name(const u8* src, u8* dst, int n_out, int n, long first, int n_rows) { \
+    for (blockIdx.x = 0; blockIdx.x < n_rows * ((n + 127) / 128) * 4; blockIdx.x++) repack<T>(src, dst, n_out, n, first, n_rows); }
 EACH_QUANT(SORT)
 '''
 MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
-    nibbles=('o.a = __byte_perm(lo, hi, 0x6420); o.b = __byte_perm(lo, hi, 0x7531);', 'o.b = __byte_perm(lo, hi, 0x6420); o.a = __byte_perm(lo, hi, 0x7531);'),
-    scale_at=('const u8* s = p.s + (at + block) * Y::s;', 'const u8* s = p.s + (at + block) * Y::s + 1;'),
-    table=('0x18141210', '0x18161210'),
-    exponent=('(e - 1) << 23', 'e << 23'))
+    nibbles=('if (r == 1) return w << 8 & 0x8E008E00;', 'if (r == 1) return w & 0x8E008E00;'),
+    scale_at=('Y::s * (left * (row & 15) + j);', 'Y::s * (left * (row & 15) + (j ^ 1));'),
+    table=('(w << 5 & 0x0E000E00)', '(w << 5 & 0x06000600)'),
+    exponent=('e ? e << 23', 'e ? (e + 1) << 23'))
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +58,7 @@ def build(tmp_path_factory):
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
     folder = tmp_path_factory.mktemp('blocks')
     def make(mutation=None):
-        source = re.sub(r'.*cvt\.f32\.f16.*\n', '', read_source('blocks')) + read_source('repack').replace('#include "blocks.cu"', '')      # one line of PTX; the shim has the same in C
+        source = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks')) + read_source('repack').replace('#include "blocks.cu"', '')      # two lines of PTX; the shim has the same in C
         if mutation:
             old, new = MUTATIONS[mutation]
             assert source.count(old) == 1
@@ -98,13 +103,14 @@ def test_sorting_in_pieces(build):
     lib, rng = build(), np.random.default_rng(1)
     for t in GGMLType:
         if t.block_size == 1: continue
-        for k in (1, 2, 3, 4, 7, 10):
-            n, blocks = k * t.block_size, random_blocks(t, 5, k * t.block_size, rng)
-            out = placed(np.full(blocks.size, 0xAA, np.uint8))
-            for first, count, shift in ((0, 2, 1), (2, 3, 3)):
+        for k, n_out in ((1, 5), (2, 20), (3, 10), (4, 1), (7, 4), (10, 20)):     # stacks of 4, 1, 2 … matrices
+            n, blocks = k * t.block_size, random_blocks(t, 20, k * t.block_size, rng)
+            out = placed(to_planes(np.zeros_like(blocks), t, n_out))       # padding stays as it is
+            assert len(out) == padded_bytes((20 // n_out, n_out, n), t)
+            for first, count, shift in ((0, 7, 1), (7, 13, 3)):
                 src = np.concatenate([np.zeros(shift, np.uint8), blocks[first:first + count].ravel()])[shift:]
-                getattr(lib, f'sort_{t.name.lower()}')(pointer(src), pointer(out), ctypes.c_long(5), n, ctypes.c_long(first), count)
-            assert np.array_equal(out, to_planes(blocks, t)), (t.name, n)
+                getattr(lib, f'sort_{t.name.lower()}')(pointer(src), pointer(out), n_out, n, ctypes.c_long(first), count)
+            assert np.array_equal(out, to_planes(blocks, t, n_out)), (t.name, n)
 
 
 @pytest.mark.timeout(240)

@@ -101,32 +101,30 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
     __shared__ __align__(16) f16 ps[HEADS][SPLIT + 8];
     __shared__ float ss[HEADS][SPLIT + 4], ms[HEADS], ls[HEADS];
     __shared__ int last;
-    let_next_start();
-    wait_for_last();
+    // All launches before the last one are done: the position and the older rows of the cache are there. Only q and the newest k and v are not.
     const int kv = blockIdx.y, group = n_head / n_head_kv, head0 = kv * group + blockIdx.z * HEADS, heads = min(HEADS, group - (int)blockIdx.z * HEADS);
     const int pos = state[0], row = cache_row(pos, rows, ring), n = ring ? min(pos + 1, rows) : pos + 1;
     const int splits = (n + SPLIT - 1) / SPLIT, max_splits = (rows + SPLIT - 1) / SPLIT;
-    if (row < 0 || blockIdx.x >= splits) return;
+    if (row < 0) { wait_for_last(); return; }
+    if (blockIdx.x >= splits) return;
     k_cache += (i64)kv * rows * D, v_cache += (i64)kv * rows * D;
     if (!inv_freq) n_rot = 0;
     for (int i = threadIdx.x; i < n_rot / 2; i += 128) turns[i] = turn_of(pos, inv_freq[i], mscale);
     __syncthreads();
     float* ml = partial + (i64)n_head * max_splits * D;
+    bool waiting = true;
 
     for (int split = blockIdx.x; split < splits; split += gridDim.x) {
         int tid = threadIdx.x;
         asm volatile("" : "+r"(tid));  // or the compiler computes every address before the loop and holds it in a register
         const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, begin = split * SPLIT;
 
-        // The newest row, when it is given, is taken from k and v, and stored in the cache on the way.
+        // The newest row, when it is given, is taken from k and v, and stored in the cache on the way: everything else is asked for before.
         const int fresh = k && row / SPLIT == split ? row : -1;
         for (int i = tid; i < SPLIT * D / 8; i += 128) {
             const int r = begin + i / (D / 8), c = i % (D / 8) * 8;
             f16* to = &vs[(r - begin) * PAD + c];
-            if (r == fresh) {
-                const float* x = v + kv * D + c;
-                *(uint4*)(v_cache + (i64)r * D + c) = *(uint4*)to = make_uint4(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]), pack_f16(x[4], x[5]), pack_f16(x[6], x[7]));
-            } else copy16(to, v_cache + (r < n ? (i64)r * D + c : 0), r < n);
+            copy16(to, v_cache + (r < n && r != fresh ? (i64)r * D + c : 0), r < n && r != fresh);
         }
         copy_commit();
 
@@ -141,17 +139,35 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                 f16* from = k_cache + (i64)r * D + t * LOAD;
                 #pragma unroll
                 for (int c = 0; c < CHUNKS; c++) {
-                    Keys& x = keys[m][h][c];
-                    if (r == fresh) {
+                    keys[m][h][c] = r < n && r != fresh ? *(const Keys*)(from + c * 4 * LOAD) : Keys{};
+                }
+            }
+        if (waiting) { wait_for_last(); let_next_start(); waiting = false; }
+        if (fresh >= 0) {
+            copy_wait<0>();         // a thread's own copies: none may come after what is written here
+            __syncthreads();
+            for (int c = tid * 8; c < D; c += 128 * 8) {
+                const float* x = v + kv * D + c;
+                *(uint4*)(v_cache + (i64)fresh * D + c) = *(uint4*)&vs[(fresh - begin) * PAD + c] =
+                    make_uint4(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]), pack_f16(x[4], x[5]), pack_f16(x[6], x[7]));
+            }
+            #pragma unroll
+            for (int m = 0; m < 2; m++)
+                #pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    if (begin + warp * 32 + m * 16 + h * 8 + g != fresh) continue;
+                    #pragma unroll
+                    for (int c = 0; c < CHUNKS; c++) {
+                        Keys& x = keys[m][h][c];
                         #pragma unroll
                         for (int i = 0; i < LOAD / 4; i++) {
                             const float4 y = turned(k + kv * D, c * 4 * LOAD + t * LOAD + 4 * i, turns, n_rot, neox);
                             x.pair[2 * i] = pack_f16(y.x, y.y), x.pair[2 * i + 1] = pack_f16(y.z, y.w);
                         }
-                        *(Keys*)(from + c * 4 * LOAD) = x;
-                    } else x = r < n ? *(const Keys*)(from + c * 4 * LOAD) : Keys{};
+                        *(Keys*)(k_cache + (i64)fresh * D + t * LOAD + c * 4 * LOAD) = x;
+                    }
                 }
-            }
+        }
         float acc[2][4] = {};
         #pragma unroll
         for (int c = 0; c < CHUNKS; c++)

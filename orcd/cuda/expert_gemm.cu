@@ -16,7 +16,7 @@ __device__ __forceinline__ void expert_gemm(Shared& s, const u8* w, const u16* x
         s.yrow[threadIdx.x] = slot; s.xrow[threadIdx.x] = slot < 0 ? -1 : i;
     }
     __syncthreads();
-    tile<T>(s, Planes<T>(w, (long long)n_expert * n_out, n_in), (long long)e * n_out + o, n_out - o, x, xinv, xsum, x_rows, ldx, n_in, out + o, ldo,
+    tile<T>(s, Planes<T>(w, n_in), (long long)e * (is_plain<T>() ? n_out : (n_out + 15) / 16 * 16) + o, n_out - o, x, xinv, xsum, x_rows, ldx, n_in, out + o, ldo,
         bias ? bias + (long long)e * n_out + o : nullptr, nullptr, 0);
 }
 #define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256, 2) expert_gemm_##name(const u8* w, const u16* x, \

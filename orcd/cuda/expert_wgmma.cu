@@ -2,7 +2,7 @@
 enum { R = 2, D = 3, MOST = 128 };     // rows of W by 64, stages of MOST tokens; of fewer tokens there are more stages
 
 // Blocks on an SM: two, unless a type wants too many registers
-template<int T> __device__ constexpr int resident() { return T == MXFP4 || T == Q4_0 || T == Q4_1 || T == Q5_0 ? 2 : 1; }
+template<int T> __device__ constexpr int resident() { return T == MXFP4 || T == Q4_0 || T == Q4_1 ? 2 : 1; }
 
 // One block: 128 rows of an expert's matrix, or 64 of gate and the same 64 of up, times N tokens from position p0 on, of which `left` are the expert's.
 // Gated: halves laid out as the next product's x. Otherwise out has a row for each slot.
@@ -17,7 +17,7 @@ __device__ __forceinline__ void expert(const u8* w0, const u8* w1, const u8* top
     const bool up = GATED && s.r;
     const int row0 = (GATED ? blockIdx.y : 2 * blockIdx.y + s.r) * 64, first = expert * n_out, o = row0 + s.mine;
     const float* bias = up ? bias1 : bias0;
-    s.run(up ? w1 : w0, up ? top1 : top0, (long long)n_expert * n_out, first, row0, n_out, n_in, x + (long long)p0 * 64, (long long)x_rows * 64, shared, barriers);
+    s.run(up ? w1 : w0, (up ? top1 : top0) + first, expert * ((n_out + 15) / 16), row0, n_out, n_in, x + (long long)p0 * 64, (long long)x_rows * 64, shared, barriers);
     if (bias) bias += first + row0;
     if (GATED) {
         store_gated<OAI>(s, bias, inv + p0, n_out - row0, left, shared, half + ((long long)blockIdx.y * half_rows + p0) * 64);

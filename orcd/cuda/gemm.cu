@@ -8,6 +8,6 @@
     int t = blockIdx.x * BM + threadIdx.x, o = blockIdx.y * BN; \
     if (threadIdx.x < BM) s.xrow[threadIdx.x] = s.yrow[threadIdx.x] = t < n_rows ? t : -1; \
     __syncthreads(); \
-    tile<T>(s, Planes<T>(w, n_out, n_in), o, n_out - o, x, xinv, xsum, x_rows, ldx, n_in, out + o, ldo, \
+    tile<T>(s, Planes<T>(w, n_in), o, n_out - o, x, xinv, xsum, x_rows, ldx, n_in, out + o, ldo, \
         bias ? bias + o : nullptr, residual ? residual + o : nullptr, ldr); }
 EACH_HALF(KERNEL)

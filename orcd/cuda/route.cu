@@ -1,31 +1,14 @@
 #include "source.cu"
+#include "top.cu"
 
 // Row t of logits (n experts, at most 1024): the k largest in order, ties to the lower id; weights: softmax over those k. One warp a row.
 extern "C" __global__ void __launch_bounds__(32) route(const float* logits, int* ids, float* weights, int n, int k, long long ld) {
     let_next_start();
     wait_for_last();
-    int t = blockIdx.x, lane = threadIdx.x;
-    logits += t * ld; ids += t * k; weights += t * k;
-    u32 taken = 0;                                  // bit j: expert lane + 32 j is chosen
-    float first = 0, sum = 0;
-    for (int r = 0; r < k; r++) {
-        float best = 0; int id = n;
-        for (int j = 0, e = lane; e < n; j++, e += 32) if (!(taken >> j & 1)) {
-            float l = logits[e];
-            if (!(l == l)) l = __int_as_float(0xFF800000);          // NaN is never preferred
-            if (id == n || l > best) { best = l; id = e; }
-        }
-        for (int d = 16; d; d >>= 1) {
-            float l = __shfl_xor_sync(0xFFFFFFFF, best, d); int e = __shfl_xor_sync(0xFFFFFFFF, id, d);
-            if (e < n && (id == n || l > best || (l == best && e < id))) { best = l; id = e; }
-        }
-        if ((id & 31) == lane) taken |= 1u << id / 32;
-        if (r == 0) first = best;
-        float w = best == first ? 1 : expf(best - first);
-        sum += w;
-        if (lane == 0) { ids[r] = id; weights[r] = w; }
-    }
-    if (lane == 0) for (int r = 0; r < k; r++) weights[r] /= sum;
+    int t = blockIdx.x, lane = threadIdx.x, id;
+    float weight;
+    top_experts(logits + t * ld, n, k, id, weight);
+    if (lane < k) { ids[t * k + lane] = id; weights[t * k + lane] = weight; }
 }
 
 // out[t] = sum over rank r of weights[t][r] * y[t k + r] (+ residual[t]), in rank order

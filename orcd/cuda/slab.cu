@@ -5,13 +5,13 @@
 #include "wgmma.cu"
 #include "source.cu"
 
-// The integers of two weights, in the low bits of two halves, are subnormal halves: 2^-24 times the integers. So one multiply-add makes weights of
+// The integers of two weights, in the mantissas of two halves without exponents, are subnormal halves: 2^-24 times the integers or so. So one multiply-add makes weights of
 // them: with the block's scale, lifted by a power of two that brings the row's largest below 2^15, and its minimum. What is left is a factor of the
 // row's sums. `top` is the exponent of the row's largest scale.
 template<int T> struct Lift {
     int top;
     __device__ __forceinline__ int up() const { return (is_k<T>() ? T == Q6_K ? 22 : 23 : 29) - top; }
-    __device__ __forceinline__ float factor() const { return T == MXFP4 ? mxfp4_scale(top) : __uint_as_float((127 + 24 - up()) << 23); }
+    __device__ __forceinline__ float factor() const { return T == MXFP4 ? .5f * mxfp4_scale(top) : __uint_as_float((127 + 24 - up()) << 23); }
     // Lifted scale and minimum of block t of group g in row e as halves; of Q6_K two scales
     __device__ __forceinline__ u32 halves(const Share<T>& b, int g, int e, int t) const {
         if (T == MXFP4) {
@@ -20,7 +20,8 @@ template<int T> struct Lift {
         }
         const float up = __uint_as_float((127 + this->up()) << 23);
         const float2 v = b.scale(g, e, t);
-        const float d = v.x * up, m = T == Q6_K ? v.y * up : (Type<T>::mins ? v.y * up : d * -Type<T>::bias) * (1.f / (1 << 24));
+        constexpr float LOW = 1.f / (1 << lifted<T>());
+        const float d = v.x * up * LOW, m = T == Q6_K ? v.y * up : (Type<T>::mins ? v.y * up : v.x * up * -Type<T>::bias) * (1.f / (1 << 24));
         u32 h;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(m), "f"(d));
         return h;
@@ -35,7 +36,7 @@ template<int T> __device__ __forceinline__ void weights(u32 (&w)[4], const Share
     for (int r = 0; r < 4; r++) {
         if (T == MXFP4) { w[r] = times(b.pair(c, g, e, j, r), first); continue; }
         const u32 d = T == Q6_K && r / 2 ? second : first, m = T == Q6_K ? times(d, 0x80208020) : second;    // 32 of Q6_K: -2^5 2^-24
-        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(w[r]) : "r"(b.integers(c, g, e, j, r)), "r"(Share<T>::high(j, r) ? times(d, 0x2C002C00) : d), "r"(m));
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(w[r]) : "r"(b.small(g, e, j, r)), "r"(is_lifted<T>(r) ? times(d, 0x2C002C00) : d), "r"(m));
     }
 }
 
@@ -52,15 +53,17 @@ template<int N, int R, int S, int D> struct Stages {
     }
 };
 
-// acc += 64 rows of W, two of them this lane's, times N rows of x (halves, `span` apart from one span of 64 columns to the next). Of the
+// acc += 64 rows of W, of which `tile` is this warp's, times N rows of x (halves, `span` apart from one span of 64 columns to the next). Of the
 // columns, part `part` of S takes every S-th unit of 256. `issuer`: the one thread that asks for stages.
 template<int T, int N, int R, int S, int D>
-__device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p, const u32 (&row)[2], const Lift<T> (&lift)[2], const u16* x, long long span, int n_in,
+__device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p, int tile, const Lift<T> (&lift)[2], const u16* x, long long span, int n_in,
     const Stages<N, R, S, D>& s, int part, bool issuer) {
     constexpr bool K = is_k<T>();
     const int lane = threadIdx.x & 31, t = lane & 3, groups = (n_in + 127) / 128, units = (groups + 1) / 2;
     const int mine = 2 * ((units - part + S - 1) / S) - ((groups & 1) && (units - 1) % S == part);       // groups of this part
-    const Masks c;
+    const Masks c(pair_bits<T>());
+    constexpr int UNIT = 16 * Planes<T>::PER * Planes<T>::SIZE;
+    const u8* rows = p.at(tile, 0);
     Share<T> b[K ? 1 : 2];      // two groups, in turns: a K block, or two steps
     auto unit_of = [&](int k) { return part + S * (k / 2); };
     auto copy = [&](int k, int slot) {
@@ -70,17 +73,18 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p
     };
     auto load = [&](int k, int g) {
         if (k >= mine) return;
-        if (K) b[0].quants(p, row, unit_of(k), g, t); else b[g % (K ? 1 : 2)].quants(p, row, 2 * unit_of(k) + g, 0, t);
+        const int unit = K ? unit_of(k) : 2 * unit_of(k) + g;
+        b[K ? 0 : g % 2].quants(rows + unit * UNIT, p.left(unit), K ? g : 0, lane);
     };
     load(0, 0); load(1, 1);
-    if (mine) b[0].heads(p, row, unit_of(0));
+    if (K && mine) b[0].heads(rows + unit_of(0) * UNIT, lane);
     wait_for_last();            // weights are there, x is not yet
     if (issuer) for (int k = 0; k < D && k < mine; k++) copy(k, k);
     int slot = 0, phase = 0, last = 0, last_phase = 0;
     auto step = [&](int k, int g) {       // group k; g = k & 1
         const Share<T>& now = b[K ? 0 : g];
         const u32 v[2] = {lift[0].halves(now, K ? g : 0, 0, t), lift[1].halves(now, K ? g : 0, 1, t)};
-        if (K && g == 1 && k + 1 < mine) b[0].heads(p, row, unit_of(k + 1));
+        if (K && g == 1 && k + 1 < mine) b[0].heads(rows + unit_of(k + 1) * UNIT, lane);
         wait(s.full + slot, phase);
         const u64 at = described(address_of(s.x + 2 * slot * N * 64));
         u32 a[2][2][4];         // block j while block j - 1 is multiplied
@@ -115,14 +119,13 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p
 template<int T, int N, int R, int S, int D> struct Tile {
     const int group = threadIdx.x / 128, r = group % R, part = group / R, tid = threadIdx.x & 127, lane = tid & 31, mine = tid / 32 * 16 + lane / 4;
     float acc[N / 2] = {}, factor[2];
-    // `first`: the matrix's first row in a stack of experts, row0: this warpgroup's first row of n_out; x: the tile's first token.
+    // first_tile: of the matrix, row0: this warpgroup's first row of n_out; top: of the matrix's rows; x: the tile's first token.
     // True for the threads that hold the result: those of the first part
-    __device__ __forceinline__ bool run(const u8* w, const u8* top, long long all, long long first, int row0, int n_out, int n_in, const u16* x, long long span,
+    __device__ __forceinline__ bool run(const u8* w, const u8* top, int first_tile, int row0, int n_out, int n_in, const u16* x, long long span,
         u16* shared, u64* barriers) {
-        const Planes<T> p(w, all, n_in);
-        const u32 row[2] = {(u32)first + min(row0 + mine, n_out - 1), (u32)first + min(row0 + mine + 8, n_out - 1)};
-        const Lift<T> lift[2] = {{top[row[0]]}, {top[row[1]]}};
-        multiply<T, N, R, S, D>(acc, p, row, lift, x, span, n_in, Stages<N, R, S, D>(shared, barriers, part), part, r == 0 && tid == 0);
+        const Planes<T> p(w, n_in);
+        const Lift<T> lift[2] = {{top[min(row0 + mine, n_out - 1)]}, {top[min(row0 + mine + 8, n_out - 1)]}};
+        multiply<T, N, R, S, D>(acc, p, first_tile + min(row0 + tid / 32 * 16, n_out - 1) / 16, lift, x, span, n_in, Stages<N, R, S, D>(shared, barriers, part), part, r == 0 && tid == 0);
         for (int e = 0; e < 2; e++) factor[e] = lift[e].factor();
         if (S > 1) {                // the parts' sums, in their order
             float* sums = (float*)shared;

@@ -27,7 +27,7 @@ __device__ __forceinline__ void ldmatrix(u32 (&r)[4], const u16* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
 }
-// An octet as halves without their scale: q[0] are the even ones of its four a weights, q[1] the odd ones, q[2..3] those of its b weights
+// An octet as halves without their scale: q[0] are the even ones of its first four weights, q[1] the odd ones, q[2..3] those of the four 16 further
 struct Halves { u32 q[4]; float da, db, ma, mb; };
 
 // An octet on its way from global to shared memory: it waits in registers as it came, `there` says whether there is one
@@ -35,25 +35,23 @@ template<int T> struct Fetch {
     Raw<T> raw;
     bool there;
     __device__ __forceinline__ void get(const Planes<T>& p, long long row, int span, int u, int n, bool valid) {
-        there = valid && 64 * span + octet_start<T>(u) < n;
+        there = valid && 64 * span + octet_start(u) < n;
         if (there) load_octet<T>(raw, p, row, span, u);
     }
     __device__ __forceinline__ Halves halves(int span, int u) {
-        constexpr int B = Type<T>::bias;
         if (!there) return {{0, 0, 0, 0}, 0, 0, 0, 0};
         Octet o = octet<T>(raw, span, u);
-        return {{byte_halves<B>(o.a, 0x4240), byte_halves<B>(o.a, 0x4341), byte_halves<B>(o.b, 0x4240), byte_halves<B>(o.b, 0x4341)},
-            o.da, o.db, o.ma, o.mb};
+        return {{o.p[0], o.p[1], o.p[2], o.p[3]}, o.da, o.db, o.ma, o.mb};
     }
 };
 template<> struct Fetch<F16> {      // are halves already
     u32 q[4];
     __device__ __forceinline__ void get(const Planes<F16>& w, long long row, int span, int u, int n, bool valid) {
-        const u16* p = (const u16*)w.s + row * n;
-        int i = 64 * span + 4 * u;
+        const u16* p = (const u16*)w.w + row * n;
+        int i = 64 * span + octet_start(u);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            int k = i + (j & 1) + 32 * (j / 2);
+            int k = i + (j & 1) + 16 * (j / 2);
             q[j] = (valid && k < n ? p[k] : 0) | (valid && k + 2 < n ? p[k + 2] : 0) << 16;
         }
     }
@@ -88,7 +86,7 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
     auto store_w = [&](int span) {
         for (int j = 0; j < 2; j++) {
             Halves h = f[j].halves(span, tid & 7);
-            int r = tid / 8 + 32 * j, i = octet_start<T>(tid & 7), k = i + Type<T>::delta;
+            int r = tid / 8 + 32 * j, i = octet_start(tid & 7), k = i + 16;
 #pragma unroll
             for (int e = 0; e < 2; e++) {       // even and odd columns apart, as x has them
                 *(u32*)&s.w[chunk(r, i / 16 * 2 + e) + (i & 15) / 2] = h.q[e];
@@ -126,7 +124,7 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         if (Type<T>::mins) sum[e] = xsum[(long long)max(x_row(i, e), 0) * (ldx / 32) + 2 * span + g];
-                        if (T == MXFP4) inv[e] = inverse(i, e);         // before a block scale that may be 2^126
+                        if (T == MXFP4) inv[e] = 16384 * inverse(i, e);     // before a block scale that may be 2^127; 16384: the halves are value / 2^14
                     }
 #pragma unroll
                     for (int j = 0; j < 4; j++) {

@@ -154,7 +154,7 @@ def test_halves(cp, rows, n):
     from orcd.k_gemm import HalfRows, half_bytes, to_half
     rng = np.random.default_rng()
     x, w, up = (rng.standard_normal(s).astype(np.float32)*3 for s in ((rows, n), n, (rows, n)))
-    for lazy, v in vectors(cp, x, w, up):
+    for lazy, v in vectors(cp, x, w) + gates(cp, x, up):
         h = to_half(lazy, HalfRows(cp.full(half_bytes(rows, n), 255, cp.uint8), rows, n))
         got = unpacked(h)
         assert (abs(got - v) <= 2.0**-11*abs(v) + 2.0**-20*abs(v).max(1, keepdims=True)).all()
@@ -164,7 +164,7 @@ def test_halves(cp, rows, n):
 
 
 @pytest.mark.parametrize('t', [t for t in TYPES if t.block_size > 1], ids=ids)
-@pytest.mark.parametrize('rows,n,k', [(1, 64, 1), (150, 200, 3), (300, 1100, 1)])
+@pytest.mark.parametrize('rows,n,k', [(1, 64, 1), (150, 208, 3), (300, 1104, 1)])
 def test_gated(cp, t, rows, n, k):
     "Gate and up in one launch, also when they are one matrix; a token alone and in company"
     from orcd.k_gemm import HalfRows, half_bytes, to_half
@@ -200,13 +200,15 @@ def test_views(cp, t):
     blocks, x, bias, res = inputs(t, rows, n_out, n_in)
     W = QTensor.upload(blocks, t, (n_out, n_in))
     for shift in (4, 3):                # rows at 16 bytes and not
-        wide, target = cp.full((rows, n_in + 7 + shift), np.nan, cp.float32), cp.full((rows, n_out + 5), 7, cp.float32)
+        wide, target = cp.full((rows, n_in + 4 + shift), np.nan, cp.float32), cp.full((rows, n_out + 5), 7, cp.float32)
         xv, ov = wide[:, shift:shift+n_in], target[:, 2:2+n_out]
         xv[...] = cp.asarray(x)
         ov[...] = cp.asarray(res)
-        gemv(W, xv, ov, cp.asarray(bias), ov)
-        a = ov.get()
-        assert np.array_equal(a, gemv_out(cp, t, blocks, x, n_out, bias, res))
+        if wide.strides[0] % 16 == 0 and shift == 4 or n_in % 4:
+            gemv(W, xv, ov, cp.asarray(bias), ov)
+            assert np.array_equal(ov.get(), gemv_out(cp, t, blocks, x, n_out, bias, res))
+        else:
+            with pytest.raises(KernelError, match='multiples of 16'): gemv(W, xv, ov, cp.asarray(bias), ov)
         ov[...] = cp.asarray(res)
         h = to_half(xv, HalfRows(cp.empty(half_bytes(rows, n_in), cp.uint8), rows, n_in))
         gemm(W, h, ov, cp.asarray(bias), ov)
@@ -280,11 +282,10 @@ def test_mxfp4_negative_zero(cp):
 
 
 MUTATIONS = dict(   # name -> for GEMV and GEMM: (what the source says, what a mistake would say)
-    nibbles=(('8 * (r & 1) + 4 * (r / 2);', '8 * (r & 1) + 4 * (1 - r / 2);'),
-             ('o.a = __byte_perm(lo, hi, 0x6420); o.b = __byte_perm(lo, hi, 0x7531);', 'o.b = __byte_perm(lo, hi, 0x6420); o.a = __byte_perm(lo, hi, 0x7531);')),
-    scale_at=(('p.s + (at + first + t) * Type<T>::s', 'p.s + (at + first + (t ^ 1)) * Type<T>::s'), ('p.s + (at + block) * Y::s', 'p.s + (at + (block ^ 1)) * Y::s')),
-    table=(('(m & 0x0E000E00)', '(m & 0x06000600)'), ('0x18141210', '0x18161210')),
-    exponent=(('c * 16384.f', 'c * 32768.f'), ('(e - 1) << 23', 'e << 23')))
+    nibbles=(('if (r == 1) return w << 8 & 0x8E008E00;', 'if (r == 1) return w & 0x8E008E00;'),)*2,
+    scale_at=(('unit + 64 * (Y::q + Y::h) + Y::s * at;', 'unit + 64 * (Y::q + Y::h) + Y::s * (at ^ 1);'), ('Y::s * (left * (row & 15) + j);', 'Y::s * (left * (row & 15) + (j ^ 1));')),
+    table=(('(w << 5 & 0x0E000E00)', '(w << 5 & 0x06000600)'),)*2,
+    exponent=(('e ? e << 23', 'e ? (e + 1) << 23'),)*2)
 
 
 def inlined(name):
@@ -334,13 +335,18 @@ def test_mxfp4_mistakes_are_seen(cp, monkeypatch):
 
 # ---- several matrices, and vectors that are made on the way
 
-def vectors(cp, x, w, up):
-    "Lazy input -> the same in float64"
-    from orcd.k_gemv import Gated, Normed
+def gates(cp, x, up):
+    "Gated input -> the same in float64"
+    from orcd.k_gemm import Gated
     d, g = (np.asarray(a, np.float64) for a in (x, up))
     gate, sig = np.minimum(d, 7), lambda z: 1/(1 + np.exp(-z))
-    return [(cp.asarray(x), d), (Normed(cp.asarray(x), cp.asarray(w), 1e-6), d*w/np.sqrt((d*d).mean(1, keepdims=True) + 1e-6)),
-        (Gated(cp.asarray(x), cp.asarray(up)), d*sig(d)*g), (Gated(cp.asarray(x), cp.asarray(up), True), gate*sig(1.702*gate)*(np.clip(g, -7, 7) + 1))]
+    return [(Gated(cp.asarray(x), cp.asarray(up)), d*sig(d)*g), (Gated(cp.asarray(x), cp.asarray(up), True), gate*sig(1.702*gate)*(np.clip(g, -7, 7) + 1))]
+
+def vectors(cp, x, w):
+    "Lazy input -> the same in float64"
+    from orcd.k_gemv import Normed
+    d = np.asarray(x, np.float64)
+    return [(cp.asarray(x), d), (Normed(cp.asarray(x), cp.asarray(w), 1e-6), d*w/np.sqrt((d*d).mean(1, keepdims=True) + 1e-6))]
 
 
 @pytest.mark.parametrize('types', [('Q5_0', 'Q5_0', 'Q8_0'), ('Q4_K', 'Q4_K', 'Q6_K'), ('Q4_K', 'Q5_K'), ('MXFP4', 'MXFP4'), ('Q8_0', 'F32'), ('Q4_0', 'Q5_1', 'Q4_1'), ('F16', 'BF16', 'F32')], ids=str)
@@ -350,11 +356,11 @@ def test_many(cp, types, rows, n_in):
     from orcd.nvrtc import QTensor
     from orcd.planes import random_blocks
     rng = np.random.default_rng()
-    x, w, up = (rng.standard_normal(s).astype(np.float32)*3 for s in ((rows, n_in), n_in, (rows, n_in)))
+    x, w = (rng.standard_normal(s).astype(np.float32)*3 for s in ((rows, n_in), n_in))
     blocks = [random_blocks(GGMLType[t], n, n_in, rng) for t, n in zip(types, (70, 33, 16))]
     W = [QTensor.upload(b, GGMLType[t], (len(b), n_in)) for b, t in zip(blocks, types)]
     bias = [None, *(rng.standard_normal(len(b), np.float32) for b in blocks[1:])]
-    for lazy, v in vectors(cp, x, w, up):
+    for lazy, v in vectors(cp, x, w):
         outs = [cp.full((rows, len(b)), np.nan, cp.float32) for b in blocks]
         run = lambda: gemvs([(M, o, None if c is None else cp.asarray(c)) for M, o, c in zip(W, outs, bias)], lazy)
         run()
@@ -366,6 +372,26 @@ def test_many(cp, types, rows, n_in):
             for o in outs: o[...] = cp.nan
             run()
             assert all(np.array_equal(o.get(), f) for o, f in zip(outs, first))
+
+
+@pytest.mark.parametrize('t', [t for t in TYPES if t.block_size > 1], ids=ids)
+@pytest.mark.parametrize('n_out,k,oai', [(1, 1, False), (33, 3, True), (200, 11, False)])
+def test_gated_row(cp, t, n_out, k, oai):
+    from orcd.k_gemv import Normed, gated, product64
+    from orcd.nvrtc import QTensor
+    n_in = columns(t, k)
+    b, x, *_ = inputs(t, 1, 2*n_out, n_in)
+    rng, x = np.random.default_rng(k), x*np.float32(.05)
+    bias, w = rng.standard_normal((2, n_out)).astype(np.float32), rng.standard_normal(n_in).astype(np.float32)*np.float32(.1)
+    Wg, Wu = (QTensor.upload(b[i*n_out:(i + 1)*n_out], t, (n_out, n_in)) for i in (0, 1))
+    for lazy, v in vectors(cp, x, w):
+        out = cp.full((1, n_out), np.nan, cp.float32)
+        gated((Wg, cp.asarray(bias[0])), (Wu, cp.asarray(bias[1])), lazy, out, oai)
+        y, size = product64(b, t, v)
+        (g, u), (sg, su) = (y[0, :n_out] + bias[0], y[0, n_out:] + bias[1]), (size[0, :n_out] + 1, size[0, n_out:] + 1)
+        if oai: g, u = np.minimum(g, 7), np.clip(u, -7, 7) + 1
+        a = g/(1 + np.exp(-(1.702 if oai else 1)*g))
+        assert (abs(out.get()[0] - a*u) <= 2e-5*(sg*abs(u) + su*abs(a)) + 1e-6).all()
 
 
 # ---- wrong calls
