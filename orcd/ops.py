@@ -134,7 +134,7 @@ class CudaOps:
         "The input of prefill's products as FP16, made once for all that read `x`; for experts sorted by them"
         def make():
             if isinstance(x, k_gemm.Gated):
-                if self.fuses(x.x, x.other): return self.gated(x)
+                if self.fuses(x): return self.gated(x)
                 source = k_gemm.Gated(self.array(x.x), self.array(x.other), x.oai)
             else: source = x
             self.flush()
@@ -150,9 +150,10 @@ class CudaOps:
         if key not in self.rows: self.rows[key] = k_gemm.HalfRows(buffer, rows, n)
         return self.rows[key]
 
-    def fuses(self, gate, up):
-        "Can gate and up be one launch?"
-        both = isinstance(gate, Product) and isinstance(up, Product) and gate.out is up.out is None
+    def fuses(self, x):
+        "Can gate and up be one launch? There is one for silu, and for experts one for gpt-oss's activation."
+        gate, up = x.x, x.other
+        both = isinstance(gate, Product) and isinstance(up, Product) and gate.out is up.out is None and x.oai == (gate.route is not None)
         return self.wide and both and gate.x is up.x and gate.W.type == up.W.type and gate.W.type.block_size > 1 and gate.shape == up.shape
 
     def gated(self, x):

@@ -34,7 +34,7 @@ def as_hopper(
     up = np.exp2(dict(Q4_K=23., Q5_K=23., Q6_K=22.).get(t.name, 29.) - top)[:, None]
     half = lambda x: x.astype(np.float32).astype(np.float16).astype(np.float64)
     scale = half(d*up)
-    least = half(zero*up/2**24) if t.name in ('Q4_1', 'Q5_1', 'Q4_K', 'Q5_K') else np.rint(np.divide(zero, d, out=np.zeros_like(d), where=d != 0))*scale/2**24
+    least = half(zero*up/2**24) if t.name in ('Q4_1', 'Q5_1', 'Q4_K', 'Q5_K') else half(np.rint(np.divide(zero, d, out=np.zeros_like(d), where=d != 0))*scale/2**24)
     return ((n*scale/2**24 + least).astype(np.float16).astype(np.float64)*2**24/up).astype(np.float32)
 
 

@@ -1,0 +1,131 @@
+"The weights that Hopper's tensor cores are given, made on the CPU by the kernel's own source: those of the NumPy oracle, and near the exact ones"
+import ctypes, re, shutil, subprocess
+import numpy as np, pytest
+from orcd.blocks import GGMLType, dequantize
+from orcd.nvrtc import read_source
+from orcd.planes import random_blocks, to_planes
+from rounded import as_hopper
+from test_blocks_cuda import SHIM, placed, pointer
+
+# What share.cu and slab.cu need beyond that; halves are rounded from double, once
+HALVES = r'''
+#include <cmath>
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+static float fmaf_(float a, float b, float c) { return std::fma(a, b, c); }
+static uint32_t rounded_half(double x) {
+    if (x == 0) return 0;
+    const int e = std::max(std::ilogb(x), -14);
+    const double n = std::nearbyint(std::ldexp(std::fabs(x), 10 - e));          // in units of the last place
+    return (x < 0 ? 0x8000 : 0) | (n < 1024 ? (uint32_t)n : (uint32_t)((e + 15) << 10) + (uint32_t)n - 1024);
+}
+static double low(uint32_t v) { return half_bits(v & 65535); }
+static double high(uint32_t v) { return half_bits(v >> 16); }
+static uint32_t to_half_bits(float x) { return rounded_half(x); }
+static uint32_t two_halves(float lo, float hi) { return rounded_half(lo) | rounded_half(hi) << 16; }
+static uint32_t times(uint32_t a, uint32_t b) { return rounded_half(low(a) * low(b)) | rounded_half(high(a) * high(b)) << 16; }
+static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) { return rounded_half(low(a) * low(b) + low(c)) | rounded_half(high(a) * high(b) + high(c)) << 16; }
+'''
+# All lanes of a warp, one after the other; a lane's scales come from the lane of its four that has them
+CALLS = r'''
+template<int T> void slab(const u8* w, const u8* top, float* y, int rows, int n) {
+    const Planes<T> p(w, n);
+    const Masks c(pair_bits<T>());
+    for (int tile = 0; 16 * tile < rows; tile++) for (int unit = 0; unit < p.units(); unit++) {
+        Share<T> b[32];
+        for (int lane = 0; lane < 32; lane++) b[lane].load(p.at(tile, unit), p.left(unit), lane);
+        for (int lane = 0; lane < 32; lane++) for (int g = 0; g < Share<T>::GROUPS; g++) for (int e = 0; e < 2; e++) for (int j = 0; j < 4; j++) {
+            const int row = 16 * tile + 8 * e + lane / 4, at = (is_k<T>() ? 256 : 128) * unit + 128 * g + 32 * j + 4 * (lane & 3);
+            if (row >= rows || at >= n) continue;
+            const Lift<T> lift = {top[row]};
+            u32 v[4];
+            weights<T>(v, b[lane], c, g, e, j, lift.halves(b[lane / 4 * 4 + j], g, e, j));
+            for (int r = 0; r < 4; r++) for (int k = 0; k < 2; k++)
+                y[(long)row * n + at + 16 * (r / 2) + (r & 1) + 2 * k] = half_bits(k ? v[r] >> 16 : v[r] & 65535) * lift.factor();
+        }
+    }
+}
+#define CALL(name, T) extern "C" void slab_##name(const u8* w, const u8* top, float* y, int rows, int n) { slab<T>(w, top, y, rows, n); }
+EACH_QUANT(CALL)
+#undef KERNEL
+#define TOPS(name, T) extern "C" void find_##name(const u8* w, u8* top, long rows, int n_out, int n) { \
+    for (blockIdx.x = 0; blockIdx.x < (rows + 7) / 8; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x += 32) tops<T>(w, top, rows, n_out, n); }
+EACH_QUANT(TOPS)
+'''
+
+
+def device_source():
+    "The sources without their PTX, which the shim has in C"
+    blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks'))
+    share = re.sub(r'#include .*', '', read_source('share'))
+    slab = read_source('slab')
+    slab = slab[slab.index('template<int T> struct Lift'):slab.index('// D stages of 128 columns')]
+    slab = re.sub(r'.*u32 times\(.*\n', '', slab)
+    slab = re.sub(r'u32 h;\s*asm\("cvt\.rn\.f16x2\.f32 .*?"f"\((\w+)\), "f"\((\w+)\)\);\s*return h;', r'return two_halves(\2, \1);', slab)
+    slab, n = re.subn(r'asm\("fma\.rn\.f16x2 .*?" : "=r"\((.*?)\) : "r"\((.*)\), "r"\((.*)\), "r"\((.*)\)\);', r'\1 = fma2(\2, \3, \4);', slab)
+    assert n == 1 and 'asm' not in slab + share, 'the source has changed'
+    tops, n = re.subn(r'for \(int o = 16; .*|extern "C" __global__.*|EACH_QUANT.*|#define KERNEL.*|#include .*', '', read_source('tops'))   # one lane looks at all blocks
+    assert tops.count('b += 32') == 1
+    return blocks + share.replace('fmaf(', 'fmaf_(') + slab + tops.replace('b += 32', 'b++')
+
+
+@pytest.fixture(scope='module')
+def build(tmp_path_factory):
+    "Compile (with one mistake) into a shared library"
+    if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
+    folder, source = tmp_path_factory.mktemp('slab'), SHIM.replace('#include <cstring>', '#include <cstring>\n#include <algorithm>') + HALVES + device_source() + CALLS
+    def make(old='', new=''):
+        assert not old or source.count(old) == 1, 'the source has changed'
+        cpp = folder/f'{new.strip(".f *") or "slab"}.cpp'
+        cpp.write_text(source.replace(old, new) if old else source)
+        subprocess.run(['g++', '-std=c++17', '-O1', '-ffp-contract=off', '-shared', '-fPIC', '-w', '-o', cpp.with_suffix('.so'), cpp], check=True)
+        return ctypes.CDLL(str(cpp.with_suffix('.so')))
+    return make
+
+
+def tops(blocks, t):
+    "What tops.cu finds"
+    b = blocks.view(t.dtype).reshape(len(blocks), -1)
+    if t == GGMLType.MXFP4: return b['e'].max(1).astype(np.uint8)
+    return np.maximum(1, np.max([(b[f].view(np.uint16).reshape(len(b), -1) >> 10 & 31).max(1) for f in {'d', 'm', 'dmin'} & set(b.dtype.names)], 0)).astype(np.uint8)
+
+
+def made(lib, blocks, t):
+    "Weights as the kernel makes them"
+    rows, n = len(blocks), blocks.shape[1]//t.type_size*t.block_size
+    w, top, y = placed(to_planes(blocks, t)), tops(blocks, t), np.full((rows, n), np.nan, np.float32)
+    getattr(lib, f'slab_{t.name.lower()}')(pointer(w), pointer(top), pointer(y), rows, n)
+    return y
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize('t', [t for t in GGMLType if t.block_size > 1], ids=lambda t: t.name)
+def test_weights(build, t):
+    lib, rng = build(), np.random.default_rng(0)
+    for k in (1, 2, 3, 4, 7, 10):
+        blocks = random_blocks(t, 21, k * t.block_size, rng)
+        y, exact = made(lib, blocks, t), dequantize(blocks, t)
+        assert np.linalg.norm(y - exact) < 5e-4*np.linalg.norm(exact)
+        assert np.mean(y != as_hopper(blocks, t)) < 1e-3 # where the oracle finds a scale that is an ulp off
+
+
+@pytest.mark.timeout(120)
+def test_tops(build):
+    "Stacks of 1, 3 and 21 matrices, whose last tile may have fewer than 16 rows"
+    lib, rng = build(), np.random.default_rng(0)
+    for t in (t for t in GGMLType if t.block_size > 1):
+        for k, n_out in ((1, 21), (3, 7), (6, 1)):
+            n, blocks = k*t.block_size, random_blocks(t, 21, k*t.block_size, rng)
+            w, top = placed(to_planes(blocks, t, n_out)), np.zeros(21, np.uint8)
+            getattr(lib, f'find_{t.name.lower()}')(pointer(w), pointer(top), ctypes.c_long(21), n_out, n)
+            assert np.array_equal(top, tops(blocks, t)), t.name
+
+
+@pytest.mark.timeout(120)
+def test_mistakes_are_seen(build):
+    rng = np.random.default_rng(0)
+    for name, old, new in (('MXFP4', '.5f * mxfp4_scale', '1.f * mxfp4_scale'), ('Q6_K', '0x80208020', '0x80108010'), ('Q5_0', '0x2C002C00', '0x30003000')):
+        t = GGMLType[name]
+        blocks = random_blocks(t, 21, 512, rng)
+        exact = dequantize(blocks, t)
+        assert not np.linalg.norm(made(build(old, new), blocks, t) - exact) < .01*np.linalg.norm(exact), name
