@@ -14,6 +14,7 @@ SHIM = r'''
 #define __launch_bounds__(n)
 static struct { int x, z; } blockIdx, blockDim = {1, 1}, threadIdx;
 template<class A> static A min(A a, A b) { return a < b ? a : b; }
+template<class A> static A max(A a, A b) { return a > b ? a : b; }
 #define __forceinline__ inline
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };

@@ -8,10 +8,11 @@ template<int T> __device__ constexpr int resident() { return T == MXFP4 || T == 
 // Gated: halves laid out as the next product's x. Otherwise out has a row for each slot.
 template<int T, int N, bool GATED>
 __device__ __forceinline__ void expert(const u8* w0, const u8* w1, const u8* top0, const u8* top1, const float* bias0, const float* bias1, int expert, int n_expert, int n_out, int n_in,
-    const u16* x, const float* inv, int x_rows, int p0, int left, const int* slots, float* out, long long ldo, u16* half, float* half_inv, int half_rows, u64* barriers) {
+    const u16* x, const float* inv, int x_rows, int p0, int left, const int* slots, float* out, long long ldo, u16* half, float* half_inv, int half_rows) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr int DEEP = D * MOST / N;
     extern __shared__ __align__(1024) u16 shared[];
+    __shared__ u64 barriers[2 * D * MOST / 32];
     Stages<N, R, 1, DEEP>::prepare(barriers);
     Tile<T, N, R, 1, DEEP> s;
     const bool up = GATED && s.r;
@@ -41,7 +42,6 @@ __device__ __forceinline__ void expert(const u8* w0, const u8* w1, const u8* top
 template<int T, bool GATED>
 __device__ __forceinline__ void experts(const u8* w0, const u8* w1, const u8* top0, const u8* top1, const float* bias0, const float* bias1, const int* offset, const int* slots,
     int n_expert, int n_out, int n_in, const u16* x, const float* inv, int x_rows, float* out, long long ldo, u16* half, float* half_inv, int half_rows) {
-    __shared__ u64 barriers[2 * D * MOST / 32];
     let_next_start();
     wait_for_last();            // for the offsets
     int e = 0, tile = blockIdx.x;
@@ -52,8 +52,8 @@ __device__ __forceinline__ void experts(const u8* w0, const u8* w1, const u8* to
     }
     if (e == n_expert) return;
     const int p0 = offset[e] + tile * MOST, left = offset[e + 1] - p0;
-#define RUN(N) expert<T, N, GATED>(w0, w1, top0, top1, bias0, bias1, e, n_expert, n_out, n_in, x, inv, x_rows, p0, left, slots, out, ldo, half, half_inv, half_rows, barriers)
-    if (left <= 32) RUN(32); else if (left <= 48) RUN(48); else if (left <= 64) RUN(64); else if (left <= 80) RUN(80); else if (left <= 96) RUN(96); else RUN(128);
+#define RUN(N) expert<T, N, GATED>(w0, w1, top0, top1, bias0, bias1, e, n_expert, n_out, n_in, x, inv, x_rows, p0, left, slots, out, ldo, half, half_inv, half_rows)
+    if (left <= 32) RUN(32); else if (left <= 64) RUN(64); else if (left <= 96) RUN(96); else RUN(128);
 #undef RUN
 }
 #define KERNEL(name, T) \
