@@ -1,26 +1,8 @@
-// Hopper's own: products that a group of four warps starts and that run on their own, bulk copies, and barriers that count both
+// Hopper's own: products that a group of four warps starts and that run on their own
 #ifndef ORCD_WGMMA
 #define ORCD_WGMMA
 #include "mma.cu"
-__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// A barrier in shared memory goes from phase to phase: when `count` arrivals and all announced bytes have come
-__device__ __forceinline__ void barrier_init(u64* b, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(address_of(b)), "r"(count) : "memory"); }
-__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address_of(b)) : "memory"); }
-__device__ __forceinline__ void arrive_expecting(u64* b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address_of(b)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait(u64* b, int phase) {
-    u32 done = 0;
-    while (!done) asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-        : "=r"(done) : "r"(address_of(b)), "r"(phase) : "memory");
-}
-// Bytes from global to shared memory by the copy engine
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, u64* b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        :: "r"(address_of(to)), "l"(from), "r"(bytes), "r"(address_of(b)) : "memory");
-}
+#include "barrier.cu"
 
 // Rows of 64 halves, 128 bytes apart, 16-byte chunk c of row r at place c ^ (r & 7): what the instruction must be told of x
 __device__ __forceinline__ u64 described(u32 address) { return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (address & 0x3FFFF) >> 4; }
