@@ -6,15 +6,15 @@ Docs: https://orcd-dev.github.io/orcd/gemv.html.md"""
 
 # %% auto #0
 __all__ = ['STEP', 'UNIT', 'WARPS', 'MAX_TERMS', 'BLOCKS', 'PIECE', 'LARGE', 'stride', 'vector', 'n_rows', 'matrix', 'Normed',
-           'Choice', 'source', 'is_large', 'deal', 'fixed_bytes', 'pieces', 'code', 'launches', 'shared_limit', 'gemvs',
-           'gemv', 'fuses', 'gated', 'mixed', 'product64', 'graph_time', 'read_bandwidth']
+           'Choice', 'source', 'is_large', 'deal', 'fixed_bytes', 'pieces', 'code', 'launches', 'card', 'gemvs', 'gemv',
+           'fuses', 'gated', 'mixed', 'product64', 'graph_time', 'read_bandwidth']
 
 # %% ../nbs/22_gemv.ipynb #314f75cf
 from dataclasses import dataclass
 from functools import lru_cache
 from .blocks import GGMLType, dequantize
 from .errors import KernelError
-from .nvrtc import QTensor, kernel, only
+from .nvrtc import QTensor, device_arch, kernel, only
 from .planes import random_blocks
 
 # %% ../nbs/22_gemv.ipynb #5ecc14cc
@@ -137,11 +137,12 @@ def pieces(
     vectors:int,    # in shared memory
     limit:int,      # bytes of shared memory that a block may have
     large:bool,     # a large launch?
+    rings:bool=True, # has the card bulk copies?
 )->tuple:           # pieces in a ring, units in a piece, bytes of shared memory
     "The rings: three blocks on an SM if possible, two of a large launch; two pieces at least"
     share = (.44 if large else .3) * limit
     unit, units, fixed = max(map(UNIT, types)), max(-(-n_in//STEP(t)) for t in types), fixed_bytes(n_in, vectors)
-    ring = lambda depth, span: fixed + WARPS*(depth*span*unit + 64)
+    ring = lambda depth, span: fixed + rings*WARPS*(depth*span*unit + 64)
     span = min(-(-units//parts), max(1, PIECE//unit))
     while span > 1 and ring(2, span) > share: span -= 1
     depth = max([2, *(n for n in (3, 4, 6, 8) if ring(n, span) <= share)])
@@ -167,13 +168,14 @@ def launches(types)->list:
     return [*out, *(quant[i:i + 3] for i in range(0, len(quant), 3))]
 
 @lru_cache(None)
-def shared_limit():
-    "Bytes of shared memory that a block may have on the current CUDA device"
+def card(device):
+    "Bytes of shared memory that a block may have on a CUDA device, and whether it has bulk copies"
     from cupy.cuda import runtime
-    return runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, runtime.getDevice())
+    return runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device), int(device_arch(device)[3:]) >= 90
 
 def _launch(jobs, x, rows, mode='gemv', residual=None, per=1, choice=None, ids=None, settled=False, oai=False, stream=None):
     "jobs: (W, out, bias) of matrices of at most two types; rows: of out, `per` of which share a row of x (of a mix each has `per`); mode: 'gemv', 'gated', 'mix'"
+    from cupy.cuda import runtime
     n_in, stacked = jobs[0][0].shape[-1], choice is not None or ids is not None
     shapes, types, terms = [matrix(W, 3 if stacked else 2) for W, *_ in jobs], [W.type for W, *_ in jobs], dict(gemv=1, gated=2, mix=per)[mode]
     n_expert = shapes[0][0] if stacked else 1
@@ -196,7 +198,8 @@ def _launch(jobs, x, rows, mode='gemv', residual=None, per=1, choice=None, ids=N
         return kernel(file, name)((outs[0], rows), (256,), (W, out, biases[0], np.int32(outs[0]), np.int64(strides[0]), residual, np.int64(ldr), np.int32(n_in), *src,
             np.int32(per), ids, np.int32(n_expert)), stream=stream, early=True)
     parts, blocks = deal(outs if mode == 'gemv' else outs[:1], n_in, types, rows, terms, 4 if stacked and mode != 'mix' else 1)
-    depth, span, shared = pieces(types, n_in, parts, terms if mode == 'mix' else 1, shared_limit(), large)
+    limit, rings = card(runtime.getDevice())
+    depth, span, shared = pieces(types, n_in, parts, terms if mode == 'mix' else 1, limit, large, rings)
     second = sum(1 << i for i, t in enumerate(types) if t != min(types))
     some, pad = lambda values: [*values, *[None]*(3 - len(values))], lambda values, kind: [*(kind(v) for v in values), *[kind(0)]*(3 - len(values))]
     kernel(file, name.replace('gemv', mode), defines)((sum(blocks), rows), (32*WARPS,), (*some([W for W, *_ in jobs]), *some([out for _, out, _ in jobs]), *some(biases), *pad(outs, np.int32), *pad(blocks, np.int32), *pad(strides, np.int64),
