@@ -191,7 +191,7 @@ def _launch(jobs, x, rows, mode='gemv', residual=None, per=1, choice=None, ids=N
     biases = [vector('bias', b, n_expert*n) for (*_, b), n in zip(jobs, outs)]
     ldr = 0 if residual is None else stride('residual', residual, rows, outs[0])
     ids = None if ids is None else vector('ids', ids, rows, np.int32)
-    large = is_large([W for W, *_ in jobs], choice.k if choice else per)
+    large = is_large([W for W, *_ in jobs], choice.k if choice else rows)
     file, defines, name = code(types, large)
     if file == 'gemv_plain':
         (W, out, _), = jobs

@@ -59,3 +59,42 @@ def test_published_files(name, weights, kv, shared, tmp_path):
     with orcd.GGUF(path) as g:
         a, b = plan(g, n_ctx=2048), plan(g, n_ctx=4096)
         assert abs(a.weights - weights) < .002*weights and b.kv_cache - a.kv_cache == 2048*kv and b.workspace < 96e6
+
+
+@pytest.mark.parametrize('arch', ['qwen2', 'phi3', 'gpt-oss', 'llama', 'qwen3', 'qwen2.5-0.5b-instruct-q4_k_m', 'phi-3-mini-4k-instruct-q4', 'gpt-oss-20b-mxfp4'])
+def test_decode_finds_its_kernels(arch, shared, tmp_path):
+    "Nothing may be compiled or loaded while the step is captured: each product's kernel is among the files that are loaded before"
+    import orcd
+    from orcd import k_gemv
+    from orcd.engine import kernel_files, layer_kinds, open_model
+    from orcd.ops import CudaOps
+    from orcd.vram import Scratch, Shape
+    path = tmp_path / 'model.gguf'
+    if '-instruct-' in arch or '-20b-' in arch: subprocess.run([sys.executable, str(shared / 'full_shape.py'), arch, str(path), '--header-only'], check=True, capture_output=True)
+    else: make_model(path, arch)
+    wanted = set()
+
+    def product(Ws, k=1):
+        for group in k_gemv.launches([W.type for W in Ws]):
+            ws = [Ws[i] for i in group]
+            wanted.add(k_gemv.code([W.type for W in ws], k_gemv.is_large(ws, k))[:2])
+
+    class Ops(CudaOps):
+        def run(self, launcher, *args, **kw):
+            n = self.config.n_expert_used
+            match launcher.__name__:
+                case 'gemvs': product([W for W, *_ in args[0]], n if kw.get('ids') is not None else 1)
+                case 'gemv': product([args[0]])
+                case 'gated': product([args[0][0], args[1][0]], args[5].k if args[5] else 1)
+                case 'mixed': product([args[0]], args[5].k)
+
+    with orcd.GGUF(path) as g:
+        family, config, bound = open_model(g)
+        ops = Ops(config, 256, Scratch())
+        ops.decode = True
+        for i, w in layer_kinds(config, bound).items():
+            ops.begin_layer()
+            family.layer(ops, Shape((1, config.n_embd)), w, i)
+            ops.flush()
+        product([bound.model['output']])
+        assert wanted and wanted <= set(kernel_files(config, bound)) and wanted <= set(kernel_files(config, bound, wide=True))
