@@ -127,9 +127,9 @@ def library(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp('gemv'), {}
     text = lambda name: re.sub(r'#include .*', '', read_source(name))
 
-    def build(defines, change=('', '')):
+    def build(defines, change=('', ''), arch=900):
         defines = tuple(d for d in defines if not d.startswith('RESIDENT'))
-        if (defines, change) not in made:
+        if (defines, change, arch) not in made:
             blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', text('blocks'))
             source = text('source')
             source = source[:source.index('// Programmatic dependent launch')] + source[source.index('// 1 / root mean square'):]
@@ -142,10 +142,10 @@ def library(tmp_path_factory):
             shim = re.sub(r'static struct \{ int x, z; \}.*\n', '', shim)
             run = 'RUN(gemv_mixed)' if names == ['mixed'] else f'ALL({names[0]})'
             cpp = folder/f'{len(made)}.cpp'
-            cpp.write_text('\n'.join(f'#define {d.replace("=", " ")}' for d in defines) + shim + FIBERS + whole + RUN + run)
+            cpp.write_text('\n'.join(f'#define {d.replace("=", " ")}' for d in defines) + shim + FIBERS.replace('900', str(arch)) + whole + RUN + run)
             subprocess.run(['g++', '-std=c++17', '-O1', '-w', '-shared', '-fPIC', '-o', cpp.with_suffix('.so'), cpp], check=True)
-            made[defines, change] = ctypes.CDLL(str(cpp.with_suffix('.so')))
-        return made[defines, change]
+            made[defines, change, arch] = ctypes.CDLL(str(cpp.with_suffix('.so')))
+        return made[defines, change, arch]
     return build
 
 
@@ -162,20 +162,20 @@ class Array:
 def on_cpu(library, monkeypatch):
     "Launches of k_gemv go to the CPU"
     kinds = {np.int32: ctypes.c_int, np.int64: ctypes.c_longlong, np.float32: ctypes.c_float}
-    shapes, change = [], ['', '']
+    state = SimpleNamespace(shapes=[], change=['', ''], arch=900)
     runtime = SimpleNamespace(getDevice=lambda: 0)
     for name, module in (('cupy', SimpleNamespace()), ('cupy.cuda', SimpleNamespace(runtime=runtime))): monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(k_gemv, 'card', lambda device: (227 << 10, True))
+    monkeypatch.setattr(k_gemv, 'card', lambda device: (227 << 10, True) if state.arch >= 900 else (64 << 10, False))
 
     def kernel(file, name, defines):
         def launch(grid, block, args, shared_mem=0, stream=None, early=False):
-            shapes.append((name, grid, shared_mem))
+            state.shapes.append((name, grid, shared_mem))
             pointers = [ctypes.c_void_p(None if a is None else a.ptr if isinstance(a, QTensor) else a.data.ptr) if not isinstance(a, np.generic) else kinds[type(a)](a) for a in args]
             assert block == (256,) and shared_mem <= 227 << 10
-            assert not getattr(library(defines, tuple(change)), f'run_{name}')(*map(int, grid), *pointers), 'the kernel hangs'
+            assert not getattr(library(defines, tuple(state.change), state.arch), f'run_{name}')(*map(int, grid), *pointers), 'the kernel hangs'
         return launch
     monkeypatch.setattr(k_gemv, 'kernel', kernel)
-    return SimpleNamespace(shapes=shapes, change=change)
+    return state
 
 
 def tensor(blocks, t, shape): return QTensor(t, shape, Array(to_planes(blocks, t, shape[-2])))
@@ -215,6 +215,17 @@ def test_rings_go_round(on_cpu, monkeypatch, t, n_out, n_in, parts):
         out = Array(np.full((1, n_out), np.nan, np.float32))
         k_gemv.gemv(tensor(blocks, t, (n_out, n_in)), Array(x), out)
         assert errors(out, y, size) < 1e-5
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize('t, n_out, n_in', [('Q4_K', 40, 2304), ('MXFP4', 40, 1376), ('Q5_0', 200, 160)])
+def test_older_cards(on_cpu, t, n_out, n_in):
+    "No rings: weights are read where they lie"
+    t, rng, on_cpu.arch = GGMLType[t], np.random.default_rng(0), 800
+    blocks, x = random_blocks(t, n_out, n_in, rng), floats(rng, 1, n_in)
+    out = Array(np.full((1, n_out), np.nan, np.float32))
+    k_gemv.gemv(tensor(blocks, t, (n_out, n_in)), Array(x), out)
+    assert errors(out, *k_gemv.product64(blocks, t, x)) < 1e-5 and on_cpu.shapes[0][2] == k_gemv.fixed_bytes(n_in)
 
 
 @pytest.mark.timeout(120)
