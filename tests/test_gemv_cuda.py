@@ -255,7 +255,7 @@ def test_gate_and_up(on_cpu, t, oai):
     assert (abs(out.a[0] - a*u) <= 2e-5*(sg*abs(u) + su*abs(a)) + 1e-6).all()
 
 
-def experts(rng, n_out, n_in, E=8, k=4):
+def experts(rng, E, k):
     "A router's logits, two equal, and what they choose"
     logits = floats(rng, 1, E)
     logits[0, 5] = logits[0, 2] = 3
@@ -265,11 +265,11 @@ def experts(rng, n_out, n_in, E=8, k=4):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize('n_out, n_in', [(40, 96), (33, 416)])
-def test_experts(on_cpu, n_out, n_in):
+@pytest.mark.parametrize('n_out, n_in, k', [(40, 96, 4), (33, 416, 4), (48, 64, 2), (32, 32, 1)])
+def test_experts(on_cpu, n_out, n_in, k):
     "gpt-oss's feed-forward for one token: the kernels choose the experts"
-    t, rng, E, k = GGMLType.MXFP4, np.random.default_rng(0), 8, 4
-    logits, best, p = experts(rng, n_out, n_in)
+    t, rng, E = GGMLType.MXFP4, np.random.default_rng(0), 8
+    logits, best, p = experts(rng, E, k)
     blocks, bias = [random_blocks(t, E*n, m, rng) for n, m in ((n_out, n_in), (n_out, n_in), (n_in, n_out//32*32 or 32))], floats(rng, 2, E, n_out)
     x = floats(rng, 1, n_in)*np.float32(.02)
     out, choice = Array(np.full((k, n_out), np.nan, np.float32)), k_gemv.Choice(Array(logits), k)
