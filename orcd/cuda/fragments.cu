@@ -1,5 +1,5 @@
-// Tensor-core fragments, FP16 pairs and asynchronous copies, as inline PTX (needs no CUDA header)
-typedef unsigned int u32;
+// Tensor-core fragments and FP16 pairs
+#include "mma.cu"
 typedef unsigned short f16;  // the bits of an IEEE half
 typedef long long i64;
 
@@ -38,37 +38,5 @@ __device__ __forceinline__ void mma(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u3
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a2), "r"(a3), "r"(b1));
-#endif
-}
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// four 8 x 8 tiles of halves; lane i gives the address of row i % 8 of tile i / 8
-__device__ __forceinline__ void load_tiles(u32* r, const f16* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
-}
-__device__ __forceinline__ void load_tiles_transposed(u32* r, const f16* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
-}
-
-// 16 bytes from global to shared memory, zeros when not valid; in the background from Ampere on
-__device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
-#else
-    *(uint4*)to = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
-#endif
-}
-__device__ __forceinline__ void copy_commit() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-// wait until at most N groups of this thread's copies are under way
-template <int N> __device__ __forceinline__ void copy_wait() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 #endif
 }

@@ -2,6 +2,7 @@
 #ifndef ORCD_MMA
 #define ORCD_MMA
 #include "blocks.cu"
+#include "copies.cu"
 
 // c (16x8, float) += a (16x16, half) * b (16x8, half)
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -22,5 +23,14 @@ __device__ __forceinline__ u32 two_halves(float lo, float hi) {
 #else
     return to_half_bits(lo) | to_half_bits(hi) << 16;
 #endif
+}
+// Four 8 x 8 tiles of halves from shared memory; lane i gives the address of row i % 8 of tile i / 8
+__device__ __forceinline__ void load_tiles(u32* r, const u16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address_of(row)) : "memory");
+}
+__device__ __forceinline__ void load_tiles_transposed(u32* r, const u16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address_of(row)) : "memory");
 }
 #endif

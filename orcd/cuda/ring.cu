@@ -2,7 +2,7 @@
 // cards read it where it lies.
 #ifndef ORCD_RING
 #define ORCD_RING
-#include "barrier.cu"
+#include "copies.cu"
 typedef unsigned char u8;
 
 struct Ring {

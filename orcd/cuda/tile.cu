@@ -4,29 +4,9 @@
 #include "mma.cu"
 enum { BM = 128, BN = 64, BK = 64 };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // Where 16-byte chunk c of a row of 64 halves lies: the exclusive or spreads a column over all banks
 __device__ __forceinline__ int chunk(int row, int c) { return row * BK + ((c ^ (row & 7)) << 3); }
 
-// 16 bytes from global to shared memory, zeros when !valid
-__device__ __forceinline__ void copy16(u16* to, const u16* from, bool valid) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
-#else
-    *(uint4*)to = valid ? *(const uint4*)from : uint4{0, 0, 0, 0};
-#endif
-}
-__device__ __forceinline__ void copies_done() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-// Four 8x8 matrices of halves, one register of each per lane
-__device__ __forceinline__ void ldmatrix(u32 (&r)[4], const u16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
-}
 // An octet as halves without their scale: q[0] are the even ones of its first four weights, q[1] the odd ones, q[2..3] those of the four 16 further
 struct Halves { u32 q[4]; float da, db, ma, mb; };
 
@@ -102,7 +82,7 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
     const bool busy = s.xrow[wm] >= 0;      // rows are filled from the first, so an empty first row means none
     load_x(0); load_w(0);
     for (int span = 0; span < spans; span++) {
-        store_w(span); copies_done(); __syncthreads();
+        store_w(span); copy_commit(); copy_wait<0>(); __syncthreads();
         if (span + 1 < spans) { load_x(span + 1); load_w(span + 1); }
         if (busy) {
 #pragma unroll
@@ -110,14 +90,14 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
                 u32 b[GROUP / 16][2][4];
 #pragma unroll
                 for (int k = 0; k < GROUP / 16; k++) for (int j = 0; j < 2; j++)
-                    ldmatrix(b[k][j], &s.w[chunk(wn + 16 * j + lane / 16 * 8 + (lane & 7), 2 * (g * GROUP / 16 + k) + (lane / 8 & 1))]);
+                    load_tiles(b[k][j], &s.w[chunk(wn + 16 * j + lane / 16 * 8 + (lane & 7), 2 * (g * GROUP / 16 + k) + (lane / 8 & 1))]);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     float c[4][4] = {}, sum[2] = {0, 0}, inv[2] = {1, 1};
 #pragma unroll
                     for (int k = 0; k < GROUP / 16; k++) {
                         u32 a[4];
-                        ldmatrix(a, &s.x[span & 1][chunk(wm + 16 * i + (lane & 15), 2 * (g * GROUP / 16 + k) + lane / 16)]);
+                        load_tiles(a, &s.x[span & 1][chunk(wm + 16 * i + (lane & 15), 2 * (g * GROUP / 16 + k) + lane / 16)]);
 #pragma unroll
                         for (int j = 0; j < 4; j++) mma(c[j], a, b[k][j / 2][j % 2 * 2], b[k][j / 2][j % 2 * 2 + 1]);
                     }

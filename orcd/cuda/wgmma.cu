@@ -2,7 +2,6 @@
 #ifndef ORCD_WGMMA
 #define ORCD_WGMMA
 #include "mma.cu"
-#include "barrier.cu"
 
 // Rows of 64 halves, 128 bytes apart, 16-byte chunk c of row r at place c ^ (r & 7): what the instruction must be told of x
 __device__ __forceinline__ u64 described(u32 address) { return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (address & 0x3FFFF) >> 4; }

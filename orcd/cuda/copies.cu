@@ -1,9 +1,29 @@
-// Bulk copies into shared memory, and the barriers that count their bytes: from Hopper on
-#ifndef ORCD_BARRIER
-#define ORCD_BARRIER
+// Copies from global to shared memory: of 16 bytes, in the background from Ampere on; of whole pieces, and the barriers that count their bytes, from Hopper on
+#ifndef ORCD_COPIES
+#define ORCD_COPIES
 typedef unsigned int u32;
 typedef unsigned long long u64;
 __device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// 16 bytes, zeros when not valid
+__device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address_of(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+#else
+    *(uint4*)to = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+#endif
+}
+__device__ __forceinline__ void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// wait until at most N groups of this thread's copies are under way
+template <int N> __device__ __forceinline__ void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+#endif
+}
 
 #if __CUDA_ARCH__ >= 900
 // A barrier goes from phase to phase: when `count` arrivals and all announced bytes have come
