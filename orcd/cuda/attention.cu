@@ -24,8 +24,8 @@ extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v
     const int row = cache_row(state[0] + t, rows, ring);
     if (row < 0) return;
     const i64 at = ((i64)(c / D) * rows + row) * D + c % D;
-    k_cache[at] = to_f16(k[t * k_stride + c]);
-    v_cache[at] = to_f16(v[t * v_stride + c]);
+    k_cache[at] = to_half_bits(k[t * k_stride + c]);
+    v_cache[at] = to_half_bits(v[t * v_stride + c]);
 }
 
 // A window layer's prefill: row j of the staging buffers is position pos - rows + j, the past from the ring, the rest from k and v
@@ -40,7 +40,7 @@ extern "C" __global__ void stage_window(const float* k, i64 k_stride, const floa
         const i64 from = ((i64)(c / D) * rows + pos % rows) * D + c % D;
         k_staged[to] = k_ring[from], v_staged[to] = v_ring[from];
     } else {
-        k_staged[to] = to_f16(k[(j - rows) * k_stride + c]), v_staged[to] = to_f16(v[(j - rows) * v_stride + c]);
+        k_staged[to] = to_half_bits(k[(j - rows) * k_stride + c]), v_staged[to] = to_half_bits(v[(j - rows) * v_stride + c]);
     }
 }
 
@@ -63,12 +63,12 @@ extern "C" __global__ void __launch_bounds__(128) turn_rows(float* q, i64 q_stri
         if (h >= n_head && k_cache) {
             if (!store) continue;
             f16* to = k_cache + ((i64)(h - n_head) * rows + pos) * D;
-            to[a] = to_f16(ya), to[b] = to_f16(yb);
+            to[a] = to_half_bits(ya), to[b] = to_half_bits(yb);
         } else if (turns) x[a] = ya, x[b] = yb;
     }
     if (store) for (int h = threadIdx.x / PAIRS; h < n_head_kv; h += AT_ONCE) {
         const float2 x = make_float2(v[t * v_stride + h * D + 2 * j], v[t * v_stride + h * D + 2 * j + 1]);
-        *(u32*)(v_cache + ((i64)h * rows + pos) * D + 2 * j) = pack_f16(x.x, x.y);
+        *(u32*)(v_cache + ((i64)h * rows + pos) * D + 2 * j) = two_halves(x.x, x.y);
     }
 }
 
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
             for (int c = tid * 8; c < D; c += 128 * 8) {
                 const float* x = v + kv * D + c;
                 *(uint4*)(v_cache + (i64)fresh * D + c) = *(uint4*)&vs[(fresh - begin) * PAD + c] =
-                    make_uint4(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]), pack_f16(x[4], x[5]), pack_f16(x[6], x[7]));
+                    make_uint4(two_halves(x[0], x[1]), two_halves(x[2], x[3]), two_halves(x[4], x[5]), two_halves(x[6], x[7]));
             }
             #pragma unroll
             for (int m = 0; m < 2; m++)
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                         #pragma unroll
                         for (int i = 0; i < LOAD / 4; i++) {
                             const float4 y = turned(k + kv * D, c * 4 * LOAD + t * LOAD + 4 * i, turns, n_rot, neox);
-                            x.pair[2 * i] = pack_f16(y.x, y.y), x.pair[2 * i + 1] = pack_f16(y.z, y.w);
+                            x.pair[2 * i] = two_halves(y.x, y.y), x.pair[2 * i + 1] = two_halves(y.z, y.w);
                         }
                         *(Keys*)(k_cache + (i64)fresh * D + t * LOAD + c * 4 * LOAD) = x;
                     }
@@ -176,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                 float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
                 if (g < heads) x = turned(q + (head0 + g) * D, c * 4 * LOAD + t * LOAD + s * 4, turns, n_rot, neox);
                 x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
-                const u32 b0 = pack_f16(x.x, x.y), b1 = pack_f16(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
+                const u32 b0 = two_halves(x.x, x.y), b1 = two_halves(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
                 #pragma unroll
                 for (int m = 0; m < 2; m++) {
                     mma(acc[m], keys[m][0][c].pair[2 * s], keys[m][1][c].pair[2 * s], keys[m][0][c].pair[2 * s + 1], keys[m][1][c].pair[2 * s + 1], b0, b1);
@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
             for (int i = 0; i < SPLIT / 32; i++) {
                 const float p = exp2f(x[i] - m);
                 l += p;
-                ps[h][i * 32 + lane] = to_f16(p);
+                ps[h][i * 32 + lane] = to_half_bits(p);
             }
             l = warp_sum(l);
             if (lane == 0) ms[h] = m, ls[h] = l;
@@ -312,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
             const int r = row[e & 1];
             if (r >= pos0 && r < end) x = *(const float2*)(q + (r - pos0) * q_stride + head * D + s * 16 + (e >> 1) * 8 + 2 * t);
             x.x *= scale, x.y *= scale;
-            qh[s][e] = pack_f16(x.x, x.y);
+            qh[s][e] = two_halves(x.x, x.y);
             ql[s][e] = pack_rest(x.x, x.y, qh[s][e]);
         }
     float o[D / 8][4] = {}, m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f};
@@ -365,8 +365,8 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
         __syncthreads();  // the values are here
         #pragma unroll
         for (int c = 0; c < TILE / 16; c++) {
-            const u32 a0 = pack_f16(s[2 * c][0], s[2 * c][1]), a1 = pack_f16(s[2 * c][2], s[2 * c][3]);
-            const u32 a2 = pack_f16(s[2 * c + 1][0], s[2 * c + 1][1]), a3 = pack_f16(s[2 * c + 1][2], s[2 * c + 1][3]);
+            const u32 a0 = two_halves(s[2 * c][0], s[2 * c][1]), a1 = two_halves(s[2 * c][2], s[2 * c][3]);
+            const u32 a2 = two_halves(s[2 * c + 1][0], s[2 * c + 1][1]), a3 = two_halves(s[2 * c + 1][2], s[2 * c + 1][3]);
             #pragma unroll
             for (int j = 0; j < D / 8; j += 2) {
                 u32 b[4];
