@@ -21,7 +21,7 @@ from .vram import aligned
 # %% ../nbs/29_loader.ipynb #2ea6b8fa
 @dataclass(frozen=True)
 class Copy:
-    "Bytes of the file and where in VRAM they go; blocks are sorted into planes on the way when `type` and `shape` say what they are"
+    "Bytes of the file and where in VRAM they go; blocks are sorted (chapter 20) on the way when `type` and `shape` say what they are"
     offset:int
     n_bytes:int
     dst:int

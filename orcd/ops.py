@@ -101,6 +101,7 @@ class CudaOps:
         return self.made[key][0]
 
     def rms_norm(self, x, w, eps): return k_gemv.Normed(x, w, eps)
+
     def swiglu(self, gate, up, oai=False):
         if not self.decode: return k_gemm.Gated(gate, up, oai)
         out = self.scratch.take(gate.shape)
