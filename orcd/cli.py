@@ -9,8 +9,8 @@ __all__ = ['FLAGS', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature'
            'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'device', 'seconds', 'url', 'yes', 'Flag', 'settle',
            'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path', 'complete_model', 'from_flags',
            'worker_settings', 'head_start', 'serve', 'open_model', 'stream', 'has_chat', 'generate', 'summary', 'chat',
-           'by_type', 'mib', 'info', 'words', 'bench', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo',
-           'checks', 'doctor', 'run', 'main', 'worker_main']
+           'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench', 'complete_name', 'pull', 'cuda_problem', 'spawn',
+           'ask', 'demo', 'checks', 'doctor', 'run', 'main', 'worker_main']
 
 # %% ../nbs/44_cli.ipynb #ca78b11e
 import inspect, os, signal, sys, time
@@ -342,7 +342,14 @@ def by_type(g):
 
 def mib(n): return f'{n / 2**20:,.1f} MiB'
 
-VRAM = Annotated[Optional[int], typer.Option('--vram-mb', metavar='MIB', min=1, help='free VRAM to fit into')]
+VRAM = Annotated[Optional[int], typer.Option('--vram-mb', metavar='MIB', min=1, help='VRAM to fit into; what the GPU has free, if there is one')]
+
+def gpu_now():
+    "(bytes of VRAM that are free, is it a Hopper GPU?) of GPU 0; (None, False) where there is none"
+    if cuda_problem(): return None, False
+    from cupy.cuda import runtime
+    from orcd.k_hopper import wide
+    return runtime.memGetInfo()[0], wide(0)
 
 @app.command()
 def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
@@ -359,7 +366,9 @@ def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
         print(f'  context {c.context_length}, KV cache {c.kv_bytes_per_token / 1024:.1f} KiB a token')
         for kind, n, size in by_type(g): print(f'  {kind:8} {n:5} tensors {mib(size):>14}')
         for line in words(g): print(f'  {line}')
-        p = engine.plan(g, context_length, free=vram_mb and vram_mb << 20)
+        free, hopper = gpu_now()
+        if free is not None: print(f'GPU 0 has {mib(free)} of VRAM free beside the CUDA context')
+        p = engine.plan(g, context_length, free=vram_mb << 20 if vram_mb else free, wide=hopper)
         print(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
         for what in 'weights', 'kv_cache', 'workspace', 'kernels': print(f'  {what:10} {mib(getattr(p, what, engine.CODE)):>14}')
 

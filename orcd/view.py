@@ -15,8 +15,9 @@ from math import prod
 
 # %% ../nbs/34_view.ipynb #4f64b2ad
 import numpy as np
-from .engine import open_model, plan, workspace
+from .engine import open_model, plan, row_tops, workspace
 from .errors import DeviceError
+from .nvrtc import padded_bytes
 from .ops import cache_shape
 from .vram import Ledger, aligned, mib
 
@@ -72,15 +73,16 @@ def treemap(
 # %% ../nbs/34_view.ipynb #c978f8ed
 def planned(
     g,        # a `GGUF`, a header is enough
+    wide:bool=False, # for a Hopper GPU?
     **limits, # of `plan`: n_ctx, kv_cache_mb, free
 )->Ledger:
     "What will live where when `CudaEngine` has loaded a file"
     family, config, bound = model = open_model(g)
-    p, ledger = plan(g, model=model, **limits), Ledger()
-    for t in bound.unique: ledger.add('weights', t.name, aligned(t.n_bytes))
+    p, ledger, tops = plan(g, model=model, wide=wide, **limits), Ledger(), sum(row_tops(bound, wide).values())
+    for t in bound.unique: ledger.add('weights', t.name, aligned(padded_bytes(t.shape, t.type)))
     for i in range(config.n_layer):
         for x in 'kv': ledger.add('kv_cache', f'kv.{i}.{x}', aligned(2*prod(cache_shape(config, i, p.n_kv))))
-    for name, (shape, dtype) in workspace(config, p.n_ctx, p.chunk, p.scratch).items():
+    for name, (shape, dtype) in workspace(config, p.n_ctx, p.chunk, p.scratch, tops).items():
         ledger.add('workspace', name, aligned(prod(shape) * np.dtype(dtype).itemsize))
     return ledger
 

@@ -68,9 +68,9 @@ def test_full_shape(path):
     # float32 throughout, then with the roundings to FP16 that our prefill makes by design: those must explain the difference. What they leave are
     # roundings that went the other way because a sum came in another order: two runs of this very oracle that differ by 1e-7 to 1e-6 a product are
     # 1.4e-3 (residual) and 8.9e-3 (logits) apart for Phi-3, 3.5e-4 and 6.8e-3 for Qwen, 1.0e-3 and 3.5e-3 (router scores) for 4 layers of gpt-oss.
-    # Hopper's kernels round the weights to FP16 as well, which this oracle does not follow.
-    for halves, residual_limit, logit_limit, score_limit in ((False, 2e-2, 5e-2, 2e-2), (True, 1e-2, 4e-2, 1e-2) if engine_wide else (True, 2e-3, 1e-2, 1e-2)):
-        oracle.halves, oracle.choose = halves, took.follow() if engine.config.n_expert else None
+    # Hopper's kernels round the weights as well, scale and minimum of a block before their sum: two to three times the difference, and explained as well.
+    for halves, residual_limit, logit_limit, score_limit in ((False, 2e-2, .15 if engine_wide else 5e-2, 2e-2), (True, 2e-3, 1e-2, 1e-2)):
+        oracle.halves, oracle.wide, oracle.choose = halves, engine_wide, took.follow() if engine.config.n_expert else None
         want_residuals, want = oracle.run(ids, n_layer)
         errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(residuals, want_residuals)]
         if n_layer < engine.config.n_layer: want, logit_limit = oracle.head(residuals[-1]), 1e-3 # the head alone, without roundings

@@ -303,9 +303,8 @@ def inlined(name):
 def mxfp4_errors(cp, monkeypatch, mutation=None):
     "GEMV and GEMM error by norm with the shipped source, or with one mistake in it"
     import orcd.k_gemm, orcd.k_gemv
-    from cupy.cuda import driver
     from cupy.cuda.function import Module
-    from orcd.nvrtc import _arg, compile_text, device_arch
+    from orcd.nvrtc import Kernel, compile_text, device_arch
     from orcd.planes import random_blocks
     rng, n_out, n_in, rows = np.random.default_rng(0), 96, 320, 8
     blocks, x = random_blocks(GGMLType.MXFP4, n_out, n_in, rng), rng.standard_normal((rows, n_in), np.float32)
@@ -319,12 +318,7 @@ def mxfp4_errors(cp, monkeypatch, mutation=None):
         m, shipped = Module(), launcher.kernel
         m.load(compile_text(file, source, device_arch()).cubin)
         def changed(module, name, *defines):
-            if module != file: return shipped(module, name, *defines)
-            f = m.get_function(name)
-            def launch(grid, block, args, shared_mem=0, stream=None, early=False):
-                if shared_mem > 48 << 10: driver.funcSetAttribute(f.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_mem)
-                f(grid, block, [_arg(a) for a in args], shared_mem, stream)
-            return launch
+            return Kernel(m.get_function(name), 0) if module == file else shipped(module, name, *defines)
         with monkeypatch.context() as p:
             p.setattr(launcher, 'kernel', changed)
             errors.append(by_norm(out(cp, GGMLType.MXFP4, blocks, x, n_out), y))

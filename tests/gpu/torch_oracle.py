@@ -1,10 +1,12 @@
-"The three families in plain PyTorch float32, weights dequantised by gguf-py: shares no code with orcd"
+"The three families in plain PyTorch float32, weights dequantised by gguf-py: shares no code with orcd, but for the weights of `wide`"
 import math
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from rounded import as_hopper
+from orcd.blocks import GGMLType
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -20,10 +22,11 @@ def as_half(x):
 class Oracle:
     """Residual streams and logits of a whole prompt. With `halves`, what our prefill rounds to FP16 by design is rounded: the inputs of products with
     quantised weights, keys, values and, in tiles of 64 keys, the probabilities. What then remains of a difference is not explained by that rounding.
+    With `wide` as well, what Hopper's kernels round beyond that: the weights, and the activation between two products.
     `choose`, when given, picks the experts: it gets the scores (T, n_expert) of one router after the other and returns ids (T, k)."""
     def __init__(self, path, device='cuda', halves=False, keep=False):
         r = GGUFReader(path)
-        self.halves, self.choose = halves, None
+        self.halves, self.wide, self.choose = halves, False, None
         self.t = {t.name: t for t in r.tensors}
         self.device, self.pool, self.keep, self.ready, self.kept = device, ThreadPoolExecutor(16), keep, {}, {}
         field = lambda k: r.fields[k].contents() if k in r.fields else None
@@ -36,7 +39,7 @@ class Oracle:
     def w(self, name, part=None):
         "float32 weights on the device, of one expert alone when `part` is given. With `keep` they are there the next time."
         if name not in self.t: return None
-        key = name, part
+        key = name, part, self.rounds(name)
         if key in self.kept: return self.kept[key]
         x = torch.from_numpy(self.ready.pop(key).result() if key in self.ready else self.numbers(name, part)).to(self.device)
         if self.keep: self.kept[key] = x
@@ -45,15 +48,22 @@ class Oracle:
     def numbers(self, name, part=None):
         "`part`: an expert, or rows"
         t = self.t[name]
-        return np.require(dequantize(t.data if part is None else t.data[part], t.tensor_type), np.float32, ['C', 'W'])
+        blocks = t.data if part is None else t.data[part]
+        return np.require(as_hopper(blocks, GGMLType(t.tensor_type)) if self.rounds(name) else dequantize(blocks, t.tensor_type), np.float32, ['C', 'W'])
+
+    def rounds(self, name):
+        "Are these weights rounded? Not the head's, which is a product of one row, and a power of two rounds nothing."
+        return self.halves and self.wide and name.startswith('blk.') and self.t[name].tensor_type.name not in ('F32', 'F16', 'BF16', 'MXFP4')
 
     def prefetch(self, n_layer):
         "Dequantise the weights of some layers in threads"
         for name in (n for i in range(n_layer) for n in self.t if n.startswith(f'blk.{i}.')):
             for part in range(self.n_expert) if name.endswith('exps.weight') else [None]:
-                if (name, part) not in self.kept: self.ready[name, part] = self.pool.submit(self.numbers, name, part)
+                key = name, part, self.rounds(name)
+                if key not in self.kept: self.ready[key] = self.pool.submit(self.numbers, name, part)
 
     def half(self, x): return as_half(x) if self.halves else x
+    def between(self, y, scale): return (y*scale).half().float()/scale if self.halves and self.wide else y
     def norm(self, x, w): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * w
     def linear(self, x, name):
         if self.t[f'{name}.weight'].tensor_type.name not in ('F32', 'BF16'): x = self.half(x)
@@ -114,7 +124,7 @@ class Oracle:
             t, r = (ids == e).nonzero(as_tuple=True)
             one = lambda x, n: self.half(x) @ self.w(b + f'{n}.weight', e).T + self.w(b + f'{n}.bias')[e]
             gate, up = one(h[t], 'ffn_gate_exps').clamp(max=7), one(h[t], 'ffn_up_exps').clamp(-7, 7)
-            out.index_add_(0, t, one(gate * torch.sigmoid(1.702*gate) * (up + 1), 'ffn_down_exps') * w[t, r, None])
+            out.index_add_(0, t, one(self.between(gate * torch.sigmoid(1.702*gate) * (up + 1), 256), 'ffn_down_exps') * w[t, r, None])
         return out
 
     def layer(self, x, i, cos, sin):
@@ -132,7 +142,7 @@ class Oracle:
         h = self.norm(x, self.w(b + 'ffn_norm.weight'))
         if self.arch == 'phi3': gate, up = self.linear(h, b + 'ffn_up').chunk(2, -1)
         else: gate, up = self.linear(h, b + 'ffn_gate'), self.linear(h, b + 'ffn_up')
-        return x + self.linear(torch.nn.functional.silu(gate) * up, b + 'ffn_down')
+        return x + self.linear(self.between(torch.nn.functional.silu(gate) * up, 1/8), b + 'ffn_down')
 
     @torch.no_grad()
     def run(self, ids, n_layer=None):
