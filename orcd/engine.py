@@ -7,7 +7,7 @@ Docs: https://orcd-dev.github.io/orcd/engine.html.md"""
 # %% auto #0
 __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'CAPTURED', 'RING', 'TOGETHER', 'GATES', 'DEPTH', 'Plan', 'kinds', 'layer_kinds',
            'dry_run', 'workspace', 'workspace_bytes', 'largest', 'matrices_of', 'row_tops', 'open_model', 'plan',
-           'cuda_errors', 'is_float_array', 'kernel_files', 'CudaEngine']
+           'cuda_errors', 'is_float_array', 'products', 'decode_files', 'heads', 'kernel_files', 'CudaEngine']
 
 # %% ../nbs/32_engine.ipynb #83bd849a
 from contextlib import contextmanager
@@ -43,6 +43,11 @@ class Plan:
     kv_cache:int
     workspace:int  # everything else
     scratch:int    # the part of the workspace that each layer uses anew
+
+    @property
+    def chunks(self):
+        "Sizes of chunks that are captured"
+        return sorted({self.chunk, *(c for c in CAPTURED if c < self.chunk)})
 
     @property
     def total(self):
@@ -176,27 +181,36 @@ def is_float_array(t):
 TOGETHER = ('attn_q', 'attn_k', 'attn_v'), ('ffn_gate', 'ffn_up'), ('ffn_gate_exps', 'ffn_up_exps') # roles whose products read one vector
 GATES = ('ffn_gate', 'ffn_up'), ('ffn_up',)       # gate and up, also in one matrix
 
-def kernel_files(config, bound, wide=False):
-    "The `.cu` files that a model's kernels come from, with the weight types where they matter; what the loader wants comes first"
-    files = {(n, ()) for n in ('state', 'elementwise', 'to_half', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
-    files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
-    def products(*tensors):
-        there = [t for t in tensors if t is not None]
-        types = [t.type for t in there]
-        for group in k_gemv.launches(types): files.add(k_gemv.code([types[i] for i in group], k_gemv.is_large([there[i] for i in group], config.n_expert_used or 1))[:2])
-    products(bound.model['output'])
+def products(config, bound):
+    "(roles, tensors) of the matrices of each kind of layer that go together"
     for layer in layer_kinds(config, bound).values():
         matrices = matrices_of(vars(layer))
         for roles in (*TOGETHER, *((r,) for r in matrices if not any(r in roles for roles in TOGETHER))):
-            ts = [matrices[r] for r in roles if r in matrices]
-            products(*ts)
-            if wide and ts and len(ts[0].shape) == 2: files.update(k_hopper.files(ts, roles in GATES and len(ts) == len(roles)))
-        for t in matrices.values():
+            if ts := [matrices[r] for r in roles if r in matrices]: yield roles, ts
+
+def decode_files(config, bound):
+    "The `.cu` files of a decode step's kernels, with the weight types where they matter"
+    files = {(n, ()) for n in ('state', 'elementwise', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
+    files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
+    for ts in ([bound.model['output']], *(ts for _, ts in products(config, bound))):
+        types = [t.type for t in ts]
+        for group in k_gemv.launches(types): files.add(k_gemv.code([types[i] for i in group], k_gemv.is_large([ts[i] for i in group], config.n_expert_used or 1))[:2])
+    return files
+
+def heads(config): return config.n_head*config.head_dim, *(config.n_head_kv*config.head_dim,)*2
+
+def kernel_files(config, bound, wide=False, chunks=CAPTURED):
+    "All files for decoding and for chunks of these sizes, in the order in which they are wanted"
+    files = {('to_half', ())}
+    for roles, ts in products(config, bound):
+        if wide and len(ts[0].shape) == 2: files.update(k_hopper.files(ts, roles in GATES and len(ts) == len(roles), chunks, heads(config) if roles == ('attn_qkv',) else None))
+        for t in ts:
             stack = len(t.shape) == 3
             if t.type in k_gemm.PLAIN: files.update((n, ()) for n in ('gemm_plain', 'gemm_thin'))
             elif wide and t.type.block_size > 1: files.update((n, nvrtc.only(t.type)) for n in ('tops', *(['expert_wgmma'] if stack else [])))
             else: files.add(('expert_gemm' if stack else 'gemm', nvrtc.only(t.type)))
-    return sorted({('repack', nvrtc.only(t.type)) for t in bound.unique if t.type.block_size > 1}) + sorted(files)
+    sort = {('repack', nvrtc.only(t.type)) for t in bound.unique if t.type.block_size > 1}
+    return [f for part in (sort, decode_files(config, bound), files) for f in sorted(part)]
 
 # %% ../nbs/32_engine.ipynb #cad5afdd
 DEPTH = 3 # decode steps that are queued ahead of the token being read
@@ -221,29 +235,27 @@ class CudaEngine:
             with cuda_errors('loading the model'):
                 from cupy.cuda import Event, Stream, runtime
                 self.wide = k_hopper.wide(device)
-                free = runtime.memGetInfo()[0]
-                code = nvrtc.load_all(kernel_files(self.config, bound, self.wide), device) # goes on beside what follows
-                self.plan = plan(g, n_ctx, kv_cache_mb, free, model, self.wide)
-                self.n_ctx, self.n_kv, self.n_valid, self.length = self.plan.n_ctx, self.plan.n_kv, self.config.n_vocab, 0
+                self.plan = p = plan(g, n_ctx, kv_cache_mb, runtime.memGetInfo()[0], model, self.wide)
+                self.n_ctx, self.n_kv, self.n_valid, self.length = p.n_ctx, p.n_kv, self.config.n_vocab, 0
                 self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                 g.check_unchanged()
-                with Loader(device, chunk_bytes, self.plan.weights) as weights: # pins its memory while we go on
-                    weights.start(g.fileno(), self._allocate(bound), progress, self.stage)
-                    for file in code: file.result()
-                    self._capture(kinds(self.config, bound)) # wants addresses, not weights
+                arenas = [self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace')] # first: the driver does one thing at a time
+                with Loader(device, chunk_bytes, p.weights) as weights: # pins its memory while we go on
+                    code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device)
+                    weights.start(g.fileno(), self._allocate(bound, *arenas), progress, self.stage)
+                    self._capture(bound, code) # wants addresses, not weights
                     weights.wait()
                 g.check_unchanged()
-                self._warm_up(bound)
+                self._warm_up()
         except BaseException: self.close(); raise
 
     def _arena(self, kind, n_bytes):
         self.arenas.append(Arena(n_bytes, kind, self.vram, self.device))
         return self.arenas[-1]
 
-    def _allocate(self, bound):
-        "Take all VRAM. Returns the copies that fill the weights."
+    def _allocate(self, bound, weights, kv, work):
+        "Give everything its place in the arenas. Returns the copies that fill the weights."
         p, c = self.plan, self.config
-        weights, kv, work = (self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace'))
         self.stage = max(((a.ptr, a.n_bytes) for a in (kv, work)), key=lambda s: s[1]) # nobody uses it while weights are loaded
         rows, at = row_tops(bound, self.wide), 0
         w = {name: work.take(*what, name) for name, what in workspace(c, p.n_ctx, p.chunk, p.scratch, sum(rows.values())).items()}
@@ -282,8 +294,8 @@ def _layers(self:CudaEngine, x):
     "All layers: one of each kind is worked out, the others repeat its launches with their own weights and cache"
     done = {}
     for i, first in enumerate(self.kinds):
-        if first in done: done[first].repeat(self._places(first), self._places(i)); continue
-        with nvrtc.Recording(self.stream) as done[first]: self._forward(self.layers[i], i, x); self.ops.begin_layer()
+        if first in done: done[first].repeat(self.places[i]); continue
+        with nvrtc.Recording(self.stream, self.places[i]) as done[first]: self._forward(self.layers[i], i, x); self.ops.begin_layer()
 
 @patch
 def _places(self:CudaEngine, i):
@@ -409,12 +421,10 @@ def _begin(self:CudaEngine, params):
     k_sampler.reset(*self.draw_memory, self.config.n_vocab, stream=self.stream)
 
 @patch
-def _capture(self:CudaEngine,
-    kinds, # of each layer the first one of its kind
-):
-    "The decode step as a graph, and the layers over chunks of a few sizes; nothing runs yet"
+def _capture(self:CudaEngine, bound, code):
+    "The decode step as a graph, and the layers over chunks of a few sizes, when their kernels are there; nothing runs yet"
     from cupy.cuda import Event
-    self.kinds = kinds
+    self.kinds, self.places = kinds(self.config, bound), [self._places(i) for i in range(len(self.layers))]
     self.host = PinnedBuffer(8*RING)
     self.drawn, self.events = np.frombuffer(self.host.view, np.uint64), [Event(disable_timing=True) for _ in range(DEPTH + 1)]
     def captured(launch, *args):
@@ -423,13 +433,17 @@ def _capture(self:CudaEngine,
         graph = self.stream.end_capture()
         graph.upload(self.stream)
         return graph
+    def loaded(files):
+        for f in files: code[f].result()
+    loaded(decode_files(self.config, bound))
     self.graph = captured(self._step)
     self.ops.decode = False
-    self.graphs = {rows: captured(self._layers, self.x[:rows]) for rows in sorted({self.plan.chunk, *(c for c in CAPTURED if c < self.plan.chunk)})}
+    loaded(code)
+    self.graphs = {rows: captured(self._layers, self.x[:rows]) for rows in self.plan.chunks}
 
 @patch
-def _warm_up(self:CudaEngine, bound):
-    "Tables, then every kernel once: what the driver takes at a first launch it takes now, not in the first job"
+def _warm_up(self:CudaEngine):
+    "Tables, then a chunk and a step: what the driver takes at a first launch it takes now, not in the first job"
     from cupy.cuda import runtime
     runtime.memsetAsync(self.state.data.ptr, 0, self.state.nbytes, self.stream.ptr) # attention's tickets
     factors = getattr(self.model, 'rope_freqs', None)
@@ -437,7 +451,7 @@ def _warm_up(self:CudaEngine, bound):
     for layer in self.layers:
         for W in vars(layer).values():
             if getattr(W, 'top', None) is not None: k_hopper.find_tops(W, self.stream)
-    for _, x in self._chunks([0], only=layer_kinds(self.config, bound)): self._head(x)
+    self.prefill([0])
     self._begin(SamplingParams())
     self._set_state(0)
     self.graph.launch(self.stream)

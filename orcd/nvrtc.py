@@ -51,7 +51,7 @@ def with_includes(
     return found
 
 # %% ../nbs/19_nvrtc.ipynb #31bce302
-OPTIONS = ('-std=c++17', '-lineinfo', '--ptxas-options=-v')
+OPTIONS = ('-std=c++17', '--ptxas-options=-v')
 
 @lru_cache(1)
 def _nvrtc():
@@ -296,7 +296,11 @@ def kernel(
 # %% ../nbs/19_nvrtc.ipynb #e489c4b6
 class Recording:
     "Keeps what is launched on a stream within a `with` block, to launch it again with other arrays"
-    def __init__(self, stream): self.stream = stream
+    def __init__(self,
+        stream, # CuPy stream
+        arrays, # uint64 (n, 2): address and bytes of the arrays that are to be replaced
+    ):
+        self.stream, self.arrays = stream, arrays
 
     def __enter__(self):
         _recordings[self.stream.ptr] = self.launches = []
@@ -304,26 +308,26 @@ class Recording:
 
     def __exit__(self, *error):
         del _recordings[self.stream.ptr]
+        if any(error): return
         self.words = np.frombuffer(b''.join(data for *_, data in self.launches), np.uint64)
         self.room, table = self.table = _table(len(self.words)) # `table` is read by the driver: it has to live as long
         at = np.cumsum([0] + [len(data) for *_, data in self.launches])
         self.launches = [(config, handle, table.ctypes.data + int(a)) for (config, handle, _), a in zip(self.launches, at)]
+        order = np.argsort(self.arrays[:, 0])
+        i = order[np.maximum(np.searchsorted(self.arrays[order, 0], self.words, 'right'), 1) - 1]
+        self.of = np.where(self.words - self.arrays[i, 0] < self.arrays[i, 1], i, len(self.arrays)) # the array that an argument lies in; one more for none
 
     def moved(self,
-        old, # uint64 (n, 2): address and bytes of the arrays that the launches read and write
-        new, # uint64 (n, 2): those to take in their place, as long each
-    ):       # uint64: the arguments
+        arrays, # uint64 (n, 2): those to take, of the same sizes
+    ):          # uint64: the arguments
         "Arguments of the launches, with the addresses of other arrays"
-        if not np.array_equal(old[:, 1], new[:, 1]): raise KernelError('arrays of other sizes cannot take the place of those that were recorded')
-        order = np.argsort(old[:, 0])
-        start, size, shift = old[order, 0], old[order, 1], (new - old)[order, 0]
-        i = np.maximum(np.searchsorted(start, self.words, 'right'), 1) - 1
-        return self.words + np.where(self.words - start[i] < size[i], shift[i], 0).astype(np.uint64)
+        if (arrays[:, 1] != self.arrays[:, 1]).any(): raise KernelError('arrays of other sizes cannot take the place of those that were recorded')
+        return self.words + np.append(arrays[:, 0] - self.arrays[:, 0], np.uint64(0))[self.of]
 
-    def repeat(self, old, new):
+    def repeat(self, arrays):
         "Launch again; see `moved`"
         from cuda.bindings import driver as cu
-        self.room[:] = self.moved(old, new)
+        self.room[:] = self.moved(arrays)
         for config, handle, at in self.launches: _driver(cu.cuLaunchKernelEx(config, handle, at, 0))
 
 # %% ../nbs/19_nvrtc.ipynb #b4c0b5e8
@@ -334,7 +338,7 @@ def only(type:GGMLType)->tuple:
 def load_all(
     files,      # (cell's name, defines) of each
     device:int, # CUDA index
-):              # a list of futures
+)->dict:        # a future for each
     "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
     arch = device_arch(device)
     missing = [n for n, defines in files if not _cache_path(n, read_source(n), arch, defines).exists()]
@@ -343,7 +347,7 @@ def load_all(
         Device(device).use()
         _module(name, device, defines)
     pool = ThreadPoolExecutor(4 + len(missing), 'orcd-nvrtc')
-    jobs = [pool.submit(load, *f) for f in files]
+    jobs = {f: pool.submit(load, *f) for f in files}
     pool.shutdown(wait=False)
     return jobs
 

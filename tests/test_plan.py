@@ -66,7 +66,7 @@ def test_decode_finds_its_kernels(arch, shared, tmp_path):
     "Nothing may be compiled or loaded while the step is captured: each product's kernel is among the files that are loaded before"
     import orcd
     from orcd import k_gemv
-    from orcd.engine import kernel_files, layer_kinds, open_model
+    from orcd.engine import decode_files, kernel_files, layer_kinds, open_model
     from orcd.ops import CudaOps
     from orcd.vram import Scratch, Shape
     path = tmp_path / 'model.gguf'
@@ -97,4 +97,4 @@ def test_decode_finds_its_kernels(arch, shared, tmp_path):
             family.layer(ops, Shape((1, config.n_embd)), w, i)
             ops.flush()
         product([bound.model['output']])
-        assert wanted and wanted <= set(kernel_files(config, bound)) and wanted <= set(kernel_files(config, bound, wide=True))
+        assert wanted and wanted <= decode_files(config, bound) <= set(kernel_files(config, bound)) & set(kernel_files(config, bound, wide=True))

@@ -2,7 +2,9 @@
 #include "source.cu"
 #include "ring.cu"
 #include "top.cu"
-enum { WARPS = 8 };         // of a block
+#ifndef WARPS
+#define WARPS 8             // of a block
+#endif
 // Blocks that an SM has registers for. Of a small launch two and one of the next, which waits with its first weights; a large one wants the registers.
 #ifndef RESIDENT
 #define RESIDENT 3

@@ -313,3 +313,19 @@ def test_load_keeps_nothing_in_host_memory(tmp_path):
 def test_device_that_is_not_there(model_file):
     from orcd.errors import DeviceError
     with pytest.raises(DeviceError, match='no GPU 99'): cuda(model_file('qwen2'), device=99)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_loads_what_it_runs(name, model_file, monkeypatch):
+    "Nothing is compiled or loaded while graphs are captured, and nothing in vain: what a model launches is what `kernel_files` says"
+    from functools import lru_cache
+    import orcd
+    from orcd import engine, nvrtc
+    from orcd.sampling import SamplingParams
+    monkeypatch.setattr(nvrtc, '_modules', {})
+    monkeypatch.setattr(nvrtc, '_kernel', lru_cache(None)(nvrtc._kernel.__wrapped__))
+    with cuda(model_file(name)) as e, orcd.GGUF(model_file(name)) as g:
+        e.prefill(prompt(200))
+        assert len(list(e.decode(SamplingParams(temperature=.5, top_k=5, repetition_penalty=1.1), 3))) == 3
+        _, config, bound = engine.open_model(g)
+        assert {(n, d) for n, _, d in nvrtc._modules} == set(engine.kernel_files(config, bound, e.wide, e.plan.chunks))
