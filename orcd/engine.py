@@ -186,7 +186,7 @@ def products(config, bound):
     for layer in layer_kinds(config, bound).values():
         matrices = matrices_of(vars(layer))
         for roles in (*TOGETHER, *((r,) for r in matrices if not any(r in roles for roles in TOGETHER))):
-            if ts := [matrices[r] for r in roles if r in matrices]: yield roles, ts
+            if there := tuple(r for r in roles if r in matrices): yield there, [matrices[r] for r in there]
 
 def decode_files(config, bound):
     "The `.cu` files of a decode step's kernels, with the weight types where they matter"
@@ -203,7 +203,7 @@ def kernel_files(config, bound, wide=False, chunks=CAPTURED):
     "All files for decoding and for chunks of these sizes, in the order in which they are wanted"
     files = {('to_half', ())}
     for roles, ts in products(config, bound):
-        if wide and len(ts[0].shape) == 2: files.update(k_hopper.files(ts, roles in GATES and len(ts) == len(roles), chunks, heads(config) if roles == ('attn_qkv',) else None))
+        if wide and len(ts[0].shape) == 2: files.update(k_hopper.files(ts, roles in GATES, chunks, heads(config) if roles == ('attn_qkv',) else None))
         for t in ts:
             stack = len(t.shape) == 3
             if t.type in k_gemm.PLAIN: files.update((n, ()) for n in ('gemm_plain', 'gemm_thin'))
