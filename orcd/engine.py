@@ -7,7 +7,7 @@ Docs: https://orcd-dev.github.io/orcd/engine.html.md"""
 # %% auto #0
 __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'CAPTURED', 'RING', 'TOGETHER', 'GATES', 'DEPTH', 'Plan', 'kinds', 'layer_kinds',
            'dry_run', 'workspace', 'workspace_bytes', 'largest', 'matrices_of', 'row_tops', 'open_model', 'plan',
-           'cuda_errors', 'is_float_array', 'products', 'decode_files', 'heads', 'kernel_files', 'CudaEngine']
+           'cuda_errors', 'is_float_array', 'products', 'cut', 'decode_files', 'kernel_files', 'CudaEngine']
 
 # %% ../nbs/32_engine.ipynb #83bd849a
 from contextlib import contextmanager
@@ -188,22 +188,30 @@ def products(config, bound):
         for roles in (*TOGETHER, *((r,) for r in matrices if not any(r in roles for roles in TOGETHER))):
             if there := tuple(r for r in roles if r in matrices): yield there, [matrices[r] for r in there]
 
+def cut(roles, tensors, config):
+    "Tensors as products see them: a matrix that holds several ones is cut, if they are whole tiles"
+    heads = config.n_head*config.head_dim, *(config.n_head_kv*config.head_dim,)*2
+    rows = heads if roles == ('attn_qkv',) else (tensors[0].shape[0]//2,)*2 if roles == ('ffn_up',) and config.n_ff*2 == tensors[0].shape[0] else ()
+    if not rows or any(n % nvrtc.TILE for n in rows): return tensors
+    return [SimpleNamespace(type=tensors[0].type, shape=(n, tensors[0].shape[1])) for n in rows]
+
 def decode_files(config, bound):
     "The `.cu` files of a decode step's kernels, with the weight types where they matter"
     files = {(n, ()) for n in ('state', 'elementwise', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
-    for ts in ([bound.model['output']], *(ts for _, ts in products(config, bound))):
-        types = [t.type for t in ts]
-        for group in k_gemv.launches(types): files.add(k_gemv.code([types[i] for i in group], k_gemv.is_large([ts[i] for i in group], config.n_expert_used or 1))[:2])
+    for roles, tensors in ((), [bound.model['output']]), *products(config, bound):
+        ts, k = cut(roles, tensors, config), config.n_expert_used if len(tensors[0].shape) == 3 else 1
+        mode = 'gated' if len(ts) == 2 and k_gemv.fuses(*ts) else 'mix' if roles == ('ffn_down_exps',) and k_gemv.fuses(*ts) and k <= k_gemv.MAX_TERMS else 'gemv'
+        for group in k_gemv.launches([t.type for t in ts]):
+            g = [ts[i] for i in group]
+            files.add(k_gemv.code([t.type for t in g], k_gemv.layout(g, mode, 1 if mode == 'mix' else k, k)[2])[:2])
     return files
-
-def heads(config): return config.n_head*config.head_dim, *(config.n_head_kv*config.head_dim,)*2
 
 def kernel_files(config, bound, wide=False, chunks=CAPTURED):
     "All files for decoding and for chunks of these sizes, in the order in which they are wanted"
     files = {('to_half', ())}
     for roles, ts in products(config, bound):
-        if wide and len(ts[0].shape) == 2: files.update(k_hopper.files(ts, roles in GATES, chunks, heads(config) if roles == ('attn_qkv',) else None))
+        if wide and len(ts[0].shape) == 2: files.update(k_hopper.files(cut(roles, ts, config), roles in GATES, chunks))
         for t in ts:
             stack = len(t.shape) == 3
             if t.type in k_gemm.PLAIN: files.update((n, ()) for n in ('gemm_plain', 'gemm_thin'))

@@ -79,7 +79,6 @@ def files(
     tensors, # of a launch: type, shape
     gate,    # are they gate and up, in one matrix or in two?
     sizes,   # tokens
-    parts=None, # rows of the parts that one matrix is cut into
 )->set:      # (file, defines)
     "Code of the kernels for products of these tensors with so many tokens"
     types, quant = [t.type for t in tensors], all(t.type.block_size > 1 for t in tensors)
@@ -87,8 +86,7 @@ def files(
         rows = sum(t.shape[0] for t in tensors),
         return {('gemm_wgmma', only(types[0]) + ('GATE=1',) + defines(tile(rows, n, GATED_TILES))) for n in sizes}
     groups = [[tensors[i] for i in group] for group in launches(types)]
-    rows = lambda ts: parts if parts and not any(n % TILE for n in parts) else tuple(t.shape[0] for t in ts)
-    return {('gemm_wgmma', of_types([t.type for t in ts])[0] + defines(tile(rows(ts), n))) for ts in groups if ts[0].type.block_size > 1 for n in sizes}
+    return {('gemm_wgmma', of_types([t.type for t in ts])[0] + defines(tile(tuple(t.shape[0] for t in ts), n))) for ts in groups if ts[0].type.block_size > 1 for n in sizes}
 
 # %% ../nbs/27_hopper.ipynb #c7a00012
 class Rows:

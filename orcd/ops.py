@@ -195,7 +195,7 @@ class CudaOps:
         if self.decode and whole and self.pending and self.pending[-1][3] is y:
             x, choice, W, _, bias = self.pending.pop()
             parts = [y[:, e - n:e] for n, e in zip(sizes, ends)]
-            for n, e, out in zip(sizes, ends, parts): self.later(x, choice, W if self.dry else W.rows(e - n, n), out, None if bias is None else bias[e - n:e])
+            for n, e, out in zip(sizes, ends, parts): self.later(x, choice, SimpleNamespace(type=W.type, shape=(n, W.shape[1])) if self.dry else W.rows(e - n, n), out, None if bias is None else bias[e - n:e])
             return parts
         if isinstance(y, Product) and y.out is None and self.wide and whole and y.W.type.block_size > 1:
             parts = [Product(y.x, y.W, None if y.bias is None else y.bias[e - n:e], first=e - n, n=n) for n, e in zip(sizes, ends)]

@@ -74,10 +74,10 @@ def test_decode_finds_its_kernels(arch, shared, tmp_path):
     else: make_model(path, arch)
     wanted = set()
 
-    def product(Ws, k=1):
+    def product(Ws, k=1, mode='gemv'):
         for group in k_gemv.launches([W.type for W in Ws]):
             ws = [Ws[i] for i in group]
-            wanted.add(k_gemv.code([W.type for W in ws], k_gemv.is_large(ws, k))[:2])
+            wanted.add(k_gemv.code([W.type for W in ws], k_gemv.layout(ws, mode, 1 if mode == 'mix' else k, k)[2])[:2])
 
     class Ops(CudaOps):
         def run(self, launcher, *args, **kw):
@@ -85,8 +85,8 @@ def test_decode_finds_its_kernels(arch, shared, tmp_path):
             match launcher.__name__:
                 case 'gemvs': product([W for W, *_ in args[0]], n if kw.get('ids') is not None else 1)
                 case 'gemv': product([args[0]])
-                case 'gated': product([args[0][0], args[1][0]], args[5].k if args[5] else 1)
-                case 'mixed': product([args[0]], args[5].k)
+                case 'gated': product([args[0][0], args[1][0]], args[5].k if args[5] else 1, 'gated')
+                case 'mixed': product([args[0]], args[5].k, 'mix')
 
     with orcd.GGUF(path) as g:
         family, config, bound = open_model(g)
