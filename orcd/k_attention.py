@@ -13,8 +13,8 @@ import numpy as np
 
 # %% ../nbs/24_attention.ipynb #10388113
 from . import nvrtc
-from .errors import KernelError
-from .k_elementwise import check, check_rows, check_vector
+from .k_elementwise import strides
+from .nvrtc import check, vector
 
 # %% ../nbs/24_attention.ipynb #32c0bb0e
 SPLIT = 128                         # positions of a split of decode
@@ -63,8 +63,8 @@ def store_kv(
     "Write keys and values of T positions into a layer's cache"
     n_head_kv, rows, d, ring = _cache('store_kv', k_cache, v_cache, window)
     T, n = k.shape[0], n_head_kv * d
-    ks, vs = check_rows('store_kv k', k, (T, n)), check_rows('store_kv v', v, (T, n))
-    check_vector('store_kv state', state, 1, np.int32)
+    ks, vs = strides('store_kv', T, n, k=k, v=v)
+    vector('store_kv state', state, 1, np.int32, more=True)
     nvrtc.kernel(f'attention_{d}', 'store_kv')((-(-n // 128), T), (128,), (k, ks, v, vs, k_cache, v_cache, state,
         np.int32(T), np.int32(n_head_kv), np.int32(rows), np.int32(ring)), stream=stream, early=True)
 
@@ -72,7 +72,7 @@ def store_kv(
 def _heads(name, n, n_head_kv, d, sinks):
     "Number of query heads of n columns"
     check(n % d == 0 and n // d % n_head_kv == 0, f'{name}: {n} columns are no whole number of heads of {d} for {n_head_kv} key heads')
-    if sinks is not None: check_vector(f'{name} sinks', sinks, n // d)
+    vector(f'{name} sinks', sinks, n // d)
     return n // d
 
 def _scale(scale, d): return np.float32((d**-0.5 if scale is None else scale) * np.log2(np.e))
@@ -95,16 +95,16 @@ def attend_decode(
     "Attention of one row over all positions up to its own. One launch; it is the same launch at every position."
     n_head_kv, rows, d, ring = _cache('attend_decode', k_cache, v_cache, window)
     n = q.shape[1]
-    check_rows('attend_decode q', q, (1, n)); check_rows('attend_decode out', out, (1, n))
+    strides('attend_decode', 1, n, q=q, out=out)
     n_head = _heads('attend_decode', n, n_head_kv, d, sinks)
     check((k is None) == (v is None), 'attend_decode: k and v go together')
-    if k is not None: check_rows('attend_decode k', k, (1, n_head_kv * d)); check_rows('attend_decode v', v, (1, n_head_kv * d))
+    if k is not None: strides('attend_decode', 1, n_head_kv * d, k=k, v=v)
     passes = -(-n_head // n_head_kv // 8) # a block serves 8 query heads
-    check_vector('attend_decode state', state, STATE_SIZE, np.int32)
+    vector('attend_decode state', state, STATE_SIZE, np.int32, more=True)
     check(TICKETS + n_head_kv * passes <= STATE_SIZE, f'attend_decode: {n_head_kv} key heads need more tickets than state has')
-    check_vector('attend_decode workspace', workspace, decode_workspace(n_head, d, rows))
+    vector('attend_decode workspace', workspace, decode_workspace(n_head, d, rows), more=True)
     inv_freq, mscale, style, n_rot = rope or (None, 1., 'neox', 0)
-    if rope: check_vector('attend_decode inv_freq', inv_freq, n_rot // 2); check(n_rot % 8 == 0 and n_rot <= d, f'attend_decode: n_rot {n_rot} of head_dim {d}: a multiple of 8, not larger')
+    if rope: vector('attend_decode inv_freq', inv_freq, n_rot // 2, more=True); check(n_rot % 8 == 0 and n_rot <= d, f'attend_decode: n_rot {n_rot} of head_dim {d}: a multiple of 8, not larger')
     check(all(x is None or x.data.ptr % 16 == 0 for x in (q, k, v)), 'attend_decode: q, k and v must start at multiples of 16 bytes')
     blocks = min(-(-rows // SPLIT), max(1, MAX_BLOCKS // (n_head_kv * passes)))
     nvrtc.kernel(f'attention_{d}', 'attend_decode')((blocks, n_head_kv, passes), (128,), (q, k, v, k_cache, v_cache, state, sinks, out,
@@ -130,23 +130,22 @@ def attend_prefill(
     "Causal attention of T rows over the cache and over themselves. A row's bits do not depend on the chunk it came with."
     n_head_kv, rows, d, ring = _cache('attend_prefill', k_cache, v_cache, window)
     (T, n), nk = q.shape, n_head_kv * d
-    qs, os = check_rows('attend_prefill q', q), check_rows('attend_prefill out', out, (T, n))
-    ks, vs = check_rows('attend_prefill k', k, (T, nk)), check_rows('attend_prefill v', v, (T, nk))
+    (qs, os), (ks, vs) = strides('attend_prefill', T, n, q=q, out=out), strides('attend_prefill', T, nk, k=k, v=v)
     n_head = _heads('attend_prefill', n, n_head_kv, d, sinks)
     check(qs % 2 == os % 2 == 0, f'attend_prefill: rows of q and out must start at multiples of 8 bytes, not every {qs} and {os} floats')
-    check_vector('attend_prefill state', state, 1, np.int32)
+    vector('attend_prefill state', state, 1, np.int32, more=True)
     fn = lambda name: nvrtc.kernel(f'attention_{d}', name)
     ints = np.int32(T), np.int32(n_head), np.int32(n_head_kv)
     if rope:
         inv_freq, mscale, style, n_rot = rope
         check(0 < n_rot <= d and n_rot % 2 == 0, f'attend_prefill: n_rot {n_rot} of head_dim {d}: even, not larger')
-        check_vector('attend_prefill inv_freq', inv_freq, n_rot // 2)
+        vector('attend_prefill inv_freq', inv_freq, n_rot // 2, more=True)
         caches = (None, None) if ring else (k_cache, v_cache)
         fn('turn_rows')((T,), (128,), (q, qs, k, ks, v, vs, *caches, state, inv_freq, np.float32(mscale),
             np.int32(n_rot), np.int32(style == 'neox'), *ints, np.int32(rows)), stream=stream, early=True)
     if ring:
         size = prefill_workspace(T, n_head_kv, d, window)
-        check_vector('attend_prefill workspace', workspace, size, np.float16)
+        vector('attend_prefill workspace', workspace, size, np.float16, more=True)
         at = workspace[:size // 2], workspace[size // 2:]
         fn('stage_window')((-(-nk // 128), window + T), (128,), (k, ks, v, vs, k_cache, v_cache, *at, state, ints[0], ints[2], np.int32(rows)), stream=stream, early=True)
     else:

@@ -11,8 +11,8 @@ __all__ = ['PLAIN', 'THIN', 'padded', 'held', 'half_bytes', 'HalfRows', 'Gated',
 from dataclasses import dataclass
 from .blocks import GGMLType
 from .errors import KernelError
-from .k_gemv import Normed, matrix, n_rows, stride, vector
-from .nvrtc import QTensor, kernel, only
+from .k_gemv import Normed, matrix, n_rows
+from .nvrtc import QTensor, kernel, only, stride, vector
 
 # %% ../nbs/23_gemm.ipynb #5ecc14cc
 import numpy as np

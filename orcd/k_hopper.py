@@ -13,9 +13,9 @@ from functools import lru_cache
 from math import prod
 from .errors import KernelError
 from .k_gemm import HalfRows, gemm
-from .k_gemv import launches, matrix, stride, vector
+from .k_gemv import launches, matrix
 from .k_moe import Groups, expert_gemm, expert_shapes
-from .nvrtc import QTensor, TILE, device_arch, kernel, only
+from .nvrtc import QTensor, TILE, device_arch, kernel, only, stride, vector
 
 # %% ../nbs/27_hopper.ipynb #c7a00004
 import numpy as np

@@ -10,8 +10,8 @@ __all__ = ['route', 'expert_sum', 'expert_gemv', 'Groups', 'group', 'expert_shap
 # %% ../nbs/25_moe.ipynb #0830946d
 from .errors import KernelError
 from .k_gemm import PLAIN, HalfRows
-from .k_gemv import gemvs, matrix, n_rows, stride, vector
-from .nvrtc import QTensor, kernel, only
+from .k_gemv import gemvs, matrix, n_rows
+from .nvrtc import QTensor, kernel, only, stride, vector
 
 # %% ../nbs/25_moe.ipynb #5ecc14cc
 import numpy as np

@@ -12,7 +12,7 @@ import numpy as np
 
 # %% ../nbs/26_sampler.ipynb #8eb9f83a
 from . import nvrtc
-from .k_elementwise import check, check_vector
+from .nvrtc import check, vector
 from .sampling import SamplingParams
 
 # %% ../nbs/26_sampler.ipynb #54018a74
@@ -45,8 +45,8 @@ def unpack_ring(
 # %% ../nbs/26_sampler.ipynb #4477c7dc
 def _check_common(name, n_vocab, workspace, seen):
     size, words = workspace_bytes(n_vocab)
-    check_vector(f'{name} workspace', workspace, size, np.uint8)
-    check_vector(f'{name} seen', seen, words // 4, np.uint32)
+    vector(f'{name} workspace', workspace, size, np.uint8, more=True)
+    vector(f'{name} seen', seen, words // 4, np.uint32, more=True)
 
 def reset(
     workspace,      # uint8, `workspace_bytes(n_vocab)[0]` of them
@@ -70,10 +70,8 @@ def draw(
     "Draw the next token: state[1] = token, position and step advance, (id, log probability) goes to the ring. Five launches, always the same."
     x = logits.reshape(-1)
     n_vocab = x.size
-    check_vector('draw logits', x, 1)
-    check_vector('draw params', params, PARAMS.itemsize, np.uint8)
-    check_vector('draw state', state, 4, np.int32)
-    check_vector('draw ring', ring, 1, np.uint64)
+    vector('draw logits', x, n_vocab)
+    for what, a, n, dtype in (('params', params, PARAMS.itemsize, np.uint8), ('state', state, 4, np.int32), ('ring', ring, 1, np.uint64)): vector(f'draw {what}', a, n, dtype, more=True)
     _check_common('draw', n_vocab, workspace, seen)
     grid, block = (-(-n_vocab // CHUNK),), (256,)
     fn, end = lambda name: nvrtc.kernel('sampler', name), (state, seen, ring, np.int32(ring.size))

@@ -6,8 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/nvrtc.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIONS', 'MAX_ARGS', 'TILE', 'read_source', 'with_includes', 'Compiled', 'parse_resources', 'compile_text',
-           'cache_dir', 'target', 'cubin', 'device_arch', 'Kernel', 'kernel', 'Recording', 'only', 'load_all',
-           'padded_bytes', 'QTensor']
+           'cache_dir', 'target', 'cubin', 'device_arch', 'Kernel', 'kernel', 'Recording', 'only', 'load_all', 'check',
+           'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../nbs/19_nvrtc.ipynb #59e5ad29
 import hashlib, os, re, struct, sys, tempfile, threading
@@ -350,6 +350,40 @@ def load_all(
     jobs = {f: pool.submit(load, *f) for f in files}
     pool.shutdown(wait=False)
     return jobs
+
+# %% ../nbs/19_nvrtc.ipynb #cf7acfe0
+def check(ok, message):
+    "Raise `KernelError(message)` unless `ok`"
+    if not ok: raise KernelError(message)
+
+def stride(
+    name:str,   # how the error calls it
+    a,          # CuPy array (rows, n), or (n,) for one row
+    rows:int,
+    n:int,
+    dtype=np.float32,
+)->int:         # elements from one row to the next
+    "Check a matrix that a kernel reads or writes: dtype, shape, neighbouring columns. Raises `KernelError`."
+    if a.dtype != dtype: raise KernelError(f'{name} is {a.dtype}, expected {np.dtype(dtype)}')
+    shape = (1, *a.shape) if a.ndim == 1 else a.shape
+    if shape != (rows, n): raise KernelError(f'{name} has shape {tuple(a.shape)}, expected {(rows, n)}')
+    if n > 1 and a.strides[-1] != a.itemsize: raise KernelError(f'{name}: neighbouring columns must be neighbours in memory')
+    if a.ndim == 1 or rows == 1: return n
+    if a.strides[0] < n * a.itemsize or a.strides[0] % a.itemsize:
+        raise KernelError(f'{name}: rows overlap or are not whole elements apart')
+    return a.strides[0] // a.itemsize
+
+def vector(
+    name:str, # how the error calls it
+    a,        # CuPy array or None
+    n:int,
+    dtype=np.float32,
+    more:bool=False, # may it be longer?
+):
+    "Check a contiguous array of `n` elements (or None) and return it"
+    if a is not None and (a.dtype != dtype or (a.size < n if more else a.size != n) or not a.flags.c_contiguous):
+        raise KernelError(f'{name} is {a.dtype} {tuple(a.shape)}, expected {n}{" or more" if more else ""} contiguous {np.dtype(dtype)}')
+    return a
 
 # %% ../nbs/19_nvrtc.ipynb #f8212ff3
 TILE = 16 # rows that are stored together
