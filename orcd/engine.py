@@ -298,12 +298,19 @@ def _set_state(self:CudaEngine, pos, missing=0):
     nvrtc.kernel('state', 'set_state')((1,), (32,), (self.state, np.int32(pos), np.int32(0), np.int32(0), np.int32(missing)), stream=self.stream)
 
 @patch
-def _layers(self:CudaEngine, x):
-    "All layers: one of each kind is worked out, the others repeat its launches with their own weights and cache"
+def _each_layer(self:CudaEngine, launch):
+    "launch(i, weights) for one layer of each kind; the others repeat its launches with their own weights and cache"
     done = {}
     for i, first in enumerate(self.kinds):
         if first in done: done[first].repeat(self.places[i]); continue
-        with nvrtc.Recording(self.stream, self.places[i]) as done[first]: self._forward(self.layers[i], i, x); self.ops.begin_layer()
+        with nvrtc.Recording(self.stream, self.places[i]) as done[first]: launch(i, self.layers[i])
+
+@patch
+def _layers(self:CudaEngine, x):
+    def launch(i, w):
+        self._forward(w, i, x)
+        self.ops.begin_layer() # launches what was put off
+    self._each_layer(launch)
 
 @patch
 def _places(self:CudaEngine, i):
@@ -441,12 +448,10 @@ def _capture(self:CudaEngine, bound, code):
         graph = self.stream.end_capture()
         graph.upload(self.stream)
         return graph
-    def loaded(files):
-        for f in files: code[f].result()
-    loaded(decode_files(self.config, bound))
+    nvrtc.wait_for(code[f] for f in decode_files(self.config, bound))
     self.graph = captured(self._step)
     self.ops.decode = False
-    loaded(code)
+    nvrtc.wait_for(code.values())
     self.graphs = {rows: captured(self._layers, self.x[:rows]) for rows in self.plan.chunks}
 
 @patch
@@ -456,9 +461,10 @@ def _warm_up(self:CudaEngine):
     runtime.memsetAsync(self.state.data.ptr, 0, self.state.nbytes, self.stream.ptr) # attention's tickets
     factors = getattr(self.model, 'rope_freqs', None)
     self.ops.inv_freq.set(self.config.rope.inv_freq(None if factors is None else factors.get()), self.stream)
-    for layer in self.layers:
-        for W in vars(layer).values():
+    def tops(i, w):
+        for W in vars(w).values():
             if getattr(W, 'top', None) is not None: k_hopper.find_tops(W, self.stream)
+    self._each_layer(tops)
     self.prefill([0])
     self._begin(SamplingParams())
     self._set_state(0)

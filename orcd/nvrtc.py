@@ -6,8 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/nvrtc.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIONS', 'MAX_ARGS', 'TILE', 'read_source', 'with_includes', 'Compiled', 'parse_resources', 'compile_text',
-           'cache_dir', 'target', 'cubin', 'device_arch', 'Kernel', 'kernel', 'Recording', 'only', 'load_all', 'check',
-           'stride', 'vector', 'padded_bytes', 'QTensor']
+           'cache_dir', 'target', 'cubin', 'device_arch', 'Kernel', 'kernel', 'Recording', 'only', 'load_all',
+           'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../nbs/19_nvrtc.ipynb #59e5ad29
 import hashlib, os, re, struct, sys, tempfile, threading
@@ -136,7 +136,7 @@ def _file_name(name, source, arch, defines):
     h = hashlib.sha256(repr((name, _digest(source), sorted(parts.items()), arch, defines, OPTIONS, _compilers())).encode())
     return f'{name}-{arch}-{h.hexdigest()[:24]}.cubin'
 
-def _cache_path(*what): return cache_dir()/_file_name(*what)
+def _cache_path(name, source, arch, defines): return cache_dir()/_file_name(name, source, target(source, arch), defines)
 
 def _cached(path):
     "Machine code that was stored, or None"
@@ -168,11 +168,10 @@ def cubin(
 )->bytes:
     "Machine code of `orcd/cuda/NAME.cu`, from the cache when it is there"
     source = read_source(name)
-    arch = target(source, arch)
     path = _cache_path(name, source, arch, defines)
     data = _cached(path)
     if data is None:
-        data = compile_text(name, source, arch, defines).cubin
+        data = compile_text(name, source, target(source, arch), defines).cubin
         _store(path, data)
     return data
 
@@ -338,18 +337,24 @@ def only(type:GGMLType)->tuple:
 def load_all(
     files,      # (cell's name, defines) of each
     device:int, # CUDA index
-)->dict:        # a future for each
+)->dict:        # a future for each, see `wait_for`
     "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
-    arch = device_arch(device)
-    missing = [n for n, defines in files if not _cache_path(n, read_source(n), arch, defines).exists()]
+    arch, few = device_arch(device), ThreadPoolExecutor(4, 'orcd-modules')
+    compilers = ThreadPoolExecutor(max(1, len(files)), 'orcd-nvrtc')
     def load(name, defines):
         from cupy.cuda import Device
         Device(device).use()
         _module(name, device, defines)
-    pool = ThreadPoolExecutor(4 + len(missing), 'orcd-nvrtc')
-    jobs = {f: pool.submit(load, *f) for f in files}
-    pool.shutdown(wait=False)
+    def look(name, defines):
+        if _cache_path(name, read_source(name), arch, defines).exists(): load(name, defines)
+        else: return compilers.submit(load, name, defines)
+    jobs = {f: few.submit(look, *f) for f in files}
+    few.shutdown(wait=False)
     return jobs
+
+def wait_for(jobs):
+    "Until files are loaded. Raises what went wrong with one."
+    for later in [j.result() for j in jobs]: later and later.result()
 
 # %% ../nbs/19_nvrtc.ipynb #cf7acfe0
 def check(ok, message):

@@ -49,7 +49,8 @@ class Oracle:
         "`part`: an expert, or rows"
         t = self.t[name]
         blocks = t.data if part is None else t.data[part]
-        return np.require(as_hopper(blocks, GGMLType(t.tensor_type)) if self.rounds(name) else dequantize(blocks, t.tensor_type), np.float32, ['C', 'W'])
+        if not self.rounds(name): return np.require(dequantize(blocks, t.tensor_type), np.float32, ['C', 'W'])
+        return np.concatenate([as_hopper(blocks[i:i + 256], GGMLType(t.tensor_type)) for i in range(0, len(blocks), 256)]) # what fits into a core's cache
 
     def rounds(self, name):
         "Are these weights rounded? Not the head's, which is a product of one row, and a power of two rounds nothing."
