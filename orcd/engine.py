@@ -343,13 +343,12 @@ def _chunks(self:CudaEngine,
     ids,             # the whole prompt
     cancelled=None,  # asked before every chunk
     tap=None,        # called with (layer or -1, first position, rows of x) after the embedding and after each layer
-    only=None,       # indices of layers, for those who do not want the result
 ):
     "Run a prompt through the layers; yields (position of the first row, rows of the residual stream) after each chunk"
     ids = self._checked(ids)
     self.length, self.ops.decode = 0, False
     self.ids[:len(ids)].set(ids, self.stream)
-    replay = self.graphs and self.replay and tap is only is None
+    replay = self.graphs and self.replay and tap is None
     pieces = self._pieces(len(ids)) if replay else [(at, min(self.plan.chunk, len(ids) - at), 0) for at in range(0, len(ids), self.plan.chunk)]
     for n, (at, length, rows) in enumerate(pieces):
         self.fences[n % 2].synchronize()
@@ -360,8 +359,8 @@ def _chunks(self:CudaEngine,
         if rows: self.graphs[rows].launch(self.stream) # the rows beyond ours hold something or other, which nobody sees
         else:
             if tap: tap(-1, at, x)
-            for i in range(len(self.layers)) if only is None else only:
-                self._forward(self.layers[i], i, x)
+            for i, w in enumerate(self.layers):
+                self._forward(w, i, x)
                 if tap: tap(i, at, x)
         self.fences[n % 2].record(self.stream)
         yield at, x

@@ -1,0 +1,87 @@
+"""CuPy as far as the engine knows it, without a GPU: arrays have addresses but no memory, and what is launched is noted.
+
+For tests of what the host does: which kernels it loads, what it launches with which arguments. Nothing is computed."""
+import ctypes, itertools, sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace as NS
+from unittest.mock import patch
+import numpy as np
+
+
+class Array:
+    "Shape, dtype, strides and address. NumPy works them out on a view of memory that nobody touches."
+    def __init__(self, view, ptr): self.view_, self.ptr_ = view, ptr
+    def __getattr__(self, name):
+        if name in ('shape', 'dtype', 'strides', 'ndim', 'size', 'nbytes', 'itemsize', 'flags'): return getattr(self.view_, name)
+        raise AttributeError(name)
+    def __len__(self): return len(self.view_)
+    @property
+    def data(self): return NS(ptr=self.ptr_)
+    def like(self, view): return Array(view, self.ptr_ + view.__array_interface__['data'][0] - self.view_.__array_interface__['data'][0])
+    def __getitem__(self, i): return self.like(self.view_[i])
+    def view(self, dtype): return self.like(self.view_.view(dtype))
+    def reshape(self, *shape): return self.like(self.view_.reshape(*shape))
+    def set(self, a, stream=None): assert a.nbytes == self.nbytes, (a.shape, self.shape)
+    def get(self, stream=None): return np.ones(self.shape, self.dtype)
+
+
+def array(shape, dtype, memory):
+    return Array(np.lib.stride_tricks.as_strided(np.zeros(1, dtype), shape, tuple(np.cumprod([np.dtype(dtype).itemsize, *shape[:0:-1]])[::-1])), memory.ptr)
+
+
+class Stream:
+    number = itertools.count(1)
+    def __init__(self, non_blocking=False): self.ptr = next(Stream.number)
+    def begin_capture(self): pass
+    def end_capture(self): return NS(upload=lambda stream: None, launch=lambda stream: None)
+    def synchronize(self): pass
+
+
+class Event:
+    def __init__(self, disable_timing=False): pass
+    def record(self, stream): pass
+    def synchronize(self): pass
+
+
+class Device:
+    compute_capability = '90'
+    def __init__(self, i=0): pass
+    def use(self): pass
+
+
+@contextmanager
+def played(monkeypatch, sm='90'):
+    "Yields the launches as they come: (stream, kernel, grid, arguments)"
+    from cuda.bindings import driver as cu
+    from orcd import k_gemv, k_hopper, nvrtc
+    launches, pinned, names, lengths, at = [], {}, {}, {}, itertools.count(1 << 44, 1 << 38)
+    def pin(n, flags=0): b = ctypes.create_string_buffer(n); pinned[ctypes.addressof(b)] = b; return ctypes.addressof(b)
+    nothing = lambda *a: None
+    runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=lambda n: next(at), free=nothing, memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyAsync=nothing,
+        memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (100 << 30, 100 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
+        deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=type('CUDARuntimeError', (Exception,), {}))
+    class Module:
+        def load(self, cubin): self.cubin = cubin
+        def get_function(self, name):
+            names[len(names) + 1] = name
+            return NS(ptr=len(names))
+    driver = NS(funcSetAttribute=nothing, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CUDADriverError=type('CUDADriverError', (Exception,), {}))
+    cuda = ModuleType('cupy.cuda')
+    vars(cuda).update(runtime=runtime, driver=driver, Stream=Stream, Event=Event, Device=type('D', (Device,), dict(compute_capability=sm)), function=NS(Module=Module),
+        UnownedMemory=lambda ptr, n, owner: ptr, MemoryPointer=lambda memory, offset: NS(ptr=memory + offset), get_current_stream=lambda: NS(ptr=0))
+    cupy = ModuleType('cupy')
+    vars(cupy).update(cuda=cuda, ndarray=array)
+    function = ModuleType('cupy.cuda.function'); function.Module = Module
+    def launch(config, f, arguments, extra):
+        table = (ctypes.c_uint64*lengths[int(f)]).from_address(arguments)
+        launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), [ctypes.c_uint64.from_address(a).value for a in table]))
+        return 0,
+    class Kernel(nvrtc.Kernel):
+        def __call__(self, grid, block, args, *a, **kw):
+            lengths[int(self.handle)] = len(args)
+            return super().__call__(grid, block, args, *a, **kw)
+    def module(name, device, defines=()): return nvrtc._modules.setdefault((name, device, defines), Module())
+    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch)): monkeypatch.setattr(where, what, value)
+    for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
+    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda, 'cupy.cuda.function': function}): yield launches
+    for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()

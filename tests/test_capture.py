@@ -1,0 +1,45 @@
+"What the engine loads and launches, on a GPU that is only played"
+import subprocess, sys
+import pytest
+from make_models import make_model
+from played_cupy import played
+pytest.importorskip('cuda.bindings.driver')
+
+PUBLISHED = ['qwen2.5-0.5b-instruct-q4_k_m', 'phi-3-mini-4k-instruct-q4', 'gpt-oss-20b-mxfp4']
+MADE = {'qwen2': dict(types={'attn_v': 'Q8_0', 'ffn_down': 'Q6_K', '': 'Q4_K'}, n_embd=256, n_ff=512, head_dim=64, n_head=4, n_head_kv=2),
+    'phi3': dict(types={'attn_qkv': 'Q5_K', '': 'Q4_0'}, n_embd=192, n_ff=256, head_dim=96, n_head=4, n_head_kv=4),
+    'gpt-oss': dict(types={'exps': 'MXFP4', '': 'Q8_0'}, n_embd=96, n_ff_exp=160, head_dim=64, n_head=8, n_head_kv=2, n_expert=6, n_expert_used=3, window=32),
+    'llama': dict(types={'ffn': 'Q4_1', '': 'Q5_1'}, n_embd=128, n_ff=160, head_dim=128, n_head=2, n_head_kv=1, rope_freqs=True),
+    'qwen3': dict(types={'ffn': 'BF16', 'attn': 'F16', '': 'Q8_0'}, n_embd=128, n_ff=96, head_dim=48, n_head=4, n_head_kv=2)}
+
+
+@pytest.fixture(params=[*PUBLISHED, *MADE])
+def path(request, shared, tmp_path):
+    if request.param in MADE: return make_model(tmp_path/'m.gguf', request.param, n_layer=5, n_vocab=331, **MADE[request.param])
+    subprocess.run([sys.executable, str(shared / 'full_shape.py'), request.param, str(tmp_path/'m.gguf'), '--header-only'], check=True, capture_output=True)
+    return tmp_path/'m.gguf'
+
+
+@pytest.mark.parametrize('sm', ['90', '80'])
+def test_repeated_launches(path, sm, monkeypatch):
+    """A layer whose launches repeat those of another one has the arguments that it would have got if it had been worked out itself; every kernel was loaded
+    before it was captured, and none in vain"""
+    import orcd
+    from orcd import engine, loader, nvrtc
+    monkeypatch.setattr(loader.Loader, 'start', lambda *a: None)    # there are no weights
+    monkeypatch.setattr(loader.Loader, 'wait', lambda *a: None)
+    with orcd.GGUF(path) as g, played(monkeypatch, sm) as launches, engine.CudaEngine(g) as e:
+        _, config, bound = engine.open_model(g)
+        assert e.wide == (sm == '90')
+        assert {(n, d) for n, _, d in nvrtc._modules} == set(engine.kernel_files(config, bound, e.wide, e.plan.chunks))
+        for rows in (0, *e.plan.chunks):
+            def run():
+                launches.clear()
+                e.ops.decode = not rows
+                e._layers(e.x[:rows or 1])
+                return launches.copy()
+            repeated, shared_kinds = run(), e.kinds
+            e.kinds = list(range(config.n_layer))
+            assert len(set(shared_kinds)) < config.n_layer and len(repeated) >= 5*config.n_layer
+            assert repeated == run()
+            e.kinds = shared_kinds
