@@ -107,7 +107,7 @@ async def _step(self, frames, send):
     self.sending_since = time.monotonic()
     await send(dict(type='http.response.body', body=data, more_body=not frames.over))   # waits while the client does not read
     self.sending_since = None
-    if not frames.over: await asyncio.sleep(s.pace_s)
+    if frames.i and not frames.over: await asyncio.sleep(s.pace_s)      # the first token does not wait
 
 EventStream.__call__, EventStream.step, EventStream.look = _call, _step, _look
 

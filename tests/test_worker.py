@@ -52,6 +52,13 @@ def test_messages_and_random_seed(w):
 def test_max_tokens(w): assert w.execute(prompt='a b c d', max_tokens=2).all()[-1] == dict(type='end', tokens_out=2, stop_reason='MAX_TOKENS', decode_time_ms=0)
 
 
+def test_the_first_token_does_not_wait():
+    "However seldom a stream is written to"
+    with worker(pace_s=60) as w:
+        frames = w.execute(prompt='hang:0.2 tokens:5@0.1', timeout=15).frames()
+        assert [next(frames)['type'], next(frames)['type']] == ['started', 'token']
+
+
 def test_tokens_come_as_they_are_made(w):
     began, times = time.monotonic(), []
     for e in w.execute(prompt='tokens:5@0.1').frames(): times.append(time.monotonic() - began)
