@@ -23,14 +23,15 @@ def path(request, shared, tmp_path):
 @pytest.mark.parametrize('sm', ['90', '80'])
 def test_repeated_launches(path, sm, monkeypatch):
     """A layer whose launches repeat those of another one has the arguments that it would have got if it had been worked out itself; every kernel was loaded
-    before it was captured, and none in vain"""
+    before it was captured, and none in vain; what lives in VRAM is what was planned"""
     import orcd
-    from orcd import engine, loader, nvrtc
+    from orcd import engine, loader, nvrtc, view
     monkeypatch.setattr(loader.Loader, 'start', lambda *a: None)    # there are no weights
     monkeypatch.setattr(loader.Loader, 'wait', lambda *a: None)
     with orcd.GGUF(path) as g, played(monkeypatch, sm) as launches, engine.CudaEngine(g) as e:
         _, config, bound = engine.open_model(g)
         assert e.wide == (sm == '90')
+        assert sorted(map(repr, e.vram.entries)) == sorted(map(repr, view.planned(g, e.wide, free=100 << 30).entries))
         assert {(n, d) for n, _, d in nvrtc._modules} == set(engine.kernel_files(config, bound, e.wide, e.plan.chunks))
         for rows in (0, *e.plan.chunks):
             def run():
