@@ -50,7 +50,7 @@ class Device:
 
 
 @contextmanager
-def played(monkeypatch, sm='90'):
+def played(monkeypatch, sm='90', free=100 << 30):
     "Yields the launches as they come: (stream, kernel, grid, arguments)"
     from cuda.bindings import driver as cu
     from orcd import k_gemv, k_hopper, nvrtc
@@ -58,7 +58,7 @@ def played(monkeypatch, sm='90'):
     def pin(n, flags=0): b = ctypes.create_string_buffer(n); pinned[ctypes.addressof(b)] = b; return ctypes.addressof(b)
     nothing = lambda *a: None
     runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=lambda n: next(at), free=nothing, memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyAsync=nothing,
-        memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (100 << 30, 100 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
+        memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (free, 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
         deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=type('CUDARuntimeError', (Exception,), {}))
     class Module:
         def load(self, cubin): self.cubin = cubin

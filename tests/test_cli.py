@@ -232,6 +232,17 @@ def test_info(path, capsys):
     assert run(['info', 'nowhere.gguf']) == 1 and 'no file' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('free, code', [(100 << 30, 0), (33 << 20, 1)])
+def test_info_where_there_is_a_gpu(path, capsys, monkeypatch, free, code):
+    "The model has to fit into what the GPU has free, on the kernels of that GPU"
+    pytest.importorskip('cuda.bindings.driver')
+    from played_cupy import played
+    with played(monkeypatch, free=free): assert run(['info', str(path)]) == code
+    said = capsys.readouterr()
+    assert f'GPU 0 has {free / 2**20:,.1f} MiB of VRAM free' in said.out
+    assert ('VRAM at a context of 2048' in said.out) if code == 0 else ('needs' in said.err and 'context' in said.err and 'Traceback' not in said.err)
+
+
 def test_bench(path, capsys):
     assert run(['bench', str(path), '--device', 'reference', '--prompt', '8', '--tokens', '4', '--repeat', '1']) == 0
     assert re.search(r'prefill +[\d.]+ tok/s.*\n +decode +[\d.]+ tok/s', capsys.readouterr().out)
