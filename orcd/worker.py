@@ -500,6 +500,8 @@ async def _run(self):
 
 async def _load(self):
     self.jobs.thread.start()
+    self.server = Server(self.worker, make_app(self.worker))    # while the engine's thread waits for the file and the driver
+    self.server.config.load()
     await asyncio.wrap_future(self.jobs.loaded)
     gc.freeze()                          # what a start has made stays: later collections need not look at it
     gc.enable()
@@ -509,7 +511,7 @@ Process.run, Process.load = _run, _load
 # %% ../nbs/43_worker.ipynb #5881f953
 async def _serve(self, sock):
     "Open the port; return when everything is said"
-    server = Server(self.worker, make_app(self.worker))
+    server = self.server
     sock.listen(512)                     # here a port taken in the meantime shows
     sock.setblocking(False)
     serving = asyncio.create_task(server.serve([sock]))
