@@ -63,7 +63,10 @@ def kinds(
     first = {}
     return [first.setdefault((config.windows[i], *((role, t and (t.type, t.shape)) for role, t in roles.items())), i) for i, roles in enumerate(bound.layers)]
 
-def layer_kinds(config, bound)->dict: # index -> the layer's roles
+def layer_kinds(
+    config,
+    bound, # `arch.bind`
+)->dict:   # index -> the layer's roles
     "One layer of each kind"
     return {i: SimpleNamespace(**bound.layers[i]) for i in sorted(set(kinds(config, bound)))}
 
@@ -181,21 +184,31 @@ def is_float_array(t):
 TOGETHER = ('attn_q', 'attn_k', 'attn_v'), ('ffn_gate', 'ffn_up'), ('ffn_gate_exps', 'ffn_up_exps') # roles whose products read one vector
 GATES = ('ffn_gate', 'ffn_up'), ('ffn_up',)       # gate and up, also in one matrix
 
-def products(config, bound):
-    "(roles, tensors) of the matrices of each kind of layer that go together"
+def products(
+    config,
+    bound, # `arch.bind`: which tensor has which role
+):         # iterator of (roles, tensors)
+    "The matrices of each kind of layer, those together that read one vector"
     for layer in layer_kinds(config, bound).values():
         matrices = matrices_of(vars(layer))
         for roles in (*TOGETHER, *((r,) for r in matrices if not any(r in roles for roles in TOGETHER))):
             if there := tuple(r for r in roles if r in matrices): yield there, [matrices[r] for r in there]
 
-def cut(roles, tensors, config):
-    "Tensors as products see them: a matrix that holds several ones is cut, if they are whole tiles"
+def cut(
+    roles,   # from `products`
+    tensors, # likewise
+    config,
+):           # list of what has a type and a shape
+    "Matrices as launches see them: one that holds several is cut, if they are whole tiles"
     heads = config.n_head*config.head_dim, *(config.n_head_kv*config.head_dim,)*2
     rows = heads if roles == ('attn_qkv',) else (tensors[0].shape[0]//2,)*2 if roles == ('ffn_up',) and config.n_ff*2 == tensors[0].shape[0] else ()
     if not rows or any(n % nvrtc.TILE for n in rows): return tensors
     return [SimpleNamespace(type=tensors[0].type, shape=(n, tensors[0].shape[1])) for n in rows]
 
-def decode_files(config, bound):
+def decode_files(
+    config,
+    bound, # `arch.bind`
+)->set:    # (file, defines)
     "The `.cu` files of a decode step's kernels, with the weight types where they matter"
     files = {(n, ()) for n in ('state', 'elementwise', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
@@ -207,8 +220,13 @@ def decode_files(config, bound):
             files.add(k_gemv.code([t.type for t in g], k_gemv.layout(g, mode, 1 if mode == 'mix' else k, k)[2])[:2])
     return files
 
-def kernel_files(config, bound, wide=False, chunks=CAPTURED):
-    "All files for decoding and for chunks of these sizes, in the order in which they are wanted"
+def kernel_files(
+    config,
+    bound,           # `arch.bind`
+    wide=False,      # a Hopper GPU?
+    chunks=CAPTURED, # sizes of a prompt's chunks
+)->list:             # (file, defines)
+    "All files for decoding and for such chunks, in the order in which they are wanted"
     files = {('to_half', ())}
     for roles, ts in products(config, bound):
         if wide and len(ts[0].shape) == 2: files.update(k_hopper.files(cut(roles, ts, config), roles in GATES, chunks))
@@ -298,8 +316,10 @@ def _set_state(self:CudaEngine, pos, missing=0):
     nvrtc.kernel('state', 'set_state')((1,), (32,), (self.state, np.int32(pos), np.int32(0), np.int32(0), np.int32(missing)), stream=self.stream)
 
 @patch
-def _each_layer(self:CudaEngine, launch):
-    "launch(i, weights) for one layer of each kind; the others repeat its launches with their own weights and cache"
+def _each_layer(self:CudaEngine,
+    launch, # launch(i, weights): put kernels of layer i on the stream
+):
+    "Call `launch` for one layer of each kind; the others repeat what it launched with their own weights and cache"
     done = {}
     for i, first in enumerate(self.kinds):
         if first in done: done[first].repeat(self.places[i]); continue

@@ -77,8 +77,8 @@ def of_types(types):
 
 def files(
     tensors, # of a launch: type, shape
-    gate,    # are they gate and up, in one matrix or in two?
-    sizes,   # tokens
+    gate:bool, # are they gate and up, in one matrix or in two?
+    sizes,   # of prompts, in tokens
 )->set:      # (file, defines)
     "Code of the kernels for products of these tensors with so many tokens"
     types, quant = [t.type for t in tensors], all(t.type.block_size > 1 for t in tensors)

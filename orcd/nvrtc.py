@@ -352,8 +352,10 @@ def load_all(
     few.shutdown(wait=False)
     return jobs
 
-def wait_for(jobs):
-    "Until files are loaded. Raises what went wrong with one."
+def wait_for(
+    jobs, # futures from `load_all`
+):
+    "Return when these files are loaded. Raises what went wrong with one."
     for later in [j.result() for j in jobs]: later and later.result()
 
 # %% ../nbs/19_nvrtc.ipynb #cf7acfe0
