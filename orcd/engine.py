@@ -213,8 +213,10 @@ def decode_files(
     files = {(n, ()) for n in ('state', 'elementwise', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
     for roles, tensors in ((), [bound.model['output']]), *products(config, bound):
-        ts, k = cut(roles, tensors, config), config.n_expert_used if len(tensors[0].shape) == 3 else 1
-        mode = 'gated' if len(ts) == 2 and k_gemv.fuses(*ts) else 'mix' if roles == ('ffn_down_exps',) and k_gemv.fuses(*ts) and k <= k_gemv.MAX_TERMS else 'gemv'
+        ts, k, mode = cut(roles, tensors, config), config.n_expert_used if len(tensors[0].shape) == 3 else 1, 'gemv'
+        if k_gemv.fuses(*ts):
+            if len(ts) == 2: mode = 'gated'
+            elif roles == ('ffn_down_exps',) and k <= k_gemv.MAX_TERMS: mode = 'mix'
         for group in k_gemv.launches([t.type for t in ts]):
             g = [ts[i] for i in group]
             files.add(k_gemv.code([t.type for t in g], k_gemv.layout(g, mode, 1 if mode == 'mix' else k, k)[2])[:2])
