@@ -9,8 +9,8 @@ __all__ = ['FLAGS', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature'
            'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'device', 'seconds', 'url', 'yes', 'Flag', 'settle',
            'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path', 'complete_model', 'from_flags',
            'worker_settings', 'head_start', 'serve', 'open_model', 'stream', 'has_chat', 'generate', 'summary', 'chat',
-           'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench', 'complete_name', 'pull', 'cuda_problem', 'spawn',
-           'ask', 'demo', 'checks', 'doctor', 'run', 'main', 'worker_main']
+           'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench', 'floor', 'complete_name', 'pull', 'cuda_problem',
+           'spawn', 'ask', 'demo', 'checks', 'doctor', 'run', 'main', 'worker_main']
 
 # %% ../nbs/44_cli.ipynb #ca78b11e
 import inspect, os, signal, sys, time
@@ -391,15 +391,30 @@ def bench(model:Model, device:Device='0', prompt_tokens:Annotated[int, typer.Opt
     from orcd.sampling import SamplingParams
     with open_model(model, device, prompt_tokens + tokens + 1) as m:
         ids, greedy, prefill, decode = [i % m.engine.n_valid for i in range(1, prompt_tokens + 1)], SamplingParams(temperature=0), [], []
+        wait = m.engine.stream.synchronize if m.engine.kind == 'cuda' else lambda: None # a prefill is queued, not done
         for _ in range(repeat + 1):                    # the first run warms up
-            a = time.perf_counter(); m.engine.prefill(ids)
+            a = time.perf_counter(); m.engine.prefill(ids); wait()
             b = time.perf_counter(); n = sum(1 for _ in m.engine.decode(greedy, tokens))
             prefill.append(b - a); decode.append((time.perf_counter() - b) / n)
         i = m.engine.info()
         print(f"{m.config.name or model}, {m.config.quant_kind}, {m.engine.kind} engine{', ' + str(i['name']) if i.get('name') else ''}")
         p, d = median(prefill[1:]), median(decode[1:])
         print(f'  prefill {prompt_tokens / p:10.1f} tok/s  ({prompt_tokens} tokens in {p * 1e3:.1f} ms)')
-        print(f'  decode  {1 / d:10.1f} tok/s  ({d * 1e3:.3f} ms a token)')
+        print(f'  decode  {1 / d:10.1f} tok/s  ({d * 1e3:.3f} ms a token{floor(m.engine, prompt_tokens + tokens // 2, d)})')
+
+def floor(
+    engine,
+    n:int,           # positions in the cache, on average
+    seconds:float,   # of a token
+)->str:
+    "What reading the weights and the cache once would take on this card, measured now; nothing for the reference engine"
+    if engine.kind != 'cuda': return ''
+    from cupy.cuda import runtime
+    from orcd.k_gemv import read_bandwidth
+    size, free = engine.step_bytes(n), runtime.memGetInfo()[0]
+    if free < 1 << 30: return ''                       # too little to measure with
+    bandwidth = read_bandwidth(min(2 << 30, free // 4) >> 20 << 20)
+    return f'; reading {size / 1e6:,.0f} MB at {bandwidth / 1e12:.2f} TB/s takes {size / bandwidth / seconds:.0%} of that'
 
 def complete_name(incomplete:str):
     from orcd import hub

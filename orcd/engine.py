@@ -539,6 +539,18 @@ def info(self:CudaEngine):
         resident=self.resident, vram_bytes_used=self.vram.total)
 
 @patch
+def step_bytes(self:CudaEngine,
+    n:int, # positions in the cache
+)->int:
+    "Bytes that a decode step has to read: the weights, of experts those that a token takes, and the keys and values of `n` positions"
+    c = self.config
+    def size(w):
+        n_bytes = w.n_bytes if isinstance(w, nvrtc.QTensor) else w.nbytes
+        return n_bytes*c.n_expert_used//c.n_expert if len(w.shape) == 3 else n_bytes
+    weights = [self.model.output, self.model.output_norm, *(w for layer in self.layers for w in vars(layer).values() if w is not None)]
+    return sum(map(size, weights)) + sum(4*c.n_head_kv*c.head_dim*min(n, k.shape[1]) for k, _ in self.cache)
+
+@patch
 def close(self:CudaEngine):
     "Give every byte of VRAM back; safe to call twice"
     if self.stream is None and not self.arenas: return

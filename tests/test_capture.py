@@ -20,6 +20,19 @@ def path(request, shared, tmp_path):
     return tmp_path/'m.gguf'
 
 
+def test_bytes_of_a_step(path, monkeypatch):
+    "What the published models must read for a token, and for each position of a short context"
+    import orcd
+    from orcd import engine, loader
+    known = {'qwen2': (392e6, 12288), 'phi3': (2.34e9, 393216), 'gpt-oss': (2.57e9, 49152)}
+    monkeypatch.setattr(loader.Loader, 'start', lambda *a: None)
+    monkeypatch.setattr(loader.Loader, 'wait', lambda *a: None)
+    with orcd.GGUF(path) as g, played(monkeypatch), engine.CudaEngine(g) as e:
+        want, a_position = known.get(e.config.arch, (0, 0)) if e.config.n_layer > 5 else (0, 0)
+        if want: assert abs(e.step_bytes(0)/want - 1) < .015 and e.step_bytes(100) - e.step_bytes(0) == 100*a_position
+        assert e.step_bytes(64) < e.step_bytes(128) and e.step_bytes(0) <= e.plan.weights
+
+
 @pytest.mark.parametrize('sm', ['90', '80'])
 def test_repeated_launches(path, sm, monkeypatch):
     """A layer whose launches repeat those of another one has the arguments that it would have got if it had been worked out itself; every kernel was loaded
