@@ -51,21 +51,27 @@ class Device:
 
 @contextmanager
 def played(monkeypatch, sm='90', free=100 << 30):
-    "Yields the launches as they come: (stream, kernel, grid, arguments)"
+    "Yields what happens: `launches` (stream, kernel, grid, arguments), and addresses that are `alive` in VRAM or `pinned`"
     from cuda.bindings import driver as cu
     from orcd import k_gemv, k_hopper, nvrtc
-    launches, pinned, names, lengths, at = [], {}, {}, {}, itertools.count(1 << 44, 1 << 38)
+    launches, alive, pinned, names, lengths, at = [], {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
+    def malloc(n):
+        if sum(alive.values()) + n > free: raise Error(2)
+        alive[p := next(at)] = n
+        return p
+    class Error(Exception):
+        def __init__(self, status): super().__init__(f'error {status}'); self.status = status
     def pin(n, flags=0): b = ctypes.create_string_buffer(n); pinned[ctypes.addressof(b)] = b; return ctypes.addressof(b)
     nothing = lambda *a: None
-    runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=lambda n: next(at), free=nothing, memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyAsync=nothing,
-        memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (free, 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
-        deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=type('CUDARuntimeError', (Exception,), {}))
+    runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=malloc, free=lambda p: p and alive.pop(p), memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyAsync=nothing,
+        memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (free - sum(alive.values()), 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
+        deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=Error, deviceSynchronize=nothing)
     class Module:
         def load(self, cubin): self.cubin = cubin
         def get_function(self, name):
             names[len(names) + 1] = name
             return NS(ptr=len(names))
-    driver = NS(funcSetAttribute=nothing, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CUDADriverError=type('CUDADriverError', (Exception,), {}))
+    driver = NS(funcSetAttribute=nothing, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CUDADriverError=type('CUDADriverError', (Error,), {}))
     cuda = ModuleType('cupy.cuda')
     vars(cuda).update(runtime=runtime, driver=driver, Stream=Stream, Event=Event, Device=type('D', (Device,), dict(compute_capability=sm)), function=NS(Module=Module),
         UnownedMemory=lambda ptr, n, owner: ptr, MemoryPointer=lambda memory, offset: NS(ptr=memory + offset), get_current_stream=lambda: NS(ptr=0))
@@ -83,5 +89,5 @@ def played(monkeypatch, sm='90', free=100 << 30):
     def module(name, device, defines=()): return nvrtc._modules.setdefault((name, device, defines), Module())
     for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch)): monkeypatch.setattr(where, what, value)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
-    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda, 'cupy.cuda.function': function}): yield launches
+    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda, 'cupy.cuda.function': function}): yield NS(launches=launches, alive=alive, pinned=pinned)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()

@@ -1,4 +1,4 @@
-"What the engine loads and launches, on a GPU that is only played"
+"What the engine loads and launches, and that it gives everything back, on a GPU that is only played"
 import subprocess, sys
 import pytest
 from make_models import make_model
@@ -41,19 +41,62 @@ def test_repeated_launches(path, sm, monkeypatch):
     from orcd import engine, loader, nvrtc, view
     monkeypatch.setattr(loader.Loader, 'start', lambda *a: None)    # there are no weights
     monkeypatch.setattr(loader.Loader, 'wait', lambda *a: None)
-    with orcd.GGUF(path) as g, played(monkeypatch, sm) as launches, engine.CudaEngine(g) as e:
+    with orcd.GGUF(path) as g, played(monkeypatch, sm) as gpu, engine.CudaEngine(g) as e:
         _, config, bound = engine.open_model(g)
         assert e.wide == (sm == '90')
         assert sorted(map(repr, e.vram.entries)) == sorted(map(repr, view.planned(g, e.wide, free=100 << 30).entries))
         assert {(n, d) for n, _, d in nvrtc._modules} == set(engine.kernel_files(config, bound, e.wide, e.plan.chunks))
         for rows in (0, *e.plan.chunks):
             def run():
-                launches.clear()
+                gpu.launches.clear()
                 e.ops.decode = not rows
                 e._layers(e.x[:rows or 1])
-                return launches.copy()
+                return gpu.launches.copy()
             repeated, shared_kinds = run(), e.kinds
             e.kinds = list(range(config.n_layer))
             assert len(set(shared_kinds)) < config.n_layer and len(repeated) >= 5*config.n_layer
             assert repeated == run()
             e.kinds = shared_kinds
+
+
+@pytest.fixture
+def made(tmp_path): return make_model(tmp_path/'m.gguf', 'qwen2', n_layer=3, n_vocab=331, **MADE['qwen2'])
+
+
+def test_everything_comes_back(made, monkeypatch):
+    import orcd
+    from orcd.engine import CudaEngine
+    with orcd.GGUF(made) as g, played(monkeypatch) as gpu:
+        e = CudaEngine(g)           # with real readers and a file that holds weights
+        assert len(gpu.alive) == 3 and sum(gpu.alive.values()) == sum(a.n_bytes for a in e.arenas)
+        e.prefill([1, 2, 3]); e.close(); e.close()
+        assert not gpu.alive and not gpu.pinned
+        e = CudaEngine(g)
+        del e
+        assert not gpu.alive and not gpu.pinned
+
+
+@pytest.mark.parametrize('where', ['_allocate', '_capture', '_warm_up', 'wait', 'progress'])
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
+def test_everything_comes_back_after_an_error(made, monkeypatch, where, error):
+    import orcd
+    from orcd import engine, loader
+    patience = sys.getswitchinterval()
+    def fail(*a): raise error('in between')
+    if where != 'progress': monkeypatch.setattr(loader.Loader if where == 'wait' else engine.CudaEngine, where, fail)
+    with orcd.GGUF(made) as g, played(monkeypatch) as gpu:
+        with pytest.raises(error, match='in between'): engine.CudaEngine(g, progress=fail if where == 'progress' else None)
+        assert not gpu.alive and not gpu.pinned and sys.getswitchinterval() == patience
+
+
+def test_vram_that_another_program_took(made, monkeypatch):
+    "It was free when the plan was made: the second allocation fails, the first is given back"
+    import orcd
+    from orcd import engine
+    from orcd.errors import OutOfVRAM
+    with orcd.GGUF(made) as g, played(monkeypatch, free=100 << 20) as gpu:
+        planned = engine.plan
+        def late(*a): p = planned(*a); gpu.alive[0] = (100 << 20) - p.weights - 1000; return p
+        monkeypatch.setattr(engine, 'plan', late)
+        with pytest.raises(OutOfVRAM, match='kv_cache'): engine.CudaEngine(g)
+        assert list(gpu.alive) == [0] and not gpu.pinned
