@@ -100,3 +100,19 @@ def test_vram_that_another_program_took(made, monkeypatch):
         monkeypatch.setattr(engine, 'plan', late)
         with pytest.raises(OutOfVRAM, match='kv_cache'): engine.CudaEngine(g)
         assert list(gpu.alive) == [0] and not gpu.pinned
+
+
+@pytest.mark.parametrize('file', ['repack', 'sampler', 'gemm_wgmma'])
+def test_a_file_that_does_not_compile(made, monkeypatch, file):
+    "Whether the readers, the step or a chunk wants it: its error comes out, and everything comes back"
+    import orcd
+    from orcd import engine, nvrtc
+    from orcd.errors import KernelError
+    with orcd.GGUF(made) as g, played(monkeypatch) as gpu:
+        module = nvrtc._module
+        def broken(name, *a):
+            if name == file: raise KernelError(f'{name}.cu does not compile for sm_90')
+            return module(name, *a)
+        monkeypatch.setattr(nvrtc, '_module', broken)
+        with pytest.raises(KernelError, match=file): engine.CudaEngine(g)
+        assert not gpu.alive and not gpu.pinned
