@@ -32,12 +32,15 @@ def array(shape, dtype, memory):
 class Stream:
     number = itertools.count(1)
     def __init__(self, non_blocking=False): self.ptr = next(Stream.number)
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
     def begin_capture(self): pass
     def end_capture(self): return NS(upload=lambda stream: None, launch=lambda stream: None)
     def synchronize(self): pass
 
 
 class Event:
+    "Half a millisecond lies between any two"
     def __init__(self, disable_timing=False): pass
     def record(self, stream): pass
     def synchronize(self): pass
@@ -46,7 +49,9 @@ class Event:
 class Device:
     compute_capability = '90'
     def __init__(self, i=0): pass
+    attributes = dict(MultiProcessorCount=132)
     def use(self): pass
+    def synchronize(self): pass
 
 
 @contextmanager
@@ -65,7 +70,8 @@ def played(monkeypatch, sm='90', free=100 << 30):
     nothing = lambda *a: None
     runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=malloc, free=lambda p: p and alive.pop(p), memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyAsync=nothing,
         memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (free - sum(alive.values()), 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
-        deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=Error, deviceSynchronize=nothing)
+        deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=Error, deviceSynchronize=nothing, runtimeGetVersion=lambda: 13000,
+        memoryTypeDevice=2, pointerGetAttributes=lambda p: NS(type=2, hostPointer=0), getDeviceProperties=lambda i: dict(major=int(sm[:-1]), minor=int(sm[-1]), name=b'a played GPU'))
     class Module:
         def load(self, cubin): self.cubin = cubin
         def get_function(self, name):
@@ -74,9 +80,10 @@ def played(monkeypatch, sm='90', free=100 << 30):
     driver = NS(funcSetAttribute=nothing, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CUDADriverError=type('CUDADriverError', (Error,), {}))
     cuda = ModuleType('cupy.cuda')
     vars(cuda).update(runtime=runtime, driver=driver, Stream=Stream, Event=Event, Device=type('D', (Device,), dict(compute_capability=sm)), function=NS(Module=Module),
-        UnownedMemory=lambda ptr, n, owner: ptr, MemoryPointer=lambda memory, offset: NS(ptr=memory + offset), get_current_stream=lambda: NS(ptr=0))
+        UnownedMemory=lambda ptr, n, owner: ptr, MemoryPointer=lambda memory, offset: NS(ptr=memory + offset), get_current_stream=lambda: NS(ptr=0), get_elapsed_time=lambda a, b: .5)
     cupy = ModuleType('cupy')
-    vars(cupy).update(cuda=cuda, ndarray=array)
+    new = lambda n, dtype: array((n,), dtype, NS(ptr=next(at)))
+    vars(cupy).update(cuda=cuda, ndarray=array, ones=new, empty=new, float32=np.float32)
     function = ModuleType('cupy.cuda.function'); function.Module = Module
     def launch(config, f, arguments, extra):
         table = (ctypes.c_uint64*lengths[int(f)]).from_address(arguments)

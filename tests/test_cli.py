@@ -248,6 +248,15 @@ def test_bench(path, capsys):
     assert re.search(r'prefill +[\d.]+ tok/s.*\n +decode +[\d.]+ tok/s', capsys.readouterr().out)
 
 
+def test_bench_says_what_reading_alone_would_take(tmp_path, capsys, monkeypatch):
+    pytest.importorskip('cuda.bindings.driver')
+    from make_models import make_model
+    from played_cupy import played
+    model = make_model(tmp_path/'m.gguf', 'qwen2', types='Q4_K', n_layer=3, n_embd=256, n_ff=512, head_dim=64, n_head=4, n_head_kv=2)
+    with played(monkeypatch): assert run(['bench', str(model), '--prompt', '8', '--tokens', '4', '--repeat', '1']) == 0
+    assert re.search(r'decode +[\d.]+ tok/s +\([\d.]+ ms a token; reading \d+ MB at 17\.18 TB/s takes \d+% of that\)', capsys.readouterr().out)     # 2 GiB in an eighth of a millisecond
+
+
 def test_doctor(capsys):
     code = run(['doctor'])
     out = capsys.readouterr().out
