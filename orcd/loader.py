@@ -87,7 +87,7 @@ class PinnedBuffer:
         if ptr: runtime.freeHost(ptr)
 
 # %% ../nbs/29_loader.ipynb #1c608de7
-READERS = 12        # threads at most: a core copies 4 to 9 GB/s, PCIe 5 takes 54
+READERS = 12        # threads at most: a core copies 5 to 9 GB/s, PCIe 5 takes 54
 SHARE   = 96 << 20  # bytes that are worth a thread
 SLOT    = 8 << 20   # bytes of a read at most
 JOB     = 16 << 20  # bytes that are sorted together at most
