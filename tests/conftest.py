@@ -1,5 +1,5 @@
 "Fixtures every test may use"
-import os
+import os, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -32,3 +32,13 @@ def shared():
     p = Path(os.environ.get('ORCD_SHARED', ROOT.parent / 'shared')) / 'models'
     if not p.is_dir(): pytest.skip(f'{p.name}: the published headers and golden vectors are not here (set ORCD_SHARED)')
     return p
+
+
+PUBLISHED = 'qwen2.5-0.5b-instruct-q4_k_m', 'phi-3-mini-4k-instruct-q4', 'gpt-oss-20b-mxfp4'
+
+@pytest.fixture(scope='session')
+def headers(shared, tmp_path_factory):
+    "A folder of header-only files of the published models"
+    folder = tmp_path_factory.mktemp('headers')
+    for n in PUBLISHED: subprocess.run([sys.executable, shared / 'full_shape.py', n, folder / f'{n}.gguf', '--header-only'], check=True, capture_output=True)
+    return folder

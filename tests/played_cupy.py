@@ -56,10 +56,10 @@ class Device:
 
 @contextmanager
 def played(monkeypatch, sm='90', free=100 << 30):
-    "Yields what happens: `launches` (stream, kernel, grid, arguments), and addresses that are `alive` in VRAM or `pinned`"
+    "Yields what happens: `launches` (stream, kernel, grid, arguments), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
     from cuda.bindings import driver as cu
     from orcd import k_gemv, k_hopper, nvrtc
-    launches, alive, pinned, names, lengths, at = [], {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
+    launches, asked, alive, pinned, names, lengths, at = [], set(), {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
     def malloc(n):
         if sum(alive.values()) + n > free: raise Error(2)
         alive[p := next(at)] = n
@@ -73,18 +73,18 @@ def played(monkeypatch, sm='90', free=100 << 30):
         deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=Error, deviceSynchronize=nothing, runtimeGetVersion=lambda: 13000,
         memoryTypeDevice=2, pointerGetAttributes=lambda p: NS(type=2, hostPointer=0), getDeviceProperties=lambda i: dict(major=int(sm[:-1]), minor=int(sm[-1]), name=b'a played GPU'))
     class Module:
-        def load(self, cubin): self.cubin = cubin
+        def __init__(self, *file): self.file = file
         def get_function(self, name):
+            asked.add(self.file)
             names[len(names) + 1] = name
             return NS(ptr=len(names))
     driver = NS(funcSetAttribute=nothing, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CUDADriverError=type('CUDADriverError', (Error,), {}))
     cuda = ModuleType('cupy.cuda')
-    vars(cuda).update(runtime=runtime, driver=driver, Stream=Stream, Event=Event, Device=type('D', (Device,), dict(compute_capability=sm)), function=NS(Module=Module),
+    vars(cuda).update(runtime=runtime, driver=driver, Stream=Stream, Event=Event, Device=type('D', (Device,), dict(compute_capability=sm)), 
         UnownedMemory=lambda ptr, n, owner: ptr, MemoryPointer=lambda memory, offset: NS(ptr=memory + offset), get_current_stream=lambda: NS(ptr=0), get_elapsed_time=lambda a, b: .5)
     cupy = ModuleType('cupy')
     new = lambda n, dtype: array((n,), dtype, NS(ptr=next(at)))
     vars(cupy).update(cuda=cuda, ndarray=array, ones=new, empty=new, float32=np.float32)
-    function = ModuleType('cupy.cuda.function'); function.Module = Module
     def launch(config, f, arguments, extra):
         table = (ctypes.c_uint64*lengths[int(f)]).from_address(arguments)
         launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), [ctypes.c_uint64.from_address(a).value for a in table]))
@@ -93,8 +93,8 @@ def played(monkeypatch, sm='90', free=100 << 30):
         def __call__(self, grid, block, args, *a, **kw):
             lengths[int(self.handle)] = len(args)
             return super().__call__(grid, block, args, *a, **kw)
-    def module(name, device, defines=()): return nvrtc._modules.setdefault((name, device, defines), Module())
+    def module(name, device, defines=()): return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
     for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch)): monkeypatch.setattr(where, what, value)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
-    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda, 'cupy.cuda.function': function}): yield NS(launches=launches, alive=alive, pinned=pinned)
+    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()

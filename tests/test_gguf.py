@@ -8,7 +8,7 @@ from orcd.gguf import GGUF, GGUFType, MAX_STRINGS
 from gguf_files import *
 
 gguf = pytest.importorskip('gguf')
-PUBLISHED = ['qwen2.5-0.5b-instruct-q4_k_m', 'phi-3-mini-4k-instruct-q4', 'gpt-oss-20b-mxfp4']
+from conftest import PUBLISHED
 
 
 def write(folder, data, name='x.gguf'):
@@ -76,16 +76,6 @@ def test_repr_shows_no_folder(tmp_path):
 
 
 # --- published headers -----------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope='module')
-def headers(shared, tmp_path_factory):
-    "Header-only files of the published models"
-    folder = tmp_path_factory.mktemp('headers')
-    for n in PUBLISHED:
-        command = [sys.executable, shared / 'full_shape.py', n, folder / f'{n}.gguf', '--header-only']
-        subprocess.run(command, check=True, capture_output=True)
-    return folder
-
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_header(shared, headers, name):

@@ -1,7 +1,7 @@
 "What a model will take in VRAM, from its header alone: no GPU is needed to know"
-import subprocess, sys
 import pytest
-from make_models import make_model
+from conftest import PUBLISHED
+from make_models import ARCHES, make_model
 
 
 @pytest.fixture(scope='module')
@@ -50,28 +50,25 @@ def test_bad_limits(plan_of):
 
 
 @pytest.mark.parametrize('name, weights, kv', [('qwen2.5-0.5b-instruct-q4_k_m', 491.4e6 - 5.9e6, 12288), ('phi-3-mini-4k-instruct-q4', 2393e6, 393216), ('gpt-oss-20b-mxfp4', 12.0966e9, 24576)])
-def test_published_files(name, weights, kv, shared, tmp_path):
+def test_published_files(name, weights, kv, headers):
     "Weights are the file's tensor bytes, the cache grows by the published bytes a token, the workspace stays below 96 MB"
     import orcd
     from orcd.engine import plan
-    path = tmp_path / 'header.gguf'
-    subprocess.run([sys.executable, str(shared / 'full_shape.py'), name, str(path), '--header-only'], check=True, capture_output=True)
-    with orcd.GGUF(path) as g:
+    with orcd.GGUF(headers / f'{name}.gguf') as g:
         a, b = plan(g, n_ctx=2048), plan(g, n_ctx=4096)
         assert abs(a.weights - weights) < .002*weights and b.kv_cache - a.kv_cache == 2048*kv and b.workspace < 96e6
 
 
-@pytest.mark.parametrize('arch', ['qwen2', 'phi3', 'gpt-oss', 'llama', 'qwen3', 'qwen2.5-0.5b-instruct-q4_k_m', 'phi-3-mini-4k-instruct-q4', 'gpt-oss-20b-mxfp4'])
-def test_decode_finds_its_kernels(arch, shared, tmp_path):
+@pytest.mark.parametrize('arch', [*ARCHES, *PUBLISHED])
+def test_decode_finds_its_kernels(arch, request, tmp_path):
     "Nothing may be compiled or loaded while the step is captured: each product's kernel is among the files that are loaded before"
     import orcd
     from orcd import k_gemv
     from orcd.engine import decode_files, kernel_files, layer_kinds, open_model
     from orcd.ops import CudaOps
     from orcd.vram import Scratch, Shape
-    path = tmp_path / 'model.gguf'
-    if '-instruct-' in arch or '-20b-' in arch: subprocess.run([sys.executable, str(shared / 'full_shape.py'), arch, str(path), '--header-only'], check=True, capture_output=True)
-    else: make_model(path, arch)
+    if arch in PUBLISHED: path = request.getfixturevalue('headers') / f'{arch}.gguf'
+    else: make_model(path := tmp_path / 'model.gguf', arch)
     wanted = set()
 
     def product(Ws, k=1, mode='gemv'):
