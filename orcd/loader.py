@@ -16,6 +16,7 @@ from math import prod
 
 # %% ../nbs/29_loader.ipynb #f4b09bcd
 from .errors import GGUFError, KernelError
+from .nvrtc import context_of, enter
 from .planes import repack
 from .vram import aligned
 
@@ -105,18 +106,20 @@ class Loader:
         slot_bytes:int=SLOT,     # of one read at most
         job_bytes:int=JOB,       # sorted together at most
     ):
+        from cupy.cuda import Event, Stream
         def most(n, share): return n if total is None else min(n, max(ROW, total // share))
+        self.context = context_of(device)
+        self.readers = n = readers or max(1, min(READERS, os.cpu_count() or 1, READERS if total is None else total // SHARE))
+        self.streams = [(Stream(non_blocking=True), Event(disable_timing=True)) for _ in range(n)] # before the driver is busy with pinning
         self.patience = sys.getswitchinterval() # of everybody else
         sys.setswitchinterval(min(self.patience, PATIENCE))
-        self.readers = n = readers or max(1, min(READERS, os.cpu_count() or 1, READERS if total is None else total // SHARE))
-        self.device, self.slot = device, most(slot_bytes, 8*n)
+        self.slot = most(slot_bytes, 8*n)
         self.chunk, self.job = min(chunk_bytes, self.slot), aligned(max(self.slot, most(job_bytes, 4*n)))
         self.pool, self.deal = ThreadPoolExecutor(self.readers, 'orcd-load'), None
         self.slots = [self.pool.submit(self._pin) for _ in range(self.readers)]
 
     def _pin(self):
-        from cupy.cuda import Device
-        Device(self.device).use()
+        enter(self.context)
         return PinnedBuffer(self.slot)
 
     def close(self):
@@ -158,12 +161,10 @@ def _send(self, job, ptr, begin, end, staged, stream):
 
 def _read(self, fd, k, staged):
     "What reader `k` does"
-    from cupy.cuda import Device, Event, Stream
-    deal, stream, slot, n = self.deal, None, None, 0
+    deal, slot, n, (stream, sent) = self.deal, None, 0, self.streams[k]
     try:
         slot, size = self.slots[k].result(), self.slot
-        Device(self.device).use()
-        stream, sent = Stream(non_blocking=True), Event(disable_timing=True)
+        enter(self.context) # another thread of the pool may have pinned this slot
         while job := deal.next(n):
             begin, stop = job[0][1], job[-1][1] + job[-1][2]
             for at in range(begin, stop, size):
@@ -177,8 +178,9 @@ def _read(self, fd, k, staged):
             n = sum(piece[2] for piece in job)
     except BaseException as e: deal.error = deal.error or e
     finally:
-        if stream is not None: stream.synchronize()
-        if slot is not None: slot.free()
+        if slot is not None:
+            stream.synchronize()
+            slot.free()
 
 def _start(self,
     fd:int,         # the open GGUF file

@@ -6,8 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/nvrtc.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIONS', 'MAX_ARGS', 'TILE', 'read_source', 'with_includes', 'Compiled', 'parse_resources', 'compile_text',
-           'cache_dir', 'target', 'cubin', 'device_arch', 'Kernel', 'kernel', 'Recording', 'only', 'load_all',
-           'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
+           'cache_dir', 'target', 'cubin', 'device_arch', 'context_of', 'enter', 'Kernel', 'kernel', 'Recording',
+           'only', 'load_all', 'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../nbs/19_nvrtc.ipynb #59e5ad29
 import hashlib, os, re, struct, sys, tempfile, threading
@@ -189,6 +189,23 @@ def _driver(result):
     if int(result[0]): raise driver.CUDADriverError(int(result[0]))
     return result[1] if len(result) > 1 else None
 
+def context_of(
+    device:int, # CUDA index
+):
+    "Make a device the current one in this thread. Returns its context for `enter`."
+    from cupy.cuda import Device, runtime
+    from cuda.bindings import driver as cu
+    Device(device).use()
+    runtime.free(0) # creates the context
+    return _driver(cu.cuCtxGetCurrent())
+
+def enter(
+    context, # from `context_of`
+):
+    "Make a context the current one in this thread. The driver may be busy for long, and CuPy's way to do it waits with Python's lock held; the bindings let go of it."
+    from cuda.bindings import driver as cu
+    _driver(cu.cuCtxSetCurrent(context))
+
 def _load_functions(module):
     "The driver would put that off until each function is launched first"
     from cupy.cuda import runtime
@@ -339,11 +356,10 @@ def load_all(
     device:int, # CUDA index
 )->dict:        # a future for each, see `wait_for`
     "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
-    arch, few = device_arch(device), ThreadPoolExecutor(4, 'orcd-modules')
+    arch, context, few = device_arch(device), context_of(device), ThreadPoolExecutor(4, 'orcd-modules')
     compilers = ThreadPoolExecutor(max(1, len(files)), 'orcd-nvrtc')
     def load(name, defines):
-        from cupy.cuda import Device
-        Device(device).use()
+        enter(context)
         _module(name, device, defines)
     def look(name, defines):
         if _cache_path(name, read_source(name), arch, defines).exists(): load(name, defines)
