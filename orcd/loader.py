@@ -128,6 +128,7 @@ class Loader:
         self.pool.shutdown()
         for slot in self.slots:
             if not slot.exception(): slot.result().free()
+        self.streams.clear()
         if self.patience > PATIENCE: sys.setswitchinterval(self.patience)
 
     def __enter__(self): return self

@@ -1,7 +1,7 @@
 """CuPy as far as the engine knows it, without a GPU: arrays have addresses but no memory, and what is launched is noted.
 
 For tests of what the host does: which kernels it loads, what it launches with which arguments. Nothing is computed."""
-import ctypes, itertools, sys
+import ctypes, itertools, sys, threading
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace as NS
 from unittest.mock import patch
@@ -66,7 +66,10 @@ def played(monkeypatch, sm='90', free=100 << 30):
         return p
     class Error(Exception):
         def __init__(self, status): super().__init__(f'error {status}'); self.status = status
-    def pin(n, flags=0): b = ctypes.create_string_buffer(n); pinned[ctypes.addressof(b)] = b; return ctypes.addressof(b)
+    entered = {threading.get_ident()}
+    def pin(n, flags=0):
+        assert threading.get_ident() in entered, 'a thread without a context'
+        b = ctypes.create_string_buffer(n); pinned[ctypes.addressof(b)] = b; return ctypes.addressof(b)
     nothing = lambda *a: None
     runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=malloc, free=lambda p: p and alive.pop(p), memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyAsync=nothing,
         memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (free - sum(alive.values()), 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
@@ -93,8 +96,10 @@ def played(monkeypatch, sm='90', free=100 << 30):
         def __call__(self, grid, block, args, *a, **kw):
             lengths[int(self.handle)] = len(args)
             return super().__call__(grid, block, args, *a, **kw)
-    def module(name, device, defines=()): return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
-    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (0,))): monkeypatch.setattr(where, what, value)
+    def module(name, device, defines=()):
+        assert threading.get_ident() in entered, 'a thread without a context'
+        return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
+    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
     with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
