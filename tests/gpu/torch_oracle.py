@@ -23,10 +23,12 @@ class Oracle:
     """Residual streams and logits of a whole prompt. With `halves`, what our prefill rounds to FP16 by design is rounded: the inputs of products with
     quantised weights, keys, values and, in tiles of 64 keys, the probabilities. What then remains of a difference is not explained by that rounding.
     With `wide` as well, what Hopper's kernels round beyond that: the weights, and the activation between two products.
+    With `noise`, every product with quantised weights is off by that share of itself, at random: what another order of summation may do.
     `choose`, when given, picks the experts: it gets the scores (T, n_expert) of one router after the other and returns ids (T, k)."""
     def __init__(self, path, device='cuda', halves=False, keep=False):
         r = GGUFReader(path)
-        self.halves, self.wide, self.choose = halves, False, None
+        self.halves, self.wide, self.noise, self.choose = halves, False, 0, None
+        self.random = torch.Generator(device).manual_seed(0)
         self.t = {t.name: t for t in r.tensors}
         self.device, self.pool, self.keep, self.ready, self.kept = device, ThreadPoolExecutor(16), keep, {}, {}
         field = lambda k: r.fields[k].contents() if k in r.fields else None
@@ -66,9 +68,15 @@ class Oracle:
     def half(self, x): return as_half(x) if self.halves else x
     def between(self, y, scale): return (y*scale).half().float()/scale if self.halves and self.wide else y
     def norm(self, x, w): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * w
+
+    def product(self, x, name, part=None):
+        W = self.w(name, part).T
+        if self.t[name].tensor_type.name in ('F32', 'BF16'): return x @ W
+        y = self.half(x) @ W
+        return y * (1 + self.noise*torch.randn(y.shape, generator=self.random, device=self.device)) if self.noise else y
+
     def linear(self, x, name):
-        if self.t[f'{name}.weight'].tensor_type.name not in ('F32', 'BF16'): x = self.half(x)
-        y, b = x @ self.w(f'{name}.weight').T, self.w(f'{name}.bias')
+        y, b = self.product(x, f'{name}.weight'), self.w(f'{name}.bias')
         return y if b is None else y + b
 
     def angles(self, T):
@@ -123,7 +131,7 @@ class Oracle:
         w, out = g.gather(1, ids).softmax(-1), torch.zeros_like(h)
         for e in ids.unique().tolist():
             t, r = (ids == e).nonzero(as_tuple=True)
-            one = lambda x, n: self.half(x) @ self.w(b + f'{n}.weight', e).T + self.w(b + f'{n}.bias')[e]
+            one = lambda x, n: self.product(x, b + f'{n}.weight', e) + self.w(b + f'{n}.bias')[e]
             gate, up = one(h[t], 'ffn_gate_exps').clamp(max=7), one(h[t], 'ffn_up_exps').clamp(-7, 7)
             out.index_add_(0, t, one(self.between(gate * torch.sigmoid(1.702*gate) * (up + 1), 256), 'ffn_down_exps') * w[t, r, None])
         return out
@@ -157,6 +165,13 @@ class Oracle:
             x = self.layer(x, i, cos, sin)
             residuals.append(x.cpu().numpy())
         return np.stack(residuals), self.head(x)
+
+    @torch.no_grad()
+    def layers(self, streams):
+        "What layer i by itself makes of `streams[i]` (T, n_embd), for each of them"
+        self.prefetch(len(streams))
+        cos, sin = self.angles(streams.shape[1])
+        return np.stack([self.layer(torch.as_tensor(x, device=self.device), i, cos, sin).cpu().numpy() for i, x in enumerate(streams)])
 
     @torch.no_grad()
     def head(self, x):

@@ -1,0 +1,34 @@
+"""Is each layer right by itself?
+
+Over many layers roundings that went the other way add up, until they hide a mistake of their size. So the oracle computes one layer at a time, from the
+stream that the engine had before it: what is left are the flips of that layer alone. How many there may be the oracle says itself, when its products
+are off at random by what Hopper's are off by."""
+import numpy as np
+
+NOISE = 2.5e-6 # the most that a product of Hopper is off by, of its size: nbs/results/h200.json, product_of_hopper_against_float64_rms
+FACTOR = 2     # times the oracle's own spread: one draw of it, and the engine's sums are off by more than its products (attention, norms)
+FLOOR = 2e-5   # what float32 makes without noise: the flips after a norm whose sum came in another order
+WHAT = 'all', 'worst position', 'worst channel'
+
+
+def apart(a, b, x):
+    "How far two streams (T, n_embd) after a layer are apart, over what the layer added to `x`: all, worst position, worst channel"
+    d, added = a.astype(float) - b, b.astype(float) - x
+    return [np.linalg.norm(d)/np.linalg.norm(added)] + [(np.linalg.norm(d, axis=i)/np.linalg.norm(added, axis=i)).max() for i in (1, 0)]
+
+
+def layer_errors(oracle, residuals, n_layer, follow=lambda: None):
+    """`apart` of each layer, (n_layer, 3): the engine from the oracle, and the oracle from itself with noise.
+    `residuals`: the engine's streams before and after each layer. `follow()`: a new `choose` for the oracle."""
+    before, after = residuals[:n_layer], residuals[1:n_layer + 1]
+    def layers(noise):
+        oracle.noise, oracle.choose = noise, follow()
+        return oracle.layers(before)
+    noisy, want = layers(NOISE), layers(0)
+    return tuple(np.array([apart(*one) for one in zip(streams, want, before)]) for streams in (after, noisy))
+
+
+def too_far(errors, spread):
+    "In words, what is above the limit"
+    limit = FACTOR*spread + FLOOR
+    return [f'layer {i}, {WHAT[k]}: {errors[i, k]:.1e}, limit {limit[i, k]:.1e}' for i, k in np.argwhere(~(errors <= limit))]
