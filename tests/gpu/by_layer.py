@@ -28,7 +28,10 @@ def layer_errors(oracle, residuals, n_layer, follow=lambda: None):
     return tuple(np.array([apart(*one) for one in zip(streams, want, before)]) for streams in (after, noisy))
 
 
+def limits(spread): return FACTOR*spread + FLOOR
+
+
 def too_far(errors, spread):
-    "In words, what is above the limit"
-    limit = FACTOR*spread + FLOOR
-    return [f'layer {i}, {WHAT[k]}: {errors[i, k]:.1e}, limit {limit[i, k]:.1e}' for i, k in np.argwhere(~(errors <= limit))]
+    "In words, what is above its limit"
+    limit = limits(spread)
+    return [f'layer {i} by itself, {WHAT[k]}: {errors[i, k]:.1e}, limit {limit[i, k]:.1e}' for i, k in np.argwhere(~(errors <= limit))]

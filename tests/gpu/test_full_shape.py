@@ -3,6 +3,7 @@ import os, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
+from by_layer import NOISE, WHAT, layer_errors, limits, too_far
 from routing import recorded
 
 torch = pytest.importorskip('torch')
@@ -18,10 +19,72 @@ def path(request, shared):
     return p
 
 
+def off(got, want):
+    "Largest difference of two logits, and root mean square of all, in standard deviations"
+    d = (got - want)/want.std()
+    return np.abs(d).max(), np.sqrt(np.square(d).mean())
+
+
+def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
+    """What is further from the oracle than it may be; prints all that it compares. In float32 throughout, then with the roundings to FP16 that our prefill
+    makes by design (on Hopper of weights too): those must explain the difference. What they leave are roundings that went the other way because a sum came
+    out another in its last bits. The oracle says itself how much that may be, see `by_layer`: over all layers a limit for that is no sharp one, over one it is."""
+    from torch_oracle import Oracle
+    oracle, failed = Oracle(str(path), device, keep=True), []
+    oracle.wide, follow = wide, took.follow if oracle.n_expert else lambda: None
+    n_layer = 4 if oracle.n_expert else oracle.n_layer # gpt-oss's experts take minutes to dequantise on the CPU
+
+    def judge(what, value, limit, more=''):
+        print(f'  {what} {value:.1e}, limit {limit:.1e}{more}')
+        if not value <= limit: failed.append(f'{what} {value:.1e}, limit {limit:.1e}')
+
+    def run(halves, noise=0):
+        oracle.halves, oracle.noise, oracle.choose = halves, noise, follow()
+        return oracle.run(ids, n_layer)
+
+    def far(streams, want): return max(np.linalg.norm(a - b)/np.linalg.norm(b) for a, b in zip(streams, want))
+
+    def choices(score_limit): # of experts
+        if oracle.choose: print('  other choices {:.1%}, lost by {:.1e} std, router scores max |diff| / std {:.1e}'.format(*oracle.choose.check(score_limit)))
+
+    print('against PyTorch, the head alone, of our stream: both in float32')
+    judge('logits of 64 positions, max |diff| / std', off(logits, oracle.head(residuals[-1]))[0], 1e-4) # 1.4e-5 was measured
+
+    print(f'float32 throughout, {n_layer} layers')
+    streams, want = run(False)
+    judge('residual stream', far(residuals, streams), 2e-2)
+    if n_layer == oracle.n_layer:
+        judge('logits, max |diff| / std', off(logits, want)[0], .15 if wide else 5e-2, f', same argmax {(logits.argmax(1) == want.argmax(1)).mean():.0%}')
+    choices(2e-2)
+
+    print(f'with our roundings, {n_layer} layers')
+    other_streams, other = run(True, NOISE)
+    streams, want = run(True)
+    judge('residual stream', far(residuals, streams), 2e-3, f'; of the oracle with noise {far(other_streams, streams):.1e}')
+    if n_layer == oracle.n_layer:
+        (worst, usual), (own, own_usual) = off(logits, want), off(other, want)
+        judge('logits, root mean square / std', usual, 2e-3, f'; of the oracle with noise {own_usual:.1e}')
+        # the largest of two million scatters: half as much again as the oracle's. Phi-3's own is about 1e-2, with the most layers in K-types
+        judge('logits, max |diff| / std', worst, 1.5*own if oracle.arch == 'phi3' else min(1e-2, 1.5*own), f'; of the oracle with noise {own:.1e}')
+        judge('share of positions with another argmax', (logits.argmax(1) != want.argmax(1)).mean(), 0)
+    choices(1e-2)
+
+    print(f'with our roundings, one layer at a time, of what it adds to our stream')
+    errors, spread = layer_errors(oracle, residuals, n_layer, follow)
+    nearest = errors/limits(spread)
+    for k, what in enumerate(WHAT):
+        print(f'  {what}: median {np.median(errors[:, k]):.1e}, largest {errors[:, k].max():.1e}; of the oracle with noise {np.median(spread[:, k]):.1e}, '
+              f'{spread[:, k].max():.1e}; layer {nearest[:, k].argmax()} is nearest to its limit, {nearest[:, k].max():.0%} of it')
+    failed += too_far(errors, spread)
+    choices(2e-3) # flips of one layer's attention: a fifth of what four layers may have
+    return failed
+
+
 def test_full_shape(path):
     import cupy as cp
     import orcd
     from orcd.engine import CudaEngine
+    from orcd.k_hopper import wide
     from orcd.sampling import SamplingParams
     cp.cuda.runtime.free(0)
     before = cp.cuda.runtime.memGetInfo()[0]
@@ -59,28 +122,6 @@ def test_full_shape(path):
         engine.close()
     after = cp.cuda.runtime.memGetInfo()[0]
     print(f'VRAM not given back after close: {(before - after) / 2**20:.1f} MiB (loaded kernels)')
-    from torch_oracle import Oracle
-    from orcd.k_hopper import wide
-    engine_wide = wide()
-    n_layer = 4 if 'gpt-oss' in path.name else engine.config.n_layer # its experts take minutes to dequantise on the CPU
-    oracle = Oracle(str(path), keep=True)
-    # float32 throughout, then with the roundings to FP16 that our prefill makes by design: those must explain the difference. What they leave are
-    # roundings that went the other way because a sum came in another order: two runs of this very oracle that differ by 1e-7 to 1e-6 a product are
-    # 1.4e-3 (residual) and 8.0e-3 to 1.2e-2 (logits, largest of two million; root mean square 1.4e-3 to 1.6e-3; nine pairs) apart for Phi-3, 3.5e-4 and
-    # 6.8e-3 for Qwen, 1.0e-3 and 3.5e-3 (router scores) for 4 layers of gpt-oss. Hopper's products are off by 0.9e-6 to 2.5e-6 of their size.
-    # Hopper's kernels round the weights as well, scale and minimum of a block before their sum: two to three times the difference, and explained as well.
-    for halves, residual_limit, logit_limit, score_limit in ((False, 2e-2, .15 if engine_wide else 5e-2, 2e-2), (True, 2e-3, 1e-2, 1e-2)):
-        oracle.halves, oracle.wide, oracle.choose = halves, engine_wide, took.follow() if engine.config.n_expert else None
-        want_residuals, want = oracle.run(ids, n_layer)
-        errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(residuals, want_residuals)]
-        if n_layer < engine.config.n_layer: want, logit_limit = oracle.head(residuals[-1]), 1e-3 # the head alone, without roundings
-        worst, usual, same = np.abs(logits - want).max() / want.std(), (logits - want).std() / want.std(), (logits.argmax(1) == want.argmax(1)).mean()
-        print(f'against PyTorch {"with FP16 roundings" if halves else "float32"}: residual error after {n_layer} layers {errors[-1]:.1e} '
-              f'(median row {np.median(np.linalg.norm(residuals[n_layer] - want_residuals[-1], axis=1) / np.linalg.norm(want_residuals[-1], axis=1)):.1e}), '
-              f'logits of 64 positions max |diff| / std {worst:.1e}, root mean square {usual:.1e}, same argmax {same:.0%}')
-        failed = [f'layer {i - 1}: {e:.1e}' for i, e in enumerate(errors) if e > residual_limit] + ([f'logits: {worst:.1e}'] if worst > logit_limit else [])
-        if halves and usual > 2e-3: failed.append(f'logits, root mean square: {usual:.1e}')
-        assert not failed, failed
-        if oracle.choose: print('other choices {:.1%}, lost by {:.1e} std, router scores max |diff| / std {:.1e}'.format(*oracle.choose.check(score_limit)))
-    oracle.kept.clear()
+    failed = against_pytorch(path, ids, logits, residuals, took, wide())
     torch.cuda.empty_cache()
+    assert not failed, failed
