@@ -69,7 +69,7 @@ def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
         judge('share of positions with another argmax', (logits.argmax(1) != want.argmax(1)).mean(), 0)
     choices(1e-2)
 
-    print(f'with our roundings, one layer at a time, of what it adds to our stream')
+    print('with our roundings, one layer at a time, of what it adds to our stream')
     errors, spread = layer_errors(oracle, residuals, n_layer, follow)
     nearest = errors/limits(spread)
     for k, what in enumerate(WHAT):
@@ -77,6 +77,7 @@ def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
               f'{spread[:, k].max():.1e}; layer {nearest[:, k].argmax()} is nearest to its limit, {nearest[:, k].max():.0%} of it')
     failed += too_far(errors, spread)
     choices(2e-3) # flips of one layer's attention: a fifth of what four layers may have
+    oracle.kept.clear()
     return failed
 
 
