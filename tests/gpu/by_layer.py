@@ -6,7 +6,8 @@ are off at random by what Hopper's are off by."""
 import numpy as np
 
 NOISE = 2.5e-6 # the most that a product of Hopper is off by, of its size: nbs/results/h200.json, product_of_hopper_against_float64_rms
-FACTOR = 2     # times the oracle's own spread: one draw of it, and the engine's sums are off by more than its products (attention, norms)
+DRAWS = 5      # of that noise, of which the largest counts: few flips make a worst case, so one draw says little about it
+FACTOR = 2     # times that: the engine's sums differ elsewhere too, in norms and in attention
 FLOOR = 2e-5   # what float32 makes without noise: the flips after a norm whose sum came in another order
 WHAT = 'all', 'worst position', 'worst channel'
 
@@ -18,14 +19,15 @@ def apart(a, b, x):
 
 
 def layer_errors(oracle, residuals, n_layer, follow=lambda: None):
-    """`apart` of each layer, (n_layer, 3): the engine from the oracle, and the oracle from itself with noise.
+    """`apart` of each layer, (n_layer, 3): the engine from the oracle, and the oracle with noise from itself, the largest of some draws.
     `residuals`: the engine's streams before and after each layer. `follow()`: a new `choose` for the oracle."""
     before, after = residuals[:n_layer], residuals[1:n_layer + 1]
     def layers(noise):
         oracle.noise, oracle.choose = noise, follow()
         return oracle.layers(before)
-    noisy, want = layers(NOISE), layers(0)
-    return tuple(np.array([apart(*one) for one in zip(streams, want, before)]) for streams in (after, noisy))
+    noisy, want = [layers(NOISE) for _ in range(DRAWS)], layers(0)
+    errors, *spread = (np.array([apart(*one) for one in zip(streams, want, before)]) for streams in (after, *noisy))
+    return errors, np.max(spread, 0)
 
 
 def limits(spread): return FACTOR*spread + FLOOR

@@ -3,7 +3,7 @@ import os, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
-from by_layer import NOISE, WHAT, layer_errors, limits, too_far
+from by_layer import DRAWS, NOISE, WHAT, layer_errors, limits, too_far
 from routing import recorded
 
 torch = pytest.importorskip('torch')
@@ -58,13 +58,13 @@ def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
     choices(2e-2)
 
     print(f'with our roundings, {n_layer} layers')
-    other_streams, other = run(True, NOISE)
+    noisy = [run(True, NOISE) for _ in range(DRAWS)]
     streams, want = run(True)
-    judge('residual stream', far(residuals, streams), 2e-3, f'; of the oracle with noise {far(other_streams, streams):.1e}')
+    judge('residual stream', far(residuals, streams), 2e-3, f'; of the oracle with noise {max(far(s, streams) for s, _ in noisy):.1e}')
     if n_layer == oracle.n_layer:
-        (worst, usual), (own, own_usual) = off(logits, want), off(other, want)
+        (worst, usual), (own, own_usual) = off(logits, want), np.max([off(x, want) for _, x in noisy], 0)
         judge('logits, root mean square / std', usual, 2e-3, f'; of the oracle with noise {own_usual:.1e}')
-        # the largest of two million scatters: half as much again as the oracle's. Phi-3's own is about 1e-2, with the most layers in K-types
+        # the largest of two million scatters, so it may be half as much again as the oracle's, which is about 1e-2 for Phi-3
         judge('logits, max |diff| / std', worst, 1.5*own if oracle.arch == 'phi3' else min(1e-2, 1.5*own), f'; of the oracle with noise {own:.1e}')
         judge('share of positions with another argmax', (logits.argmax(1) != want.argmax(1)).mean(), 0)
     choices(1e-2)
