@@ -41,6 +41,7 @@ class Stream:
 
 class Event:
     "Half a millisecond lies between any two"
+    done = True
     def __init__(self, disable_timing=False): pass
     def record(self, stream): pass
     def synchronize(self): pass
