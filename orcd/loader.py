@@ -82,8 +82,8 @@ class Read:
     "One asynchronous read at a time, from its beginning to its end"
     def __init__(self):
         self.request = Request(notify=SIGEV_NONE)
-        self.at = ctypes.byref(self.request)
-        self.list = ctypes.byref(ctypes.pointer(self.request))
+        self.it = ctypes.byref(self.request)
+        self.alone = ctypes.byref(ctypes.pointer(self.request)) # a list of one
 
     def begin(self,
         fd:int,       # a duplicate of the open file
@@ -94,22 +94,22 @@ class Read:
         "Have it done; nothing must happen to the memory until `done`"
         r = self.request
         r.fd, r.offset, r.buffer, r.n_bytes = fd, offset, address, n_bytes
-        if _aio()[0].aio_read(self.at): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        if _aio()[0].aio_read(self.it): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     @property
-    def done(self): return _aio()[0].aio_error(self.at) != errno.EINPROGRESS
+    def done(self): return _aio()[0].aio_error(self.it) != errno.EINPROGRESS
 
     def settle(self):
         "Wait until the memory is ours again"
-        while not self.done: _aio()[1](self.list, 1, None)
+        while not self.done: _aio()[1](self.alone, 1, None)
 
     def finish(self):
         "Wait for all bytes, whatever the operating system returns per call. Raises `GGUFError` when the file ends early: it shrank or was replaced."
         while True:
             self.settle()
-            r, e = self.request, _aio()[0].aio_error(self.at)
+            r, e = self.request, _aio()[0].aio_error(self.it)
             if e: raise OSError(e, os.strerror(e))
-            n = _aio()[0].aio_return(self.at)
+            n = _aio()[0].aio_return(self.it)
             if n == r.n_bytes: return
             if not n: raise GGUFError('the file ended while it was being loaded: it was changed or truncated meanwhile', offset=r.offset)
             self.begin(r.fd, r.offset + n, r.buffer + n, r.n_bytes - n)
@@ -162,8 +162,12 @@ class Loader:
         events = [Event(disable_timing=True) for _ in range(2*n)]
         self.patience = sys.getswitchinterval() # of everybody else
         sys.setswitchinterval(min(self.patience, PATIENCE))
-        self.pins, self.thread = (ThreadPoolExecutor(1, f'orcd-{what}', enter, (self.context,)) for what in ('pin', 'load'))
-        self.slots = [self.pins.submit(Slot, self.slot, sent) for sent in events]
+        self.pins, self.thread = (ThreadPoolExecutor(1, f'orcd-{what}') for what in ('pin', 'load'))
+        self.slots = [self.pins.submit(self._pin, sent) for sent in events]
+
+    def _pin(self, sent):
+        enter(self.context)
+        return Slot(self.slot, sent)
 
     def close(self):
         "Stop, and give the pinned memory back"
@@ -217,6 +221,7 @@ def _count(self, n):
 
 def _run(self, fd, todo):
     "What the thread does"
+    enter(self.context)
     new, flying, sent = deque(self.slots), deque(), deque()     # slots that are being pinned, read into, copied from
     pinned = lambda: new and new[0].done()
     fds, most = [os.dup(fd) for _ in range(self.readers)], self.readers + self.readers//2   # the others' copies are under way
