@@ -12,6 +12,7 @@ __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'CAPTURED', 'RING', 'TOGETHER', 'G
 # %% ../nbs/32_engine.ipynb #83bd849a
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from types import SimpleNamespace
 
 # %% ../nbs/32_engine.ipynb #3c044118
@@ -104,7 +105,7 @@ def workspace(
         state=((k_attention.STATE_SIZE,), np.int32), inv_freq=((config.rope.n_rot // 2,), np.float32), sampler=((draw,), np.uint8), seen=((seen // 4,), np.uint32),
         params=((k_sampler.PARAMS.itemsize,), np.uint8), ring=((RING,), np.uint64), tops=((tops,), np.uint8))
 
-def workspace_bytes(*args): return sum(aligned(int(np.prod(shape)) * np.dtype(dtype).itemsize) for shape, dtype in workspace(*args).values())
+def workspace_bytes(*args): return sum(aligned(prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in workspace(*args).values())
 
 # %% ../nbs/32_engine.ipynb #d9cad789
 def largest(fits, hi):
@@ -123,7 +124,7 @@ def matrices_of(
 
 def row_tops(bound, wide):
     "name -> rows, of every quantised matrix of a layer, on a Hopper GPU"
-    return {t.name: int(np.prod(t.shape[:-1])) for layer in bound.layers for t in matrices_of(layer).values() if wide and t.type.block_size > 1}
+    return {t.name: prod(t.shape[:-1]) for layer in bound.layers for t in matrices_of(layer).values() if wide and t.type.block_size > 1}
 
 def open_model(g):
     "(family, hyper-parameters, tensors by role) of a file"

@@ -10,7 +10,7 @@ __all__ = ['OPTIONS', 'MAX_ARGS', 'TILE', 'read_source', 'with_includes', 'Compi
            'only', 'load_all', 'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../nbs/19_nvrtc.ipynb #59e5ad29
-import hashlib, os, re, struct, sys, tempfile, threading
+import ctypes, hashlib, os, re, struct, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -206,6 +206,16 @@ def enter(
     from cuda.bindings import driver as cu
     _driver(cu.cuCtxSetCurrent(context))
 
+@lru_cache(1)
+def _quick():
+    """The driver's launch, called with Python's lock held: a thousand times to capture a model, and to let go of the lock and get it back takes longer than the call.
+    Nothing in the driver waits for Python's lock, so it ends. It could be long if the queue of a GPU were full: this is for streams that are captured, which have none."""
+    launch = ctypes.PyDLL('libcuda.so.1').cuLaunchKernelEx
+    launch.argtypes = (ctypes.c_void_p,)*4
+    return launch
+
+def _launch_again(config, handle, at): _driver((_quick()(config.getPtr(), int(handle), at, None),))
+
 def _load_functions(module):
     "The driver would put that off until each function is launched first"
     from cupy.cuda import runtime
@@ -342,9 +352,8 @@ class Recording:
 
     def repeat(self, arrays):
         "Launch again; see `moved`"
-        from cuda.bindings import driver as cu
         self.room[:] = self.moved(arrays)
-        for config, handle, at in self.launches: _driver(cu.cuLaunchKernelEx(config, handle, at, 0))
+        for launch in self.launches: _launch_again(*launch)
 
 # %% ../nbs/19_nvrtc.ipynb #b4c0b5e8
 def only(type:GGMLType)->tuple:

@@ -41,6 +41,7 @@ class Stream:
 
 class Event:
     "Half a millisecond lies between any two"
+    done = True
     def __init__(self, disable_timing=False): pass
     def record(self, stream): pass
     def synchronize(self): pass
@@ -71,7 +72,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
         assert threading.get_ident() in entered, 'a thread without a context'
         b = ctypes.create_string_buffer(n); pinned[ctypes.addressof(b)] = b; return ctypes.addressof(b)
     nothing = lambda *a: None
-    runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=malloc, free=lambda p: p and alive.pop(p), memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyAsync=nothing,
+    runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=malloc, free=lambda p: p and alive.pop(p), memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyDeviceToDevice=3, memcpyAsync=nothing,
         memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (free - sum(alive.values()), 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
         deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=Error, deviceSynchronize=nothing, runtimeGetVersion=lambda: 13000,
         memoryTypeDevice=2, pointerGetAttributes=lambda p: NS(type=2, hostPointer=0), getDeviceProperties=lambda i: dict(major=int(sm[:-1]), minor=int(sm[-1]), name=b'a played GPU'))
@@ -99,7 +100,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
     def module(name, device, defines=()):
         assert threading.get_ident() in entered, 'a thread without a context'
         return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
-    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
+    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch), (nvrtc, '_launch_again', lambda *a: launch(*a, 0)), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
     with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
