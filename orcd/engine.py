@@ -270,12 +270,12 @@ class CudaEngine:
                 g.check_unchanged()
                 arenas = [self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace')] # first: the driver does one thing at a time
                 with Loader(device, chunk_bytes, p.weights) as weights: # pins its memory while we go on
-                    code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device)
                     weights.start(g.fileno(), self._allocate(bound, *arenas), progress, self.stage)
+                    code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device)
                     self._capture(bound, code) # wants addresses, not weights
                     weights.wait()
-                g.check_unchanged()
-                self._warm_up()
+                    g.check_unchanged()
+                    self._warm_up()
         except BaseException: self.close(); raise
 
     def _arena(self, kind, n_bytes):

@@ -86,11 +86,11 @@ class Arena:
             ptr, self.ptr = self.ptr, 0
             runtime.free(ptr)
 
-def device_array(ptr, shape, dtype, owner=None):
-    "A CuPy array over device memory that somebody else owns"
+def device_array(ptr, shape, dtype, owner):
+    "A CuPy array over an arena's memory"
     import cupy as cp
     n = prod(shape) * np.dtype(dtype).itemsize
-    return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(ptr, max(n, 1), owner), 0))
+    return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(ptr, max(n, 1), owner, owner.device), 0)) # without a device CuPy would ask the driver, which is busy
 
 # %% ../nbs/28_vram.ipynb #68af11bb
 @dataclass
