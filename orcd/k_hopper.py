@@ -57,7 +57,7 @@ def splits(
 )->int:
     "Warpgroups that share a row: by the matrices alone, since the order of additions follows from it"
     tiles = sum(-(-n//64) for n in rows) * 8    # at 512 tokens
-    return 4 if tiles <= SMS else 2 if tiles <= 2*SMS else 1
+    return 4 if tiles <= SMS else 2 if tiles <= 3*SMS else 1
 
 @lru_cache(None)
 def tile(rows, tokens:int, tiles=None):
