@@ -1,0 +1,36 @@
+"The benchmarks in tests/bench, on a played GPU: they start, look where there is something to see, and end"
+import runpy, sys
+import numpy as np
+import pytest
+from conftest import ROOT
+from make_models import MODELS, make_model
+from played_cupy import played
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    "What a benchmark prints of a small model"
+    path = make_model(tmp_path/'m.gguf', n_layer=2, n_vocab=331, **MODELS['qwen2'])
+    def go(name, *args):
+        from orcd import engine, k_gemv
+        with played(monkeypatch):
+            monkeypatch.setattr(engine.CudaEngine, 'logits', lambda self, ids: np.zeros(3, np.float32))
+            monkeypatch.setattr(k_gemv, 'read_bandwidth', lambda: 3e12)
+            monkeypatch.setattr(sys, 'argv', [name, str(path), *args])
+            runpy.run_path(str(ROOT/'tests'/'bench'/f'{name}.py'), run_name='__main__')
+        return capsys.readouterr().out
+    return go
+
+
+def test_loads(run, monkeypatch):
+    from orcd import engine, loader, nvrtc
+    for owner in engine, nvrtc, engine.CudaEngine, loader.Loader: # the benchmark wraps their functions: put everything back
+        for name, f in list(vars(owner).items()):
+            if callable(f) and not name.startswith('__'): monkeypatch.setattr(owner, name, f)
+    out = run('loads', '--n', '2', '--context-length', '128')
+    assert out.count(' ms  open_model 0-') == 2 and '_capture' in out and '_run' in out and 'median' in out
+
+
+def test_prompts(run):
+    out = run('prompts', '--lengths', '5', '40', '--decode-at', '8')
+    assert out.count('prompt of') == 2 and 'of what reading alone allows' in out
