@@ -124,8 +124,8 @@ class PinnedBuffer:
     def free(self):
         "Give it back; safe to call twice"
         from cupy.cuda import runtime
-        ptr, self.ptr = self.ptr, 0
         self.view.release()
+        ptr, self.ptr = self.ptr, 0
         if ptr: runtime.freeHost(ptr)
 
 # %% ../nbs/29_loader.ipynb #1c608de7
@@ -148,22 +148,23 @@ class Loader:
         device:int=0,            # CUDA index
         chunk_bytes:int=1 << 20, # of one copy to the device
         total:int=None,          # bytes that will be copied, if known: a small file needs few threads and small slots
-        readers:int=None,        # threads; by default one for each `SHARE`, up to `READERS` or as many as there are cores
-        slot_bytes:int=SLOT,     # of one read at most
+        readers:int=None,        # threads, of which glibc has 20 at most; by default one for each `SHARE`, up to `READERS` or as many as there are cores
+        slot_bytes:int=None,     # of one read at most; by default `SLOT`, or those of a copy if they are more
         job_bytes:int=JOB,       # sorted together at most
     ):
         from cupy.cuda import Event, Stream
         self.context = context_of(device)
         self.readers = n = readers or max(1, min(READERS, os.cpu_count() or 1, READERS if total is None else total // SHARE))
-        self.slot, self.job = min(slot_bytes, total or slot_bytes), job_bytes
-        self.chunk, self.given_up, self.done = min(chunk_bytes, self.slot), False, 0
+        slot = slot_bytes or max(SLOT, min(chunk_bytes, PINNED))
+        self.slot, self.job = min(slot, total or slot), job_bytes
+        self.chunk, self.given_up, self.closed, self.running, self.done = min(chunk_bytes, self.slot), False, False, None, 0
         self.streams = [Stream(non_blocking=True) for _ in range(STREAMS)] # before the driver is busy with pinning
         events = [Event(disable_timing=True) for _ in range(2*n)]
-        self.patience = sys.getswitchinterval() # of everybody else
-        sys.setswitchinterval(min(self.patience, PATIENCE))
         self.pins, self.thread = (ThreadPoolExecutor(1, f'orcd-{what}') for what in ('pin', 'load'))
         n = max(1, PINNED//self.slot)
         self.pinned = [self.pins.submit(self._pin, events[i:i + n]) for i in range(0, len(events), n)]
+        self.patience = sys.getswitchinterval() # of everybody else
+        sys.setswitchinterval(min(self.patience, PATIENCE))
 
     def _pin(self, events):
         enter(self.context)
@@ -177,12 +178,15 @@ class Loader:
             if not p.cancelled() and not p.exception(): p.result()[0].free()
 
     def close(self):
-        "Stop, and give the pinned memory back"
+        "Stop, and give the pinned memory back; safe to call twice"
         self.given_up = True
-        self.thread.submit(self._unpin)
-        self.thread.shutdown()
-        self.streams.clear()
-        if self.patience > PATIENCE: sys.setswitchinterval(self.patience)
+        if not self.closed: self.thread.submit(self._unpin)
+        self.closed = True
+        try: self.thread.shutdown()
+        except BaseException: self.thread.shutdown(); raise # a second Ctrl-C: nobody may write to VRAM that is given back next
+        finally:
+            self.streams.clear()
+            if self.patience > PATIENCE: sys.setswitchinterval(self.patience)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
@@ -228,8 +232,9 @@ def _run(self, fd, todo):
     "What the thread does"
     enter(self.context)
     new, flying, sent = deque(self.pinned), deque(), deque()    # memory that is being pinned, slots that are read into, copied from
-    fds, most = [os.dup(fd) for _ in range(self.readers)], self.readers + self.readers//2   # the others' copies are under way
+    fds, most = [], self.readers + self.readers//2              # the others' copies are under way
     try:
+        for _ in range(self.readers): fds.append(os.dup(fd))
         for fd, (offset, n, *where) in zip(cycle(fds), todo):
             if new and (new[0].done() or not (flying or sent)): sent.extendleft(reversed(new.popleft().result()[1])) # nothing was copied from those
             while flying and (len(flying) == most or flying[0][0].read.done or not sent): sent.append(self._send(*flying.popleft()))
@@ -245,15 +250,16 @@ def _run(self, fd, todo):
         for stream in self.streams: stream.synchronize()
 
 def _start(self,
-    fd:int,         # the open GGUF file
+    fd:int,         # the GGUF file, which stays open until `wait` has returned
     copies,         # `Copy` of every tensor
     progress=None,  # called with (bytes done, bytes in all), at most about 100 times
     stage=(0, 0),   # (address, bytes) of VRAM that nobody uses meanwhile: where blocks lie before they are sorted
 ):
     "Begin to copy tensors from the file into VRAM; `progress` is called by the thread that does it"
+    if self.running: raise KernelError('a loader is used once: make another one')
     address, room = stage
     row = max((c.n_bytes // prod(c.shape[:-1]) for c in copies if c.type is not None), default=0)
-    if row > min(self.job, room): raise KernelError(f'{room} bytes are too little to sort rows of {row} bytes') # a job holds a row at least
+    if row > min(self.job, room): raise KernelError(f'{min(self.job, room)} bytes are too little to sort rows of {row} bytes') # a job holds a row at least
     n = min(STREAMS, room // max(row, 1)) or 1
     most = min(self.job, room // n or self.job)
     todo = jobs(copies, most) if room else ([piece] for piece in pieces(copies, most))

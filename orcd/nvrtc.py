@@ -209,7 +209,7 @@ def enter(
 @lru_cache(1)
 def _quick():
     """The driver's launch, called with Python's lock held: a thousand times to capture a model, and to let go of the lock and get it back takes longer than the call.
-    Nothing in the driver waits for Python's lock, so it ends. It could be long if the queue of a GPU were full: this is for streams that are captured, which have none."""
+    Nothing in the driver waits for Python's lock, so it ends. It could be long if the queue of a GPU were full: what is captured has none, and the few launches that find the rows' exponents do not fill one."""
     launch = ctypes.PyDLL('libcuda.so.1').cuLaunchKernelEx
     launch.argtypes = (ctypes.c_void_p,)*4
     return launch

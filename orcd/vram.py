@@ -107,7 +107,8 @@ class Shape:
 
 class Scratch:
     "A stack of temporary arrays, over `ptr` or counting only"
-    def __init__(self, ptr=0, n_bytes=0, owner=None): self.ptr, self.n_bytes, self.owner, self.used, self.peak, self.arrays = ptr, n_bytes, owner, 0, 0, {}
+    def __init__(self, ptr=0, n_bytes=0, owner=None): # owner: the arena that `ptr` lies in
+        self.ptr, self.n_bytes, self.owner, self.used, self.peak, self.arrays = ptr, n_bytes, owner, 0, 0, {}
 
     def reset(self): self.used = 0
 

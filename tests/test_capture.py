@@ -15,7 +15,7 @@ def path(request, tmp_path):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    "Headers have none: readers do not start"
+    "Headers have none: nothing is read"
     from orcd.loader import Loader
     for f in ('start', 'wait'): monkeypatch.setattr(Loader, f, lambda *a: None)
 
@@ -43,7 +43,7 @@ def test_repeated_launches(path, sm, no_weights, monkeypatch):
         assert sorted(map(repr, e.vram.entries)) == sorted(map(repr, view.planned(g, e.wide, free=100 << 30).entries))
         files = set(engine.kernel_files(config, bound, e.wide, e.plan.chunks))
         assert {(n, d) for n, _, d in nvrtc._modules} == files
-        assert {n for n, _ in files - gpu.asked} <= {'elementwise', 'gemm_plain', 'gemm_thin', 'repack'}     # the readers, who are not here, want the last
+        assert {n for n, _ in files - gpu.asked} <= {'elementwise', 'gemm_plain', 'gemm_thin', 'repack'}     # the loader, which is not here, wants the last
         for rows in (0, *e.plan.chunks):
             def run():
                 gpu.launches.clear()
@@ -65,7 +65,7 @@ def test_everything_comes_back(made, monkeypatch):
     import orcd
     from orcd.engine import CudaEngine
     with orcd.GGUF(made) as g, played(monkeypatch) as gpu:
-        e = CudaEngine(g)           # with real readers and a file that holds weights
+        e = CudaEngine(g)           # with a real loader and a file that holds weights
         assert len(gpu.alive) == 3 and sum(gpu.alive.values()) == sum(a.n_bytes for a in e.arenas)
         e.prefill([1, 2, 3]); e.close(); e.close()
         assert not gpu.alive and not gpu.pinned
@@ -103,7 +103,7 @@ def test_vram_that_another_program_took(made, monkeypatch):
 
 @pytest.mark.parametrize('file', ['repack', 'sampler', 'gemm_wgmma'])
 def test_a_file_that_does_not_compile(made, monkeypatch, file):
-    "Whether the readers, the step or a chunk wants it: its error comes out, and everything comes back"
+    "Whether the loader, the step or a chunk wants it: its error comes out, and everything comes back"
     import orcd
     from orcd import engine, nvrtc
     from orcd.errors import KernelError

@@ -8,7 +8,7 @@ import numpy as np
 NOISE = 2.5e-6 # the most that a product of Hopper is off by, of its size: nbs/results/h200.json, product_of_hopper_against_float64_rms
 DRAWS = 5      # of that noise, of which the largest counts: few flips make a worst case, so one draw says little about it
 FACTOR = 2     # times that: the engine's sums differ elsewhere too, in norms and in attention
-FLOOR = 2e-5   # what float32 makes without noise: the flips after a norm whose sum came in another order
+FLOOR = 2e-5   # an allowance for what has no noise: flips after a norm whose sum came in another order
 WHAT = 'all', 'worst position', 'worst channel'
 
 
@@ -21,6 +21,7 @@ def apart(a, b, x):
 def layer_errors(oracle, residuals, n_layer, follow=lambda: None):
     """`apart` of each layer, (n_layer, 3): the engine from the oracle, and the oracle with noise from itself, the largest of some draws.
     `residuals`: the engine's streams before and after each layer. `follow()`: a new `choose` for the oracle."""
+    oracle.random.manual_seed(0) # whatever was drawn before
     before, after = residuals[:n_layer], residuals[1:n_layer + 1]
     def layers(noise):
         oracle.noise, oracle.choose = noise, follow()

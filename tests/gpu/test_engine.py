@@ -103,6 +103,7 @@ def test_bits_do_not_depend_on_chunks(name, model_file, monkeypatch):
 @pytest.mark.parametrize('name', MODELS)
 def test_captured_chunks(name, model_file, monkeypatch):
     "Chunks from graphs, the last one filled up, against launches of just its rows; then decode, which must not see what filled it"
+    from orcd import engine as engine_module
     from orcd.engine import CudaEngine
     from orcd.sampling import SamplingParams
     ids = prompt(700)
@@ -112,7 +113,9 @@ def test_captured_chunks(name, model_file, monkeypatch):
             out = engine.logits(ids[:n])
             engine.prefill(ids[:n])
             return out, [i for i, _ in engine.decode(SamplingParams(temperature=0.), 20)]
-        for n in (1, 40, 129, 480):
+        for n, cost in ((1, engine_module.PASS), (40, engine_module.PASS), (129, engine_module.PASS), (480, engine_module.PASS), (300, 0)): # a graph that costs nothing: two of them
+            monkeypatch.setattr(engine_module, 'PASS', cost)
+            if not cost: assert len(engine._pieces(n)) == 2
             graphs = run(n)
             monkeypatch.setattr(CudaEngine, 'replay', False)
             launches = run(n)

@@ -48,7 +48,7 @@ def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
         if oracle.choose: print('  other choices {:.1%}, lost by {:.1e} std, router scores max |diff| / std {:.1e}'.format(*oracle.choose.check(score_limit)))
 
     print('against PyTorch, the head alone, of our stream: both in float32')
-    judge('logits of 64 positions, max |diff| / std', off(logits, oracle.head(residuals[-1]))[0], 1e-4) # 1.4e-5 was measured
+    judge('logits of 64 positions, max |diff| / std', off(logits, oracle.head(residuals[-1]))[0], 1e-4) # 4.3e-5 at most was measured
 
     print(f'float32 throughout, {n_layer} layers')
     streams, want = run(False)
