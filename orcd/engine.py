@@ -276,8 +276,8 @@ class CudaEngine:
                     code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device)
                     self._capture(bound, code) # wants addresses, not weights
                     weights.wait()
-                    g.check_unchanged()
-                    self._warm_up()
+                g.check_unchanged()
+                self._warm_up()
         except BaseException: self.close(); raise
 
     def _arena(self, kind, n_bytes):

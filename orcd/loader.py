@@ -157,7 +157,7 @@ class Loader:
         self.readers = n = readers or max(1, min(READERS, os.cpu_count() or 1, READERS if total is None else total // SHARE))
         slot = slot_bytes or max(SLOT, min(chunk_bytes, PINNED))
         self.slot, self.job = min(slot, total or slot), job_bytes
-        self.chunk, self.given_up, self.closed, self.running, self.done = min(chunk_bytes, self.slot), False, False, None, 0
+        self.chunk, self.given_up, self.running, self.done = min(chunk_bytes, self.slot), False, None, 0
         self.streams = [Stream(non_blocking=True) for _ in range(STREAMS)] # before the driver is busy with pinning
         events = [Event(disable_timing=True) for _ in range(2*n)]
         self.pins, self.thread = (ThreadPoolExecutor(1, f'orcd-{what}') for what in ('pin', 'load'))
@@ -172,18 +172,16 @@ class Loader:
         return buffer, [Slot(buffer.ptr + k*self.slot, sent) for k, sent in enumerate(events)]
 
     def _unpin(self):
-        enter(self.context)
         self.pins.shutdown(cancel_futures=True)
+        self.thread.shutdown()
         for p in self.pinned:
             if not p.cancelled() and not p.exception(): p.result()[0].free()
 
     def close(self):
         "Stop, and give the pinned memory back; safe to call twice"
         self.given_up = True
-        if not self.closed: self.thread.submit(self._unpin)
-        self.closed = True
-        try: self.thread.shutdown()
-        except BaseException: self.thread.shutdown(); raise # a second Ctrl-C: nobody may write to VRAM that is given back next
+        try: self._unpin()
+        except BaseException: self._unpin(); raise # a second Ctrl-C: nobody may write to VRAM that is given back next
         finally:
             self.streams.clear()
             if self.patience > PATIENCE: sys.setswitchinterval(self.patience)
@@ -266,7 +264,6 @@ def _start(self,
     self.total, self.progress = sum(c.n_bytes for c in copies), progress
     if progress: progress(0, self.total)
     self.running = self.thread.submit(self._run, fd, parts(todo, self.slot, [(s, address + k*most) for k, s in enumerate(self.streams[:n])]))
-    self.thread.submit(self._unpin) # takes some milliseconds, for which nobody has to wait
 
 def _wait(self):
     "Wait until everything is in VRAM. Raises what went wrong."

@@ -1,10 +1,11 @@
 "The benchmarks in tests/bench, on a played GPU: they start, look where there is something to see, and end"
 import runpy, sys
+from types import SimpleNamespace as NS
 import numpy as np
 import pytest
 from conftest import ROOT
 from make_models import MODELS, make_model
-from played_cupy import played
+from played_cupy import Array, array, played
 
 
 @pytest.fixture
@@ -34,3 +35,18 @@ def test_loads(run, monkeypatch):
 def test_prompts(run):
     out = run('prompts', '--lengths', '5', '40', '--decode-at', '8')
     assert out.count('prompt of') == 2 and 'of what reading alone allows' in out
+
+
+def test_launches(monkeypatch, capsys):
+    from orcd import k_gemv
+    monkeypatch.setattr(sys, 'argv', ['launches'])
+    with played(monkeypatch) as gpu:
+        import cupy
+        new = lambda shape, dtype: array(shape if isinstance(shape, tuple) else (shape,), dtype, NS(ptr=1 << 20))
+        monkeypatch.setattr(Array, '__and__', lambda self, bits: self, raising=False)
+        vars(cupy).update(random=NS(randint=lambda lo, hi, n, dtype: new(n, dtype), standard_normal=lambda shape, dtype: new(shape, dtype)), zeros=new, ones=new, uint8=np.uint8)
+        monkeypatch.setattr(k_gemv, 'read_bandwidth', lambda: 3e12)
+        monkeypatch.setattr(k_gemv, 'graph_time', lambda launch, n: (launch(0, cupy.cuda.Stream()), 1e-5)[1])
+        runpy.run_path(str(ROOT/'tests'/'bench'/'launches.py'), run_name='__main__')
+    out = capsys.readouterr().out
+    assert out.count('reading takes') == len(gpu.launches) == 16, 'each is one launch'

@@ -64,8 +64,8 @@ def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
     if n_layer == oracle.n_layer:
         (worst, usual), (own, own_usual) = off(logits, want), np.max([off(x, want) for _, x in noisy], 0)
         judge('logits, root mean square / std', usual, 2e-3, f'; of the oracle with noise {own_usual:.1e}')
-        # the largest of millions scatters: where the oracle's own is near 1e-2, as Phi-3's, ours may be half as much again. The sharp limits are those of single layers
-        judge('logits, max |diff| / std', worst, max(1e-2, 1.5*own), f'; of the oracle with noise {own:.1e}')
+        # the largest of millions scatters: where the oracle's own is above 1e-2, as Phi-3's, ours may be half as much again. The sharp limits are those of single layers
+        judge('logits, max |diff| / std', worst, 1e-2 if own <= 1e-2 else 1.5*own, f'; of the oracle with noise {own:.1e}')
         judge('share of positions with another argmax', (logits.argmax(1) != want.argmax(1)).mean(), 0)
     choices(1e-2)
 
