@@ -6,8 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/nvrtc.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIONS', 'MAX_ARGS', 'TILE', 'read_source', 'with_includes', 'Compiled', 'parse_resources', 'compile_text',
-           'cache_dir', 'target', 'cubin', 'device_arch', 'context_of', 'enter', 'Kernel', 'kernel', 'Recording',
-           'only', 'load_all', 'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
+           'cache_dir', 'target', 'cubin', 'device_arch', 'context_of', 'enter', 'quick', 'Kernel', 'kernel',
+           'Recording', 'only', 'load_all', 'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../nbs/19_nvrtc.ipynb #59e5ad29
 import ctypes, hashlib, os, re, struct, sys, tempfile, threading
@@ -206,15 +206,18 @@ def enter(
     from cuda.bindings import driver as cu
     _driver(cu.cuCtxSetCurrent(context))
 
-@lru_cache(1)
-def _quick():
-    """The driver's launch, called with Python's lock held: a thousand times to capture a model, and to let go of the lock and get it back takes longer than the call.
-    Nothing in the driver waits for Python's lock, so it ends. It could be long if the queue of a GPU were full: what is captured has none, and the few launches that find the rows' exponents do not fill one."""
-    launch = ctypes.PyDLL('libcuda.so.1').cuLaunchKernelEx
-    launch.argtypes = (ctypes.c_void_p,)*4
-    return launch
+@lru_cache(None)
+def quick(
+    name:str, # of a function of the driver
+    *types,   # its arguments', of `ctypes`
+):
+    """A function of the driver that is called with Python's lock held: to let go of it and get it back takes longer than a call that only queues something.
+    Nothing in the driver waits for Python's lock, so it ends. It could take long if a stream's queue (of a thousand) were full: whoever calls this sees to it that it is not."""
+    f = getattr(ctypes.PyDLL('libcuda.so.1'), name)
+    f.argtypes = types
+    return lambda *args: _driver((f(*args),))
 
-def _launch_again(config, handle, at): _driver((_quick()(config.getPtr(), int(handle), at, None),))
+def _launch_again(config, handle, at): quick('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)(config.getPtr(), int(handle), at, None)
 
 def _load_functions(module):
     "The driver would put that off until each function is launched first"

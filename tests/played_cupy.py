@@ -1,7 +1,7 @@
 """CuPy as far as the engine knows it, without a GPU: arrays have addresses but no memory, and what is launched is noted.
 
 For tests of what the host does: which kernels it loads, what it launches with which arguments. Nothing is computed."""
-import ctypes, itertools, sys, threading
+import ctypes, itertools, sys, threading, time
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace as NS
 from unittest.mock import patch
@@ -41,7 +41,7 @@ class Stream:
 
 class Event:
     "Half a millisecond lies between any two"
-    done = True
+    done, ptr = True, 0
     def __init__(self, disable_timing=False): pass
     def record(self, stream): pass
     def synchronize(self): pass
@@ -59,7 +59,7 @@ class Device:
 def played(monkeypatch, sm='90', free=100 << 30):
     "Yields what happens: `launches` (stream, kernel, grid, arguments), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
     from cuda.bindings import driver as cu
-    from orcd import k_gemv, k_hopper, nvrtc
+    from orcd import k_gemv, k_hopper, loader, nvrtc
     launches, asked, alive, pinned, names, lengths, at = [], set(), {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
     def malloc(n):
         if sum(alive.values()) + n > free: raise Error(2)
@@ -73,7 +73,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
         b = ctypes.create_string_buffer(n); pinned[ctypes.addressof(b)] = b; return ctypes.addressof(b)
     nothing = lambda *a: None
     runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), malloc=malloc, free=lambda p: p and alive.pop(p), memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyDeviceToDevice=3, memcpyAsync=nothing,
-        memcpy2DAsync=nothing, memsetAsync=nothing, memGetInfo=lambda: (free - sum(alive.values()), 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
+        memsetAsync=nothing, memGetInfo=lambda: (free - sum(alive.values()), 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
         deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=Error, deviceSynchronize=nothing, runtimeGetVersion=lambda: 13000,
         memoryTypeDevice=2, pointerGetAttributes=lambda p: NS(type=2, hostPointer=0), getDeviceProperties=lambda i: dict(major=int(sm[:-1]), minor=int(sm[-1]), name=b'a played GPU'))
     class Module:
@@ -93,6 +93,12 @@ def played(monkeypatch, sm='90', free=100 << 30):
         table = (ctypes.c_uint64*lengths[int(f)]).from_address(arguments)
         launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), [ctypes.c_uint64.from_address(a).value for a in table]))
         return 0,
+    def quick(name, *types):
+        "What a loader queues, done at once; nothing is copied"
+        def wait(stream, at, value, equal):
+            while ctypes.c_uint32.from_address(at).value != value: time.sleep(1e-5)
+        call = lambda stream, f, at: ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(f)(at)
+        return dict(cuStreamWaitValue32_v2=wait, cuLaunchHostFunc=call).get(name, nothing)
     class Kernel(nvrtc.Kernel):
         def __call__(self, grid, block, args, *a, **kw):
             lengths[int(self.handle)] = len(args)
@@ -100,7 +106,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
     def module(name, device, defines=()):
         assert threading.get_ident() in entered, 'a thread without a context'
         return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
-    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch), (nvrtc, '_launch_again', lambda *a: launch(*a, 0)), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
+    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch), (nvrtc, '_launch_again', lambda *a: launch(*a, 0)), (loader, 'quick', quick), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
     with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
