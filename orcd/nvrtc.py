@@ -185,8 +185,9 @@ def device_arch(device=None):
 
 def _driver(result):
     "Unpack a call of the driver's bindings; errors are raised as CuPy raises its own"
-    from cupy.cuda import driver
-    if int(result[0]): raise driver.CUDADriverError(int(result[0]))
+    if error := int(result[0]):
+        from cupy.cuda import driver
+        raise driver.CUDADriverError(error)
     return result[1] if len(result) > 1 else None
 
 def context_of(
