@@ -39,18 +39,10 @@ class GGMLType(IntEnum):
     "The tensor types that we read; the value is the id in the file"
     F32 = 0; F16 = 1; Q4_0 = 2; Q4_1 = 3; Q5_0 = 6; Q5_1 = 7; Q8_0 = 8; Q4_K = 12; Q5_K = 13; Q6_K = 14; BF16 = 30; MXFP4 = 39
 
-    @property
-    def dtype(self):
-        "The block as a NumPy structured dtype"
-        return LAYOUT[self.name][2]
-    @property
-    def block_size(self):
-        "Weights a block"
-        return LAYOUT[self.name][1]
-    @property
-    def type_size(self):
-        "Bytes a block"
-        return self.dtype.itemsize
+    def __init__(self, _):
+        self.block_size, self.dtype = LAYOUT[self.name][1:] # weights a block, the block as a NumPy structured dtype
+        self.type_size = self.dtype.itemsize                # bytes a block
+
     @property
     def bits_per_weight(self): return 8*self.type_size/self.block_size
 

@@ -163,7 +163,7 @@ class PinnedBuffer:
 
 # %% ../nbs/29_loader.ipynb #1c608de7
 READERS = 12        # threads at most: a core copies 5 GB/s, PCIe 5 takes 54
-SHARE   = 64 << 20  # bytes that are worth a thread
+SHARE   = 96 << 20  # bytes that are worth a thread
 SLOT    = 4 << 20   # bytes of a read at most; there is a slot a thread
 PINNED  = 16 << 20  # bytes of pinned memory at a time: the first slots are there early, and few calls give them back
 FLAGS   = 1 << 16   # reads of a file at most

@@ -216,9 +216,13 @@ def quick(
     Nothing in the driver waits for Python's lock, so it ends. It could take long if a stream's queue (of a thousand) were full: whoever calls this sees to it that it is not."""
     f = getattr(ctypes.PyDLL('libcuda.so.1'), name)
     f.argtypes = types
-    return lambda *args: _driver((f(*args),))
+    def call(*args):
+        if error := f(*args): _driver((error,))
+    return call
 
-def _launch_again(config, handle, at): quick('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)(config.getPtr(), int(handle), at, None)
+def _launch_again(launches):
+    launch = quick('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)
+    for config, handle, at in launches: launch(config.getPtr(), int(handle), at, None)
 
 def _load_functions(module):
     "The driver would put that off until each function is launched first"
@@ -357,7 +361,7 @@ class Recording:
     def repeat(self, arrays):
         "Launch again; see `moved`"
         self.room[:] = self.moved(arrays)
-        for launch in self.launches: _launch_again(*launch)
+        _launch_again(self.launches)
 
 # %% ../nbs/19_nvrtc.ipynb #b4c0b5e8
 def only(type:GGMLType)->tuple:
