@@ -273,7 +273,7 @@ class CudaEngine:
                 arenas = [self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace')] # first: the driver does one thing at a time
                 with Loader(device, chunk_bytes, p.weights) as weights: # pins its memory while we go on
                     weights.start(g.fileno(), self._allocate(bound, *arenas), progress, self.stage)
-                    code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device)
+                    code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device, weights.context)
                     self._capture(bound, code) # wants addresses, not weights
                     weights.wait()
                 g.check_unchanged()

@@ -169,7 +169,7 @@ PINNED  = 16 << 20  # bytes of pinned memory at a time: the first slots are ther
 FLAGS   = 1 << 16   # reads of a file at most
 JOB     = 32 << 20  # bytes that are sorted together at most
 AHEAD   = 256       # reads that are queued and have not come: a stream holds a thousand operations, a read takes three and its part of what sorts
-TICK    = 2e-4      # seconds from one look to the next
+TICK    = 1e-3      # seconds from one look to the next; a fifth while memory is being pinned
 PATIENCE = 1e-4     # seconds that a thread which wants Python's lock waits before it asks for it
 
 class Loader:
@@ -287,7 +287,7 @@ def _queue(self, reads, parts, ends):
                     if any(begin(r) for r in reads.into(*slot)): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
             if i - reads.come < (n_slots if new else AHEAD): break # else those that come later would have nothing to do
             self._look(reads, ends)
-            if i - reads.come >= (n_slots if new else AHEAD): time.sleep(TICK)
+            if i - reads.come >= (n_slots if new else AHEAD): time.sleep(TICK/5 if new else TICK)
         wait(stream, flags[i], reads.sign, 1)
         self._send(part, slots[i][1])
         if reads.asked == len(parts): continue

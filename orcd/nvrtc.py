@@ -213,14 +213,14 @@ def quick(
     *types,   # its arguments', of `ctypes`
 ):
     """A function of the driver that is called with Python's lock held: to let go of it and get it back takes longer than a call that only queues something.
-    Nothing in the driver waits for Python's lock, so it ends. It could take long if a stream's queue (of a thousand) were full: whoever calls this sees to it that it is not."""
+    Nothing in the driver waits for Python's lock, so it ends: where a stream's queue of a thousand is full, when the GPU has done something."""
     f = getattr(ctypes.PyDLL('libcuda.so.1'), name)
     f.argtypes = types
     def call(*args):
         if error := f(*args): _driver((error,))
     return call
 
-def _launch_again(launches):
+def _launch(launches):
     launch = quick('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)
     for config, handle, at in launches: launch(config.getPtr(), int(handle), at, None)
 
@@ -264,7 +264,7 @@ class _Room(threading.local):
     "Where the driver finds the arguments of a thread's launch: it copies them"
     def __init__(self):
         self.words, self.table = _table(MAX_ARGS)
-        self.bytes = memoryview(self.words).cast('B')
+        self.bytes, self.at = memoryview(self.words).cast('B'), self.table.ctypes.data
 
 def _table(n):
     "Memory for `n` arguments, and the addresses in it"
@@ -287,7 +287,6 @@ class Kernel:
     def __call__(self, grid, block, args, shared_mem=0, stream=None,
         early=False, # start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
     ):
-        from cuda.bindings import driver as cu
         if shared_mem > self._shared:
             from cupy.cuda import driver
             driver.funcSetAttribute(self.fn.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_mem)
@@ -298,7 +297,7 @@ class Kernel:
         config, data = _config(grid, block, shared_mem, stream.ptr, early and self.early)[0], _packed(args)
         if stream.ptr in _recordings: _recordings[stream.ptr].append((config, self.handle, data))
         _room.bytes[:len(data)] = data
-        _driver(cu.cuLaunchKernelEx(config, self.handle, _room.table.ctypes.data, 0))
+        _launch([(config, self.handle, _room.at)])
 
 @lru_cache(1024)
 def _config(grid, block, shared_mem, stream, early):
@@ -361,7 +360,7 @@ class Recording:
     def repeat(self, arrays):
         "Launch again; see `moved`"
         self.room[:] = self.moved(arrays)
-        _launch_again(self.launches)
+        _launch(self.launches)
 
 # %% ../nbs/19_nvrtc.ipynb #b4c0b5e8
 def only(type:GGMLType)->tuple:
@@ -371,14 +370,16 @@ def only(type:GGMLType)->tuple:
 def load_all(
     files,      # (cell's name, defines) of each
     device:int, # CUDA index
+    context=None, # from `context_of`, if known: to ask the driver would wait for what it does
 )->dict:        # a future for each, see `wait_for`
     "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
-    arch, context, few = device_arch(device), context_of(device), ThreadPoolExecutor(4, 'orcd-modules')
+    arch, context, few = device_arch(device), context or context_of(device), ThreadPoolExecutor(4, 'orcd-modules')
     compilers = ThreadPoolExecutor(max(1, len(files)), 'orcd-nvrtc')
     def load(name, defines):
         enter(context)
         _module(name, device, defines)
     def look(name, defines):
+        if (name, device, defines) in _modules: return
         if _cache_path(name, read_source(name), arch, defines).exists(): load(name, defines)
         else: return compilers.submit(load, name, defines)
     jobs = {f: few.submit(look, *f) for f in files}

@@ -71,6 +71,8 @@ PRE |= {alias: PRE[name] for name, aliases in {
     'smollm': 'starcoder refact command-r codeshell'}.items() for alias in aliases.split()}
 
 # %% ../nbs/04_tokenizer.ipynb #9ea5420a
+def _longest(texts): return max(map(len, map(str.encode, texts)), default=0) # in bytes
+
 class ByteBPE:
     "Byte-level BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens."
     def __init__(self,
@@ -83,7 +85,7 @@ class ByteBPE:
         vocab = {t: i for i, t in enumerate(tokens) if i not in skip}
         self.tokens, self.missing = tokens, {b for b, c in ALPHABET.items() if c not in vocab}
         pairs = [tuple(m.split(' ', 1)) for m in merges]
-        if not all(map(vocab.__contains__, map(''.join, pairs))): raise self._wrong(merges, vocab) # the library would panic
+        if _longest(merges) > 1 + _longest(vocab): raise self._wrong(merges, vocab) # the library would panic; what else is wrong it says
         try: self.bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre.whole_words))
         except Exception: raise self._wrong(merges, vocab) from None
         if pre.nfc: self.bpe.normalizer = normalizers.NFC()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 # %% ../nbs/43_worker.ipynb #8dc23da5
 import uvicorn
+from fastapi import FastAPI
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
@@ -268,9 +269,8 @@ register_url_convertor('anything', _Anything())
 # %% ../nbs/43_worker.ipynb #3e0c67d6
 def make_app(
     worker:Worker, # the state behind the routes
-):                 # a FastAPI application
+)->FastAPI:
     "The routes"
-    from fastapi import FastAPI  # a third of all imports: here, the engine's thread has begun to load
     app = FastAPI(title='orcd', version=__version__, docs_url=None, redoc_url=None)
     stream = {200: dict(description='the events', content={'text/event-stream': dict(schema=EVENT)})}
     errors = dict(e400=1, e401=1, e403=1, e408=1, e413=1, e415=1, e500=1, e503=1)

@@ -89,7 +89,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
     cupy = ModuleType('cupy')
     new = lambda n, dtype: array((n,), dtype, NS(ptr=next(at)))
     vars(cupy).update(cuda=cuda, ndarray=array, ones=new, empty=new, float32=np.float32)
-    def launch(config, f, arguments, extra):
+    def launch(config, f, arguments):
         table = (ctypes.c_uint64*lengths[int(f)]).from_address(arguments)
         launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), [ctypes.c_uint64.from_address(a).value for a in table]))
         return 0,
@@ -106,7 +106,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
     def module(name, device, defines=()):
         assert threading.get_ident() in entered, 'a thread without a context'
         return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
-    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (cu, 'cuLaunchKernelEx', launch), (nvrtc, '_launch_again', lambda launches: [launch(*a, 0) for a in launches]), (loader, 'quick', quick), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
+    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (nvrtc, '_launch', lambda launches: [launch(*a) for a in launches]), (loader, 'quick', quick), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
     with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
