@@ -236,7 +236,7 @@ def head_start(
     "What makes a worker ready sooner: the driver works while Python imports, and Python leaves out what it can"
     import gc
     gc.disable()                                                 # a start makes objects and drops none; `worker` switches it on again
-    sys.setswitchinterval(1e-4)                                  # likewise: threads that import let go of Python's lock at every file, and would get it back after 5 ms
+    sys.setswitchinterval(1e-3)                                  # likewise: threads that import let go of Python's lock at every file, and would get it back after 5 ms
     os.environ.setdefault('PYDANTIC_DISABLE_PLUGINS', '__all__') # it would look for them in every package that is installed
     sys.modules.setdefault('rich', None)                         # structlog would import it to colour tracebacks: ours are a field of a line
     if device == 'reference' or not file.is_file(): return

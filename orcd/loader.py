@@ -170,7 +170,7 @@ FLAGS   = 1 << 16   # reads of a file at most
 JOB     = 32 << 20  # bytes that are sorted together at most
 AHEAD   = 256       # reads that are queued and have not come: a stream holds a thousand operations, a read takes three and its part of what sorts
 TICK    = 1e-3      # seconds from one look to the next; a fifth while memory is being pinned
-PATIENCE = 1e-4     # seconds that a thread which wants Python's lock waits before it asks for it
+PATIENCE = 1e-3     # seconds that a thread which wants Python's lock waits before it asks for it
 
 class Loader:
     "Reads parts of a file into pinned memory and copies them to VRAM, once; a context manager"
