@@ -309,8 +309,9 @@ def _n_valid(tokens, types):
 
 def _specials(tokens, types, n_valid, rstrip):
     "Control, user-defined and unknown tokens of a GGUF vocabulary"
-    for i in (i for i in range(n_valid) if types[i] in (UNKNOWN, CONTROL, USER_DEFINED) and tokens[i]):
+    for i in np.flatnonzero(np.isin(types[:n_valid], (UNKNOWN, CONTROL, USER_DEFINED))).tolist():
         t = tokens[i]
+        if not t: continue
         control = types[i] != USER_DEFINED or bool(re.fullmatch(r'<\|[^|]*\|>', t))
         yield Special(i, t, control, rstrip=rstrip and t not in ('<unk>', '<s>', '<|endoftext|>'))
 
@@ -336,7 +337,7 @@ def _gguf_parts(m):
     tokens = _array(m, 'tokens'); n = len(tokens)
     if not n or not isinstance(tokens[0], str): raise TokenizerError(f'{_g}tokens must be a non-empty array of strings')
     types = _array(m, 'token_type', n, required=False)
-    types = [NORMAL]*n if types is None else np.asarray(types).tolist()
+    types = np.full(n, NORMAL) if types is None else np.asarray(types)
     n_valid = _n_valid(tokens, types)
     specials = list(_specials(tokens, types, n_valid, rstrip=model == 'llama' and m.get('general.architecture') == 'phi3'))
     ids = {k: _id(m, k + '_token_id', n) for k in ('bos', 'eos', 'eot', 'eom', 'unknown', 'padding')}
