@@ -1,7 +1,8 @@
 """How long `CudaEngine` takes to load files, and what it does when: `python tests/bench/loads.py FILE... [--n 6]`
 
 A line a load: milliseconds, then every part as `name begin-end` from the load's beginning. The first load of a process also loads the kernels. The logits
-of a short prompt are hashed: a loader that is fast and wrong would show."""
+of a short prompt are hashed: a loader that is fast and wrong would show. Then the loader alone, over the same bytes: pinned memory is made and given back, nothing else is done
+meanwhile."""
 import argparse, functools, hashlib, inspect, os, time
 from statistics import median
 import cupy
@@ -28,6 +29,15 @@ for owner, names in PARTS.items():
     for name in names: timed(owner, name)
 
 
+def alone(g, e, copies, stage):
+    "Milliseconds of the loader, with nobody beside it: the engine's weights are read once more"
+    t = time.perf_counter()
+    with loader.Loader(e.device, total=e.plan.weights) as l:
+        l.start(g.fileno(), copies, None, stage)
+        l.wait()
+    return 1e3*(time.perf_counter() - t)
+
+
 def timeline():
     "The parts in the order in which they began; of one that was at work several times how often, and from when to when"
     order = sorted(spans.items(), key=lambda s: min(s[1]))
@@ -46,14 +56,21 @@ def main():
     for path in a.files:
         print(f'\n{os.path.basename(path)}')
         times = []
+        kept, start = [], loader.Loader.start
+        def keep(self, fd, copies, progress, stage): kept[:] = copies, stage; start(self, fd, copies, progress, stage)
         with orcd.GGUF(path) as g:
-            for _ in range(a.n):
+            loader.Loader.start = keep
+            for i in range(a.n):
                 spans.clear()
                 began = time.perf_counter()
                 e = engine.CudaEngine(g, n_ctx=a.context_length)
                 times.append(1e3*(time.perf_counter() - began))
                 line = timeline()
                 print(f'{times[-1]:7.1f} ms  {line}  {hashlib.sha256(e.logits([1, 2, 3, 4, 5]).tobytes()).hexdigest()[:12]}', flush=True)
+                if i == a.n - 1:
+                    loader.Loader.start = start
+                    ms = [alone(g, e, *kept) for _ in range(a.n)]
+                    print(f'  the loader alone {min(ms):.1f} to {max(ms):.1f}, median {median(ms):.1f}; logits then {hashlib.sha256(e.logits([1, 2, 3, 4, 5]).tobytes()).hexdigest()[:12]}')
                 e.close()
         if a.n > 1: print(f'  first {times[0]:.1f}, others {min(times[1:]):.1f} to {max(times[1:]):.1f}, median {median(times[1:]):.1f}')
 
