@@ -6,8 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/loader.html.md"""
 
 # %% auto #0
 __all__ = ['GAP', 'REQUEST', 'SIGEV_NONE', 'NOT_BEGUN', 'STALL', 'READERS', 'SHARE', 'SLOT', 'PINNED', 'FLAGS', 'JOB', 'AHEAD',
-           'TICK', 'PATIENCE', 'NOT_SUPPORTED', 'Copy', 'pieces', 'jobs', 'Reads', 'read_whole', 'PinnedBuffer',
-           'Loader', 'Part', 'parts', 'load']
+           'SPARE', 'TICK', 'PATIENCE', 'NOT_SUPPORTED', 'Copy', 'pieces', 'jobs', 'Reads', 'read_whole',
+           'PinnedBuffer', 'Loader', 'Part', 'parts', 'load']
 
 # %% ../nbs/29_loader.ipynb #1ea1e979
 import ctypes, errno, os, sys, time
@@ -171,6 +171,7 @@ PINNED  = 16 << 20  # bytes of pinned memory at a time: the first slots are ther
 FLAGS   = 1 << 16   # reads of a file at most
 JOB     = 32 << 20  # bytes that are sorted together at most
 AHEAD   = 256       # reads that are queued and have not come: a stream holds a thousand operations, a read takes three and its part of what sorts
+SPARE   = 8         # the same beyond what slots hold while more memory is being pinned: what is queued goes before what new slots will hold
 TICK    = 1e-3      # seconds from one look to the next; a fifth while memory is being pinned
 PATIENCE = 1e-3     # seconds that a thread which wants Python's lock waits before it asks for it
 
@@ -190,7 +191,7 @@ class Loader:
         self.readers = n = readers or max(1, min(READERS, os.cpu_count() or 1, READERS if total is None else total // SHARE))
         slot = slot_bytes or max(SLOT, min(chunk_bytes, PINNED))
         self.slot, self.job = min(slot, total or slot), job_bytes
-        self.chunk, self.given_up, self.running, self.done = min(chunk_bytes, self.slot), False, None, 0
+        self.chunk, self.given_up, self.running, self.done, self.queued = min(chunk_bytes, self.slot), False, None, 0, 0
         self.stream, self.asker = Stream(non_blocking=True), Stream(non_blocking=True) # before the driver is busy with pinning
         self.copied = Event(disable_timing=True)
         self.pins, self.thread = (ThreadPoolExecutor(1, f'orcd-{what}') for what in ('pin', 'load'))
@@ -263,7 +264,7 @@ def _send(self, part, slot):
 
 def _count(self, n):
     "So many bytes are on their way"
-    before, self.done, step = self.done, n, max(self.total // 100, 1)
+    before, self.done, step = self.done, max(n, self.done), max(self.total // 100, 1)
     if self.progress and self.done < self.total and self.done // step > before // step: self.progress(self.done, self.total)
 
 def _look(self, reads, ends):
@@ -287,9 +288,10 @@ def _queue(self, reads, parts, ends):
                     n_slots += 1
                     slots.append(slot)
                     if any(begin(r) for r in reads.into(*slot)): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            if i - reads.come < (n_slots if new else AHEAD): break # else those that come later would have nothing to do
+            ahead, tick = (n_slots + SPARE, TICK/5) if new else (AHEAD, TICK)
+            if i - reads.come < ahead: break
             self._look(reads, ends)
-            if i - reads.come >= (n_slots if new else AHEAD): time.sleep(TICK/5 if new else TICK)
+            if i - reads.come >= ahead: time.sleep(tick)
         wait(stream, flags[i], reads.sign, 1)
         self._send(part, slots[i][1])
         if reads.asked == len(parts): continue
@@ -302,14 +304,15 @@ def _queue(self, reads, parts, ends):
         self._look(reads, ends)
         time.sleep(TICK)
 
-def _slowly(self, fd, parts):
+def _slowly(self, fd, parts, ends):
     "One read after the other"
     buffer, slots = self.pinned[0].result()
-    for part in parts:
+    for part, end in zip(parts, ends):
         if self.given_up: raise KernelError('the load was given up')
         read_whole(fd, part.offset, buffer.view[slots[0] - buffer.ptr:][:part.n_bytes])
         self._send(part, slots[0])
         self.stream.synchronize()
+        self._count(end*self.total // ends[-1])
 
 def _run(self, fd, parts):
     "What the thread does"
@@ -328,7 +331,7 @@ def _run(self, fd, parts):
         for stream in self.stream, self.asker: stream.synchronize()
         reads.close()
     while whole < len(parts) and whole and not parts[whole - 1].complete: whole -= 1 # the parts of a job belong together
-    self._slowly(fd, parts[whole:])
+    self._slowly(fd, parts[whole:], ends[whole:])
 
 def _start(self,
     fd:int,         # the GGUF file, which stays open until `wait` has returned
