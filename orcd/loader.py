@@ -328,8 +328,9 @@ def _run(self, fd, parts):
     finally:
         whole = min(reads.whole(), self.queued)
         reads.give_up()
-        for stream in self.stream, self.asker: stream.synchronize()
-        reads.close()
+        try:
+            for stream in self.stream, self.asker: stream.synchronize()
+        finally: reads.close()
     while whole < len(parts) and whole and not parts[whole - 1].complete: whole -= 1 # the parts of a job belong together
     self._slowly(fd, parts[whole:], ends[whole:])
 
