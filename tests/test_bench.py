@@ -50,3 +50,13 @@ def test_launches(monkeypatch, capsys):
         runpy.run_path(str(ROOT/'tests'/'bench'/'launches.py'), run_name='__main__')
     out = capsys.readouterr().out
     assert out.count('reading takes') == len(gpu.launches) == 16, 'each is one launch'
+
+
+def test_starts(monkeypatch, capsys):
+    "Real workers, with the small model on the CPU"
+    monkeypatch.setattr(sys, 'argv', ['starts', 'demo', '--n', '2', '--device', 'reference'])
+    runpy.run_path(str(ROOT/'tests'/'bench'/'starts.py'), run_name='__main__')
+    out = capsys.readouterr().out
+    times = [float(t) for t in out.split('medians')[0].replace('demo: ready after ', '').split()[:2]]
+    medians = [float(part.split()[-1]) for part in out.split('medians:')[1].split(',')]
+    assert all(0 < t < 60 for t in times) and medians == sorted(medians) and len(medians) == 3
