@@ -276,10 +276,8 @@ class CudaEngine:
                     code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device, weights.context)
                     self._capture(bound, code) # wants addresses, not weights
                     weights.wait()
-                    g.check_unchanged()
-                    self._warm_up() # the GPU's part of it while pinned memory is given back
-                self.stream.synchronize()
-                self.length, self.finder = 0, None
+                g.check_unchanged()
+                self._warm_up()
         except BaseException: self.close(); raise
 
     def _arena(self, kind, n_bytes):
@@ -503,7 +501,7 @@ def _capture(self:CudaEngine, bound, code):
 
 @patch
 def _warm_up(self:CudaEngine):
-    "Queue tables, then a chunk and a step: what the driver takes at a first launch it takes now, not in the first job"
+    "Tables, then a chunk and a step: what the driver takes at a first launch it takes now, not in the first job"
     from cupy.cuda import runtime
     runtime.memsetAsync(self.state.data.ptr, 0, self.state.nbytes, self.stream.ptr) # attention's tickets
     factors = getattr(self.model, 'rope_freqs', None)
@@ -513,6 +511,8 @@ def _warm_up(self:CudaEngine):
     self._begin(SamplingParams())
     self._set_state(0)
     self.graph.launch(self.stream)
+    self.stream.synchronize()
+    self.length, self.finder = 0, None
 
 # %% ../nbs/32_engine.ipynb #efbc3d70
 @patch

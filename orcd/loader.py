@@ -6,8 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/loader.html.md"""
 
 # %% auto #0
 __all__ = ['GAP', 'REQUEST', 'SIGEV_NONE', 'NOT_BEGUN', 'STALL', 'READERS', 'SHARE', 'SLOT', 'PINNED', 'FLAGS', 'JOB', 'AHEAD',
-           'SPARE', 'TICK', 'PATIENCE', 'NOT_SUPPORTED', 'Copy', 'pieces', 'jobs', 'Reads', 'read_whole',
-           'PinnedBuffer', 'Loader', 'Part', 'parts', 'load']
+           'TICK', 'PATIENCE', 'NOT_SUPPORTED', 'Copy', 'pieces', 'jobs', 'Reads', 'read_whole', 'PinnedBuffer',
+           'Loader', 'Part', 'parts', 'load']
 
 # %% ../nbs/29_loader.ipynb #1ea1e979
 import ctypes, errno, os, sys, time
@@ -171,7 +171,6 @@ PINNED  = 16 << 20  # bytes of pinned memory at a time: the first slots are ther
 FLAGS   = 1 << 16   # reads of a file at most
 JOB     = 32 << 20  # bytes that are sorted together at most
 AHEAD   = 256       # reads that are queued and have not come: a stream holds a thousand operations, a read takes three and its part of what sorts
-SPARE   = 8         # the same beyond what slots hold while more memory is being pinned: what is queued goes before what new slots will hold
 TICK    = 1e-3      # seconds from one look to the next; a fifth while memory is being pinned
 PATIENCE = 1e-3     # seconds that a thread which wants Python's lock waits before it asks for it
 
@@ -288,7 +287,7 @@ def _queue(self, reads, parts, ends):
                     n_slots += 1
                     slots.append(slot)
                     if any(begin(r) for r in reads.into(*slot)): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            ahead, tick = (n_slots + SPARE, TICK/5) if new else (AHEAD, TICK)
+            ahead, tick = (n_slots, TICK/5) if new else (AHEAD, TICK) # more would be read by the slots there are, and leave nothing to those that come
             if i - reads.come < ahead: break
             self._look(reads, ends)
             if i - reads.come >= ahead: time.sleep(tick)
