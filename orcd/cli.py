@@ -236,7 +236,7 @@ def head_start(
     "What makes a worker ready sooner: the driver works while Python imports, and Python leaves out what it can"
     import gc
     gc.disable()                                                 # a start makes objects and drops none; `worker` switches it on again
-    sys.setswitchinterval(1e-3)                                  # likewise: threads that import let go of Python's lock at every file, and would get it back after 5 ms
+    sys.setswitchinterval(1e-3)                                  # threads that import let go of Python's lock at every file, and would get it back after 5 ms; `serve` undoes it
     os.environ.setdefault('PYDANTIC_DISABLE_PLUGINS', '__all__') # it would look for them in every package that is installed
     sys.modules.setdefault('rich', None)                         # structlog would import it to colour tracebacks: ours are a field of a line
     if device == 'reference' or not file.is_file(): return
@@ -256,11 +256,13 @@ def serve(settings=None, **given):
     s = worker_settings({k.replace('_', '-'): None if v is None else str(v) for k, v in given.items()}, settings)
     try: file = model_path(s['model'])
     except OrcdError: file = Path(s['model'])
+    patience = sys.getswitchinterval()
     head_start(file, s['gpu_device'])
     from dataclasses import replace
     from orcd.worker import Settings, load_model, serve as run
     def load(s, progress):                                  # here, so that a missing file is an error of the start, in the log
-        return load_model(replace(s, model=str(model_path(s.model))), progress)
+        try: return load_model(replace(s, model=str(model_path(s.model))), progress)
+        finally: sys.setswitchinterval(patience)
     raise typer.Exit(run(Settings(**s | dict(model_ref=s['model_ref'] or file.name)), load))
 
 # %% ../nbs/44_cli.ipynb #cb6a84a8
@@ -436,7 +438,9 @@ def cuda_problem():
     try: use_device(0)
     except DeviceError as e: return str(e).split(';')[0]
 
-def spawn(*flags):
+def spawn(*flags,
+    seen=None, # called with each event of the log until it is ready
+):
     "Start a worker process; returns (process, uri), or (process, error message) with the process ended"
     import json, subprocess
     command = [sys.executable, '-m', 'orcd.cli', 'serve', '--port', '0', '--host', '127.0.0.1', '--log-format', 'json', *flags]
@@ -444,6 +448,7 @@ def spawn(*flags):
     said = 'no log line'
     for line in p.stderr:
         e = json.loads(line) if line.startswith('{') else dict(event='', message=line.strip())
+        if seen: seen(e)
         if e['event'] == 'ready': return p, e['uri']
         if e['event'] == 'error': said = e['message']
     p.wait()

@@ -6,8 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/loader.html.md"""
 
 # %% auto #0
 __all__ = ['GAP', 'REQUEST', 'SIGEV_NONE', 'NOT_BEGUN', 'STALL', 'READERS', 'SHARE', 'SLOT', 'PINNED', 'FLAGS', 'JOB', 'AHEAD',
-           'TICK', 'PATIENCE', 'NOT_SUPPORTED', 'Copy', 'pieces', 'jobs', 'Reads', 'read_whole', 'PinnedBuffer',
-           'Loader', 'Part', 'parts', 'load']
+           'TICK', 'PATIENCE', 'NOT_SUPPORTED', 'Copy', 'pieces', 'jobs', 'Reads', 'PinnedBuffer', 'Loader', 'Part',
+           'parts', 'load']
 
 # %% ../nbs/29_loader.ipynb #1ea1e979
 import ctypes, errno, os, sys, time
@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 # %% ../nbs/29_loader.ipynb #5d0f3a61
-from .errors import GGUFError, KernelError
+from .errors import KernelError
+from .gguf import read_at
 from .nvrtc import context_of, enter, quick
 from .planes import repack
 
@@ -137,17 +138,6 @@ class Reads:
         "Wait for what is under way; the memory is ours again"
         while any((r['error'] == errno.EINPROGRESS).any() for r in (self.data, self.last)): time.sleep(1e-4)
         for fd in self.fds: os.close(fd)
-
-def read_whole(
-    fd:int,
-    offset:int,
-    into,       # memoryview
-):
-    "Fill memory from a file, whatever the operating system returns per call. Raises `GGUFError` when the file ends early: it shrank or was replaced."
-    while len(into):
-        n = os.preadv(fd, [into], offset)
-        if not n: raise GGUFError('the file ended while it was being loaded: it was changed or truncated meanwhile', offset=offset)
-        into, offset = into[n:], offset + n
 
 # %% ../nbs/29_loader.ipynb #c8f5fc73
 class PinnedBuffer:
@@ -308,7 +298,7 @@ def _slowly(self, fd, parts, ends):
     buffer, slots = self.pinned[0].result()
     for part, end in zip(parts, ends):
         if self.given_up: raise KernelError('the load was given up')
-        read_whole(fd, part.offset, buffer.view[slots[0] - buffer.ptr:][:part.n_bytes])
+        buffer.view[slots[0] - buffer.ptr:][:part.n_bytes] = read_at(fd, part.offset, part.n_bytes, None)
         self._send(part, slots[0])
         self.stream.synchronize()
         self._count(end*self.total // ends[-1])

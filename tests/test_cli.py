@@ -312,3 +312,19 @@ def test_soak(path):
         assert len(set(texts)) == 1 and host[-1] < host[2] + 16 * 2**20, host
         w.signal()
         assert w.end() == 0
+
+
+def test_a_start_is_hasty_only_while_it_lasts(monkeypatch):
+    "Python's lock changes hands sooner until the model is there, or is not"
+    import gc
+    from orcd import worker
+    from orcd.errors import ModelError
+    seen, patience = [], sys.getswitchinterval()
+    def load_model(settings, progress): seen.append(sys.getswitchinterval()); raise ModelError('no model')
+    monkeypatch.setattr(worker, 'load_model', load_model)
+    monkeypatch.setattr(worker, 'serve', lambda settings, load: load(settings, None))
+    monkeypatch.setitem(sys.modules, 'rich', sys.modules.get('rich'))       # so that it is put back
+    monkeypatch.setenv('PYDANTIC_DISABLE_PLUGINS', '__all__')
+    try: assert run(['serve', '--model', 'demo', '--device', 'reference']) == ModelError.exit_code
+    finally: gc.enable()
+    assert len(seen) == 1 and seen[0] < patience == sys.getswitchinterval()

@@ -150,12 +150,17 @@ def library(tmp_path_factory):
 
 
 class Array:
-    "A NumPy array with as much of CuPy's as launchers want"
+    "A NumPy array with as much of CuPy's as launchers want; slices are views"
     def __init__(self, a):
         a = np.asarray(a)
         self.a = placed(np.ascontiguousarray(a).reshape(-1).view(np.uint8)).view(a.dtype).reshape(a.shape)
-        self.data = SimpleNamespace(ptr=self.a.ctypes.data)
+    @property
+    def data(self): return SimpleNamespace(ptr=self.a.ctypes.data)
     def __getattr__(self, name): return getattr(self.a, name)
+    def __getitem__(self, i):
+        part = object.__new__(Array)
+        part.a = self.a[i]
+        return part
 
 
 @pytest.fixture

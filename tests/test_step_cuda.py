@@ -6,31 +6,16 @@ import numpy as np, pytest
 import orcd
 from make_models import MODELS, make_model
 from orcd import k_attention, k_gemv, nvrtc
-from orcd.engine import open_model
+from orcd.engine import is_float_array, open_model
 from orcd.ops import CudaOps
 from orcd.reference import ReferenceEngine
-from test_gemv_cuda import library, on_cpu, tensor
-
-
-class Host:
-    "A NumPy array with as much of CuPy's as launchers want; slices are views"
-    def __init__(self, a): self.a, self.data = a, NS(ptr=a.ctypes.data)
-    def __getattr__(self, name): return getattr(self.a, name)
-    def __getitem__(self, i): return Host(self.a[i])
-
-
-def place(shape, dtype=np.float32, fill=255):
-    "Memory at a 16-byte boundary; floats are NaN"
-    size = int(np.prod(shape))*np.dtype(dtype).itemsize
-    buf = np.full(size + 64, fill, np.uint8)
-    at = -buf.ctypes.data % 16
-    return Host(buf[at:at + size].view(dtype).reshape(shape))
+from test_gemv_cuda import Array, library, on_cpu, tensor
 
 
 class Scratch:
     ptr = 1
     def reset(self): pass
-    def take(self, shape, dtype=np.float32): return place(shape, dtype)
+    def take(self, shape, dtype=np.float32): return Array(np.full(shape, np.nan if np.dtype(dtype).kind == 'f' else -1, dtype))
 
 
 def attend(config):
@@ -72,20 +57,13 @@ def test_layers(tmp_path, on_cpu, monkeypatch, name):
         monkeypatch.setattr(k_attention, 'attend_decode', attend(config))
         def upload(t):
             if t is None: return None
-            raw = np.ascontiguousarray(g.blocks(t.name)).reshape(-1).view(np.uint8)
-            if len(t.shape) == 1 or t.name.endswith('.bias'):
-                a = place(t.shape); a.a.reshape(-1).view(np.uint8)[:] = raw
-                return a
-            if t.type.block_size == 1:
-                a = place((raw.size,), np.uint8); a.a[:] = raw
-                return nvrtc.QTensor(t.type, t.shape, a, t.name)
-            W = tensor(raw.reshape(int(np.prod(t.shape[:-1])), -1), t.type, t.shape)
-            return nvrtc.QTensor(t.type, t.shape, Host(W.data.a), t.name)
+            if is_float_array(t): return Array(g.dequantize(t.name))
+            raw = g.blocks(t.name)
+            return nvrtc.QTensor(t.type, t.shape, Array(raw.reshape(-1)), t.name) if t.type.block_size == 1 else tensor(raw, t.type, t.shape)
         layers = [NS(**{role: upload(t) for role, t in roles.items()}) for roles in bound.layers]
-        ops = CudaOps(config, 32, Scratch(), [(None, None)]*config.n_layer, place((64,), np.int32), place((config.rope.n_rot//2,)))
+        ops = CudaOps(config, 32, Scratch(), [(None, None)]*config.n_layer)
         ops.decode = True
-        x = place((1, config.n_embd))
-        x.a[:] = want[0]
+        x = Array(want[:1])
         for i, w in enumerate(layers):
             ops.begin_layer()
             assert family.layer(ops, x, w, i) is x

@@ -29,7 +29,7 @@ def calls(name):
 
 
 def test_pinned_memory_is_for_copies_only():
-    "Pinned memory is allocated in one place, unmapped: flags 0"
+    "Pinned memory is allocated in one place, unmapped: flags 0. It is copied from, and holds the words that tell a stream that it may."
     (module, call), = calls('hostAlloc')
     assert module == 'loader' and ast.literal_eval(call.args[1]) == 0
 

@@ -1,25 +1,21 @@
 """How long a worker takes from the start of its process until it is ready: `python tests/bench/starts.py FILE... [--n 4] [--device 0]`
 
 Seconds until `startup` (Python and its imports), until the model is loaded, until `ready`; the first start of a file, which also fills caches, is not counted."""
-import argparse, json, os, subprocess, sys, time
+import argparse, os, sys, time
 from statistics import median
+from orcd.cli import spawn
 
 EVENTS = 'startup', 'model_load_complete', 'ready'
 
 
 def start(path, device):
     "Seconds until each event of one worker, which is ended then"
-    command = [sys.executable, '-m', 'orcd.cli', 'serve', '--model', path, '--device', device, '--port', '0', '--log-format', 'json']
-    began, seen = time.perf_counter(), {}
-    worker = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for line in worker.stderr:
-        event = json.loads(line)
-        if event['event'] == 'error': sys.exit(f"{path}: {event['message']}")
-        if event['event'] in EVENTS: seen[event['event']] = time.perf_counter() - began
-        if event['event'] == 'ready': break
+    began, times = time.perf_counter(), {}
+    worker, where = spawn('--model', path, '--device', device, seen=lambda e: times.update({e['event']: time.perf_counter() - began}))
+    if worker.returncode is not None: sys.exit(f'{path}: {where}')
     worker.terminate()
     worker.communicate()
-    return seen
+    return times
 
 
 def main():
