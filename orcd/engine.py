@@ -276,8 +276,8 @@ class CudaEngine:
                     code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device, weights.context)
                     self._capture(bound, code) # wants addresses, not weights
                     weights.wait()
-                g.check_unchanged()
-                self._warm_up()
+                    g.check_unchanged()
+                    self._warm_up() # before pinned memory is given back, which the driver's other calls wait for
         except BaseException: self.close(); raise
 
     def _arena(self, kind, n_bytes):
@@ -501,13 +501,12 @@ def _capture(self:CudaEngine, bound, code):
 
 @patch
 def _warm_up(self:CudaEngine):
-    "Tables, then a chunk and a step: what the driver takes at a first launch it takes now, not in the first job"
+    "Tables, then a step"
     from cupy.cuda import runtime
     runtime.memsetAsync(self.state.data.ptr, 0, self.state.nbytes, self.stream.ptr) # attention's tickets
     factors = getattr(self.model, 'rope_freqs', None)
     self.ops.inv_freq.set(self.config.rope.inv_freq(None if factors is None else factors.get()), self.stream)
     if self.finder: self.finder.launch(self.stream)
-    self.prefill([0])
     self._begin(SamplingParams())
     self._set_state(0)
     self.graph.launch(self.stream)

@@ -6,12 +6,13 @@ Docs: https://orcd-dev.github.io/orcd/gguf.html.md"""
 
 # %% auto #0
 __all__ = ['NUMBER', 'INTEGERS', 'MAX_HEADER', 'MAX_STRINGS', 'MAX_ENTRIES', 'MAX_KEY', 'MAX_NAME', 'MAX_DIMS', 'MAX_ALIGNMENT',
-           'GGUFType', 'read_at', 'short', 'Metadata', 'TensorInfo', 'GGUF', 'types_table']
+           'GGUFType', 'read_at', 'short', 'Metadata', 'cut_pairs', 'TensorInfo', 'GGUF', 'types_table']
 
 # %% ../nbs/02_gguf.ipynb #4eff1750
 import html, mmap, os, stat, struct
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
@@ -177,6 +178,16 @@ class Metadata(Mapping):
         if isinstance(v, _Lazy): v = self._values[key] = _decode(self._read(v.start, v.end - v.start), v, key)
         return v
 
+    def pairs(self,
+        key:str, # of an array of strings
+    ):           # (list of tuples, bytes of the longest string)
+        "Strings cut at their first space, as merges are kept; one without a space stays whole, in a tuple of one. Not remembered."
+        v = self._values[key]
+        if isinstance(v, _Lazy) and v.n >= 1000:
+            with _utf8(v, key): found = _pairs(self._read(v.start, v.end - v.start), v.n)
+            if found: return found
+        return cut_pairs(self[key])
+
     def kind(self,
         key:str,
     )->tuple: # (`GGUFType`, type of the elements or None, number of elements or None); (None, None, None) when absent
@@ -202,19 +213,49 @@ def _lengths(data, n):
             i, n = i + 8 + _u64(data, i)[0], n - 1
     return np.concatenate(parts)
 
-def _strings(data, n):
-    "All strings of an array at once: one text, cut at zeros. None when it does not go that way."
+def _joined(data, n):
+    "All strings of an array as one, a zero before each; and where the zeros are. None when it does not go that way."
     at = _lengths(data, n)
     if at is None: return None
     keep = np.ones(len(data), bool)
-    for i in range(7): keep[at + i] = False          # of each length the last byte stays, a zero
-    out = np.frombuffer(data, np.uint8)[keep].tobytes().decode().split('\0')[1:]
-    return out if len(out) == n else None            # there are zeros in the strings
+    for i in range(7): keep[at + i] = False          # of each length the last byte stays
+    out = np.frombuffer(data, np.uint8)[keep]
+    zeros = np.flatnonzero(out == 0)
+    return (out, zeros) if len(zeros) == n else None # there are zeros in the strings
+
+def cut_pairs(
+    strings, # list
+):           # (list of tuples, bytes of the longest string)
+    "Strings cut at their first space; one without a space stays whole, in a tuple of one"
+    return [tuple(s.split(' ', 1)) for s in strings], max(map(len, map(str.encode, strings)), default=0)
+
+def _cut(joined): return joined.tobytes().decode().split('\0')[1:]
+
+def _strings(data, n):
+    "All strings of an array at once, or None"
+    found = _joined(data, n)
+    return found and _cut(found[0])
+
+def _pairs(data, n):
+    "Both sides of the only space of each string, and the bytes of the longest string; or None"
+    found = _joined(data, n)
+    if found is None: return None
+    joined, zeros = found
+    spaces = np.flatnonzero(joined == ord(' '))
+    if len(spaces) != n or (spaces < zeros).any() or (spaces[:-1] > zeros[1:]).any(): return None
+    joined[spaces] = 0
+    sides = iter(_cut(joined))
+    return list(zip(sides, sides)), int(np.diff(zeros, append=len(joined)).max()) - 1
+
+@contextmanager
+def _utf8(lazy, key):
+    try: yield
+    except UnicodeDecodeError: raise GGUFError(f'{short(key)} holds text that is not valid UTF-8', offset=lazy.start) from None
 
 def _decode(data, lazy, key):
     "The value of a lazy entry from its bytes"
     t, n = lazy.type, lazy.n
-    try:
+    with _utf8(lazy, key):
         if n is None: return data.decode()
         if t != GGUFType.STRING:
             a = np.frombuffer(data, NUMBER[t], n)
@@ -228,7 +269,6 @@ def _decode(data, lazy, key):
             i = j + _u64(data, i)[0]
             out.append(data[j:i].decode())
         return out
-    except UnicodeDecodeError: raise GGUFError(f'{short(key)} holds text that is not valid UTF-8', offset=lazy.start) from None
 
 # %% ../nbs/02_gguf.ipynb #33053cc1
 def _value(c, key, strings):

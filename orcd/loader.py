@@ -13,6 +13,7 @@ __all__ = ['GAP', 'REQUEST', 'SIGEV_NONE', 'NOT_BEGUN', 'STALL', 'READERS', 'SHA
 import ctypes, errno, os, sys, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -195,18 +196,19 @@ class Loader:
         return buffer, range(buffer.ptr + before, buffer.ptr + before + self.slot*n, self.slot)
 
     def _unpin(self):
-        self.pins.shutdown(cancel_futures=True)
-        self.thread.shutdown()
         for p in self.pinned:
             if not p.cancelled() and not p.exception(): p.result()[0].free()
 
     def close(self):
-        "Stop, and give the pinned memory back; safe to call twice"
+        "Stop. Pinned memory is given back by its own thread soon after, which takes some milliseconds. Safe to call twice."
         self.given_up = True
-        try: self._unpin()
-        except BaseException: self._unpin(); raise # a second Ctrl-C: nobody may write to VRAM that is given back next
+        for p in self.pinned: p.cancel() # what has not begun
+        try: self.thread.shutdown()
+        except BaseException: self.thread.shutdown(); raise # a second Ctrl-C: nobody may write to VRAM that is given back next
         finally:
             if self.patience > PATIENCE: sys.setswitchinterval(self.patience)
+            with suppress(RuntimeError): self.pins.submit(self._unpin) # closed before
+            self.pins.shutdown(wait=False)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
@@ -246,10 +248,12 @@ def _send(self, part, slot):
     if rest: quick('cuMemcpyHtoDAsync_v2', _address, _address, _size, _address)(dst + end, slot + end, rest, stream)
     if not part.complete: return
     job, place = part.complete
+    runs = {}
     for offset, n, dst, sort in job:
         src = place + offset - job[0][0]
-        if sort: self.sort(sort[0], src, dst, *sort[1:], self.stream)
+        if sort: runs.setdefault(sort[0], []).append((src, dst, *sort[1:]))
         elif place: quick('cuMemcpyDtoDAsync_v2', _address, _address, _size, _address)(dst, src, n, stream)
+    for t, some in runs.items(): self.sort(t, some, self.stream)
 
 def _count(self, n):
     "So many bytes are on their way"

@@ -11,7 +11,7 @@ __all__ = ['OPTIONS', 'MAX_ARGS', 'TILE', 'read_source', 'with_includes', 'Compi
 
 # %% ../nbs/19_nvrtc.ipynb #59e5ad29
 import ctypes, hashlib, os, re, struct, sys, tempfile, threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -244,16 +244,19 @@ def _module(name, device, defines=()):
                 _modules[key] = m
     return _modules[key]
 
-MAX_ARGS = 64
+MAX_ARGS = 512 # of eight bytes: what a kernel may have
 _codes = {np.int32: 'i4x', np.float32: 'f4x', np.int64: 'q'} # what most arguments are, in eight bytes
 
 def _packed(args):
-    "Launch arguments as the driver reads them, eight bytes each"
+    "Launch arguments as the driver reads them, eight bytes each; the last one may be a structure of any size"
     codes, values = [], []
     for a in args:
         code = _codes.get(type(a), 'Q')
         if code == 'Q':
             if a is None: a = 0
+            elif isinstance(a, np.void):
+                if a is not args[-1]: raise KernelError('a structure has to be the last argument')
+                code, a = f'{a.nbytes}s', a.tobytes()
             elif isinstance(a, np.generic): a = int.from_bytes(a.tobytes(), 'little')
             elif isinstance(a, (int, float)): raise KernelError(f'kernel argument {a!r}: pass a NumPy scalar, so that its width is known')
             else: a = a.ptr if hasattr(a, 'ptr') else a.data.ptr # a `QTensor`, an array
@@ -373,16 +376,19 @@ def load_all(
     context=None, # from `context_of`, if known: to ask the driver would wait for what it does
 )->dict:        # a future for each, see `wait_for`
     "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
+    there = Future()
+    there.set_result(None)
+    jobs, wanted = dict.fromkeys(files, there), [f for f in files if (f[0], device, f[1]) not in _modules]
+    if not wanted: return jobs
     arch, context, few = device_arch(device), context or context_of(device), ThreadPoolExecutor(4, 'orcd-modules')
-    compilers = ThreadPoolExecutor(max(1, len(files)), 'orcd-nvrtc')
+    compilers = ThreadPoolExecutor(len(wanted), 'orcd-nvrtc')
     def load(name, defines):
         enter(context)
         _module(name, device, defines)
     def look(name, defines):
-        if (name, device, defines) in _modules: return
         if _cache_path(name, read_source(name), arch, defines).exists(): load(name, defines)
         else: return compilers.submit(load, name, defines)
-    jobs = {f: few.submit(look, *f) for f in files}
+    jobs.update((f, few.submit(look, *f)) for f in wanted)
     few.shutdown(wait=False)
     return jobs
 

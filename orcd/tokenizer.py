@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 # %% ../nbs/04_tokenizer.ipynb #f0e95373
 from .chat import CHATML, ChatTemplate, Harmony, PlainReply, check_messages, escape, merge_dropped
 from .errors import ChatTemplateError, RequestError, TokenizerError
+from .gguf import Metadata, cut_pairs
 from .spm import BYTE, CONTROL, NORMAL, SPM, UNKNOWN, UNUSED, USER_DEFINED
 
 # %% ../nbs/04_tokenizer.ipynb #15b300a6
@@ -71,22 +72,29 @@ PRE |= {alias: PRE[name] for name, aliases in {
     'smollm': 'starcoder refact command-r codeshell'}.items() for alias in aliases.split()}
 
 # %% ../nbs/04_tokenizer.ipynb #9ea5420a
-def _longest(texts): return max(map(len, map(str.encode, texts)), default=0) # in bytes
+def _longest(texts):
+    "Bytes of the longest text"
+    zeros = np.flatnonzero(np.frombuffer('\0'.join(['', *texts, '']).encode(), np.uint8) == 0)
+    if len(zeros) == len(texts) + 1 > 1: return int(np.diff(zeros).max()) - 1
+    return max(map(len, map(str.encode, texts)), default=0)
 
 class ByteBPE:
     "Byte-level BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens."
     def __init__(self,
         tokens,    # text of every token
-        merges,    # 'left right' in the order in which they were learnt
+        merges,    # (left, right) in the order in which they were learnt
         pre:Pre,   # what happens before
         skip=(),   # ids that ordinary text must not become
+        longest=None, # bytes of the longest merge, with a space between, if known
     ):
-        skip = set(skip)
-        vocab = {t: i for i, t in enumerate(tokens) if i not in skip}
+        skip, vocab = set(skip), dict(zip(tokens, range(len(tokens))))
+        if len(vocab) == len(tokens):
+            for i in skip: del vocab[tokens[i]]
+        else: vocab = {t: i for i, t in enumerate(tokens) if i not in skip} # a text that is there twice
         self.tokens, self.missing = tokens, {b for b, c in ALPHABET.items() if c not in vocab}
-        pairs = [tuple(m.split(' ', 1)) for m in merges]
-        if _longest(merges) > 1 + _longest(vocab): raise self._wrong(merges, vocab) # the library would panic; what else is wrong it says
-        try: self.bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre.whole_words))
+        if longest is None: longest = _longest([' '.join(m) for m in merges])
+        if longest > 1 + _longest(vocab): raise self._wrong(merges, vocab) # the library would panic; what else is wrong it says
+        try: self.bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words))
         except Exception: raise self._wrong(merges, vocab) from None
         if pre.nfc: self.bpe.normalizer = normalizers.NFC()
         split = [pre_tokenizers.Split(Regex(r), 'isolated') for r in pre.patterns]
@@ -94,7 +102,7 @@ class ByteBPE:
 
     def _wrong(self, merges, vocab):
         "An error that names the wrong merge: to look at each is slower than to let the library find that there is one"
-        wrong = next((repr(m) for m in merges if ' ' not in m or not {*m.split(' ', 1), m.replace(' ', '', 1)} <= vocab.keys()), 'list')
+        wrong = next((repr(' '.join(m)) for m in merges if len(m) != 2 or not {*m, ''.join(m)} <= vocab.keys()), 'list')
         return TokenizerError(f'the merge {wrong} must name two tokens with one space between, and make a third one')
 
     def encode(self, text, first=True):
@@ -322,7 +330,8 @@ def _gpt2_backend(m, tokens, types, specials):
         warnings.warn(f'the file has no {_g}pre: taking "default", as llama.cpp does; a newer conversion of the model may give better text')
         pre = 'default'
     if pre not in PRE: raise TokenizerError(f'unknown {_g}pre {pre!r}; known: {", ".join(sorted(PRE))}')
-    return ByteBPE(tokens, _array(m, 'merges'), PRE[pre], [s.id for s in specials]), PRE[pre].bos
+    merges = m.pairs(_g + 'merges') if isinstance(m, Metadata) and _g + 'merges' in m else cut_pairs(_array(m, 'merges'))
+    return ByteBPE(tokens, merges[0], PRE[pre], [s.id for s in specials], merges[1]), PRE[pre].bos
 
 def _llama_backend(m, tokens, types, specials):
     return SPM(tokens, _array(m, 'scores', len(tokens)), types, _flag(m, 'add_space_prefix', True)), True

@@ -2,7 +2,9 @@
 import ctypes, re, shutil, subprocess
 import numpy as np, pytest
 from orcd.blocks import GGMLType, dequantize
-from orcd.nvrtc import padded_bytes, read_source
+from orcd import planes
+from orcd.errors import KernelError
+from orcd.nvrtc import only, padded_bytes, read_source
 from orcd.planes import random_blocks, to_planes
 
 # As much of CUDA as blocks.cu and repack.cu need
@@ -12,7 +14,8 @@ SHIM = r'''
 #define __device__
 #define __global__
 #define __launch_bounds__(n)
-static struct { int x, z; } blockIdx, blockDim = {1, 1}, threadIdx;
+#define __grid_constant__
+static struct { int x, z; } blockIdx, blockDim = {256, 1}, threadIdx;
 template<class A> static A min(A a, A b) { return a < b ? a : b; }
 template<class A> static A max(A a, A b) { return a > b ? a : b; }
 #define __forceinline__ inline
@@ -42,8 +45,8 @@ CALLS = r'''
 #define CALL(name, T) extern "C" void decode_##name(const u8* w, float* y, int rows, int n) { \
     for (int r = 0; r < rows; r++) for (int i = 0; i < n; i++) y[(long)r * n + i] = dequant_one<T>(w, r, n, i); }
 EACH_TYPE(CALL)
-#define SORT(name, T) extern "C" void sort_##name(const u8* src, u8* dst, int n_out, int n, long first, int n_rows) { \
-    for (blockIdx.x = 0; blockIdx.x < n_rows * ((n + 127) / 128) * 4; blockIdx.x++) repack<T>(src, dst, n_out, n, first, n_rows); }
+#define SORT(name, T) extern "C" void sort_##name(const Runs* runs, int blocks) { \
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x++) repack<T>(*runs); }
 EACH_QUANT(SORT)
 '''
 MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
@@ -98,20 +101,34 @@ def test_bit_equal(build):
             assert np.array_equal(decode(lib, t, blocks, n), dequantize(blocks, t)), (t.name, n)
 
 
-@pytest.mark.timeout(120)
-def test_sorting_in_pieces(build):
-    "The kernel that sorts, a few rows at a time from any address, against NumPy"
-    lib, rng = build(), np.random.default_rng(1)
+@pytest.mark.timeout(240)
+def test_sorting_in_pieces(build, monkeypatch):
+    "The kernel that sorts, as it is launched, with rows from any address and of many tensors, against NumPy"
+    lib, rng, launches = build(), np.random.default_rng(1), []
+    def kernel(file, name, defines):
+        assert file == 'repack' and defines == only(GGMLType[name.removeprefix('repack_').upper()])
+        def launch(grid, block, args, stream):
+            assert len(grid) == len(args) == 1 and block == (256,)
+            launches.append(grid[0])
+            table = np.array(args[0])
+            getattr(lib, name.replace('repack', 'sort'))(pointer(table), grid[0])
+        return launch
+    monkeypatch.setattr(planes, 'kernel', kernel)
     for t in GGMLType:
         if t.block_size == 1: continue
-        for k, n_out in ((1, 5), (2, 20), (3, 10), (4, 1), (7, 4), (10, 20)):     # stacks of 4, 1, 2 … matrices
+        runs, wanted = [], []
+        for k, n_out in ((1, 5), (2, 20), (3, 10), (4, 1), (7, 4), (10, 20))*4:     # stacks of 4, 1, 2 … matrices
             n, blocks = k * t.block_size, random_blocks(t, 20, k * t.block_size, rng)
             out = placed(to_planes(np.zeros_like(blocks), t, n_out))       # padding stays as it is
             assert len(out) == padded_bytes((20 // n_out, n_out, n), t)
-            for first, count, shift in ((0, 7, 1), (7, 13, 3)):
+            for first, count, shift in ((0, 7, 1), (7, 0, 0), (7, 13, 3)):
                 src = np.concatenate([np.zeros(shift, np.uint8), blocks[first:first + count].ravel()])[shift:]
-                getattr(lib, f'sort_{t.name.lower()}')(pointer(src), pointer(out), n_out, n, ctypes.c_long(first), count)
-            assert np.array_equal(out, to_planes(blocks, t, n_out)), (t.name, n)
+                runs.append((src, out, (20 // n_out, n_out, n), first, count))
+            wanted.append((out, to_planes(blocks, t, n_out)))
+        planes.repack(t, [(src.ctypes.data, out.ctypes.data, *rest) for src, out, *rest in runs])
+        assert len(runs) > planes.AT_ONCE and all((out == w).all() for out, w in wanted), t.name
+        with pytest.raises(KernelError, match='cannot be sorted'): planes.repack(t, [(0, 0, (4, n), 3, 2)])
+    assert max(launches) > 64 and len(launches) == 2*sum(t.block_size > 1 for t in GGMLType)
 
 
 @pytest.mark.timeout(240)

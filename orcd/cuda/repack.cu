@@ -1,7 +1,10 @@
 #include "blocks.cu"
 
-// From the file's blocks to units. src: n_rows rows of blocks as they lie in the file, any alignment; they become rows first_row… of a stack
-// of matrices of n_out rows at dst, each padded to whole tiles. A thread moves the share of one lane in a group of four blocks.
+// From the file's blocks to units. A run: n_rows rows of blocks at src as they lie in the file, any alignment; they become rows first_row… of a
+// stack of matrices of n_out rows of n weights at dst, each padded to whole tiles. Its blocks are `begin` to the next run's. A thread moves the
+// share of one lane in a group of four blocks.
+struct Run { const u8* src; u8* dst; long long first_row; int n_out, n, n_rows, begin; };
+struct Runs { Run run[64]; long long count; };
 __device__ __forceinline__ u32 word_of(const u8* p) { return p[0] | (u32)p[1] << 8 | (u32)p[2] << 16 | (u32)p[3] << 24; }
 __device__ __forceinline__ u32 low_nibbles(u32 v) { return v & 0x0F0F0F0F; }
 __device__ __forceinline__ u32 high_nibbles(u32 v) { return (v >> 4) & 0x0F0F0F0F; }
@@ -15,15 +18,18 @@ template<int T> __device__ __forceinline__ u32 packed(u32 a, u32 b) {
     return fields(low_nibbles(a), LOW + 4, LOW) | turn_right(fields(low_nibbles(b), LOW + 4, LOW));
 }
 
-template<int T> __device__ void repack(const u8* src, u8* dst, int n_out, int n, long long first_row, int n_rows) {
+template<int T> __device__ void repack(const Runs& runs) {
     using Y = Type<T>;
-    const Planes<T> p(dst, n);
+    int at_run = 0;
+    for (int step = 32; step; step /= 2) if (at_run + step < runs.count && runs.run[at_run + step].begin <= (int)blockIdx.x) at_run += step;
+    const Run& r = runs.run[at_run];
+    const Planes<T> p(r.dst, r.n);
     const int groups = is_k<T>() ? 2 * p.blocks : (p.blocks + 3) / 4;
-    const long long item = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    if (item >= (long long)n_rows * groups * 4) return;
+    const long long item = (blockIdx.x - r.begin) * (long long)blockDim.x + threadIdx.x;
+    if (item >= (long long)r.n_rows * groups * 4) return;
     const int t = item & 3, group = item / 4 % groups;
-    const long long row = first_row + item / 4 / groups, to = row / n_out * ((n_out + 15) / 16 * 16) + row % n_out;
-    const u8* from = src + (row - first_row) * p.blocks * p.SIZE;
+    const long long row = r.first_row + item / 4 / groups, to = row / r.n_out * ((r.n_out + 15) / 16 * 16) + row % r.n_out;
+    const u8* from = r.src + (row - r.first_row) * p.blocks * p.SIZE;
     const int in_tile = to & 15, at = 4 * in_tile + t;
     if constexpr (is_k<T>()) {
         const int g = group & 1;
@@ -75,6 +81,5 @@ template<int T> __device__ void repack(const u8* src, u8* dst, int n_out, int n,
         if (Y::h && left == 4) *(u32*)(high_at + 4 * at) = high;
     }
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) repack_##name(const u8* src, u8* dst, int n_out, int n, \
-    long long first_row, int n_rows) { repack<T>(src, dst, n_out, n, first_row, n_rows); }
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) repack_##name(const __grid_constant__ Runs runs) { repack<T>(runs); }
 EACH_QUANT(KERNEL)
