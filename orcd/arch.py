@@ -6,10 +6,11 @@ Docs: https://orcd-dev.github.io/orcd/arch.html.md"""
 
 # %% auto #0
 __all__ = ['FAMILIES', 'registry', 'COLOR', 'TensorSpec', 'specs', 'Architecture', 'Bound', 'bind', 'register', 'known',
-           'resolve', 'Value', 'Step', 'Trace', 'trace', 'draw']
+           'open_model', 'resolve', 'Value', 'Step', 'Trace', 'trace', 'draw']
 
 # %% ../nbs/09_arch.ipynb #c9565b19
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -65,10 +66,17 @@ class Bound:
     "Where a model's tensors are in a file"
     model:dict   # role -> TensorInfo, or None
     layers:list  # one such dict a layer
-    @property
+
+    @cached_property
     def unique(self):
         "Every TensorInfo once, whatever its roles"
         return list({t.name: t for d in (self.model, *self.layers) for t in d.values() if t is not None}.values())
+
+    @cached_property
+    def looks(self):
+        "Of each layer the first one that has tensors of the same types and shapes"
+        first = {}
+        return [first.setdefault(tuple((role, t and (t.type, t.shape)) for role, t in roles.items()), i) for i, roles in enumerate(self.layers)]
 
 def _find(g, spec, i=0):
     name = spec.name.format(i=i)
@@ -108,10 +116,10 @@ def known():
     for f in FAMILIES: import_module(f'orcd.arch_{f}')
     return sorted(registry)
 
-def resolve(
+def open_model(
     g, # `GGUF`
-)->tuple: # (`Architecture`, `ModelConfig`)
-    "The family of a file and its hyper-parameters; its tensors were checked. Raises `ModelError`, which lists the known families for an unknown one."
+)->tuple: # (`Architecture`, `ModelConfig`, `Bound`)
+    "The family of a file, its hyper-parameters and its tensors, which were checked. Raises `ModelError`, which lists the known families for an unknown one."
     name = g.metadata.get('general.architecture')
     if name == 'gptoss': raise ModelError("the architecture is 'gptoss', which is another program's own format (its experts have type id 4): "
         "take a file whose architecture is 'gpt-oss', such as llama.cpp's converter makes")
@@ -119,8 +127,13 @@ def resolve(
     if name not in registry and name not in known(): raise ModelError(f'the architecture {name!r} is not supported; known: {", ".join(known())}')
     family = registry[name]()
     config = family.config(g)
-    bind(family, g, config)
-    return family, config
+    return family, config, bind(family, g, config)
+
+def resolve(
+    g, # `GGUF`
+)->tuple: # (`Architecture`, `ModelConfig`)
+    "The same without the tensors"
+    return open_model(g)[:2]
 
 # %% ../nbs/09_arch.ipynb #be82c750
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ Docs: https://orcd-dev.github.io/orcd/engine.html.md"""
 
 # %% auto #0
 __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'CAPTURED', 'RING', 'TOGETHER', 'GATES', 'DEPTH', 'PASS', 'Plan', 'kinds',
-           'layer_kinds', 'dry_run', 'workspace', 'workspace_bytes', 'largest', 'matrices_of', 'row_tops', 'open_model',
-           'plan', 'cuda_errors', 'is_float_array', 'products', 'cut', 'decode_files', 'kernel_files', 'CudaEngine',
-           'cover']
+           'layer_kinds', 'dry_run', 'workspace', 'workspace_bytes', 'largest', 'matrices_of', 'row_tops', 'plan',
+           'cuda_errors', 'is_float_array', 'products', 'cut', 'decode_files', 'kernel_files', 'CudaEngine', 'cover']
 
 # %% ../nbs/32_engine.ipynb #83bd849a
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% ../nbs/32_engine.ipynb #040ec678
-from . import arch as architectures, k_attention, k_elementwise, k_gemm, k_gemv, k_hopper, k_sampler, nvrtc
+from . import k_attention, k_elementwise, k_gemm, k_gemv, k_hopper, k_sampler, nvrtc
+from .arch import open_model
 from .blocks import GGMLType
 from .errors import Cancelled, CUDAError, InsufficientVRAM, OutOfVRAM, RequestError
 from .ops import CudaOps, cache_bytes, cache_shape
@@ -64,7 +64,7 @@ def kinds(
 )->list:   # of each layer the first one of its kind
     "Layers of a kind have the same window and tensors of the same shapes and types"
     first = {}
-    return [first.setdefault((config.windows[i], *((role, t and (t.type, t.shape)) for role, t in roles.items())), i) for i, roles in enumerate(bound.layers)]
+    return [first.setdefault(look, i) for i, look in enumerate(zip(config.windows, bound.looks))]
 
 def layer_kinds(
     config,
@@ -127,11 +127,6 @@ def matrices_of(
 def row_tops(bound, wide):
     "name -> rows, of every quantised matrix of a layer, on a Hopper GPU"
     return {t.name: prod(t.shape[:-1]) for layer in bound.layers for t in matrices_of(layer).values() if wide and t.type.block_size > 1}
-
-def open_model(g):
-    "(family, hyper-parameters, tensors by role) of a file"
-    family, config = architectures.resolve(g)
-    return family, config, architectures.bind(family, g, config)
 
 def plan(
     g,                  # a `GGUF`
@@ -292,10 +287,13 @@ class CudaEngine:
         w = {name: work.take(*what, name) for name, what in workspace(c, p.n_ctx, p.chunk, p.scratch, sum(rows.values())).items()}
         arrays, copies = {}, []
         for t in bound.unique:
-            data, n = weights.take((nvrtc.padded_bytes(t.shape, t.type),), np.uint8, t.name), rows.get(t.name, 0)
-            W = arrays[t.name] = data.view(np.float32).reshape(t.shape) if is_float_array(t) else nvrtc.QTensor(t.type, t.shape, data, t.name, w['tops'][at:at + n] if n else None)
+            shape, n = t.shape, rows.get(t.name, 0)
+            if is_float_array(t): data = arrays[t.name] = weights.take(shape, np.float32, t.name)
+            else:
+                data = weights.take((nvrtc.padded_bytes(shape, t.type),), np.uint8, t.name)
+                arrays[t.name] = nvrtc.QTensor(t.type, shape, data, t.name, w['tops'][at:at + n] if n else None)
             at += n
-            copies.append(Copy(t.offset, t.n_bytes, data.data.ptr, *((t.type, W.shape) if t.type.block_size > 1 else ())))
+            copies.append(Copy(t.offset, t.n_bytes, data.data.ptr, *((t.type, shape) if t.type.block_size > 1 else ())))
         roles = lambda d: SimpleNamespace(**{role: t and arrays[t.name] for role, t in d.items()})
         self.model, self.layers = roles(bound.model), [roles(d) for d in bound.layers]
         self.cache = [tuple(kv.take(cache_shape(c, i, p.n_kv), np.float16, f'kv.{i}.{x}') for x in 'kv') for i in range(c.n_layer)]

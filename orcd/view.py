@@ -15,7 +15,8 @@ from math import prod
 
 # %% ../nbs/34_view.ipynb #4f64b2ad
 import numpy as np
-from .engine import open_model, plan, row_tops, workspace
+from .arch import open_model
+from .engine import plan, row_tops, workspace
 from .errors import DeviceError
 from .nvrtc import padded_bytes
 from .ops import cache_shape

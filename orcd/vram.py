@@ -11,6 +11,7 @@ __all__ = ['ALIGN', 'PAGE', 'OUT_OF_MEMORY', 'aligned', 'mib', 'Entry', 'Ledger'
 # %% ../nbs/28_vram.ipynb #70111408
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 # %% ../nbs/28_vram.ipynb #5ecc14cc
 import numpy as np
@@ -27,8 +28,7 @@ def aligned(n, to=ALIGN): return -(-n // to) * to
 def mib(n): return f'{n / 2**20:,.1f} MiB'
 
 # %% ../nbs/28_vram.ipynb #877f840e
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     "One piece of VRAM"
     kind:str
     name:str
@@ -74,9 +74,9 @@ class Arena:
         "An array at the next free place"
         n = prod(shape) * np.dtype(dtype).itemsize
         if self.used + n > self.n_bytes: raise OutOfVRAM(f'{name}: {mib(n)} asked of the {self.kind} arena, {mib(self.n_bytes - self.used)} left')
-        a = device_array(self.ptr + self.used, shape, dtype, self)
-        self.used += aligned(n)
-        self.ledger.add(self.kind, name, aligned(n))
+        a, room = device_array(self.ptr + self.used, shape, dtype, self, n), aligned(n)
+        self.used += room
+        self.ledger.add(self.kind, name, room)
         return a
 
     def free(self):
@@ -86,11 +86,10 @@ class Arena:
             ptr, self.ptr = self.ptr, 0
             runtime.free(ptr)
 
-def device_array(ptr, shape, dtype, owner):
+def device_array(ptr, shape, dtype, owner, n_bytes):
     "A CuPy array over an arena's memory"
     import cupy as cp
-    n = prod(shape) * np.dtype(dtype).itemsize
-    return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(ptr, max(n, 1), owner, owner.device), 0)) # without a device CuPy would ask the driver, which is busy
+    return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(ptr, max(n_bytes, 1), owner, owner.device), 0)) # without a device CuPy would ask the driver, which is busy
 
 # %% ../nbs/28_vram.ipynb #68af11bb
 @dataclass
@@ -113,13 +112,13 @@ class Scratch:
     def reset(self): self.used = 0
 
     def take(self, shape, dtype=np.float32):
-        n = aligned(prod(shape) * np.dtype(dtype).itemsize)
-        at, self.used = self.used, self.used + n
+        n_bytes = prod(shape) * np.dtype(dtype).itemsize
+        at, self.used = self.used, self.used + aligned(n_bytes)
         self.peak = max(self.peak, self.used)
         if not self.ptr: return Shape(tuple(shape), dtype)
         if self.used > self.n_bytes: raise OutOfVRAM(f'the workspace of {mib(self.n_bytes)} is too small for a step that takes {mib(self.used)}')
         key = at, tuple(shape), np.dtype(dtype)
-        if key not in self.arrays: self.arrays[key] = device_array(self.ptr + at, shape, dtype, self.owner) # every layer takes the same
+        if key not in self.arrays: self.arrays[key] = device_array(self.ptr + at, shape, dtype, self.owner, n_bytes) # every layer takes the same
         return self.arrays[key]
 
 # %% ../nbs/28_vram.ipynb #7d377ad4
