@@ -254,7 +254,7 @@ class CudaEngine:
         chunk_bytes:int=1<<20,  # of the file, copied at a time
         progress=None,          # called with (bytes done, bytes in all) while weights are copied
     ):
-        self.device, self.vram, self.arenas, self.stream, self.host, self.graph, self.finder, self.graphs = device, Ledger(), [], None, None, None, None, {}
+        self.device, self.vram, self.arenas, self.stream, self.host, self.graph, self.graphs = device, Ledger(), [], None, None, None, {}
         self.family, self.config, bound = model = open_model(g)
         use_device(device)
         try:
@@ -473,13 +473,8 @@ def _begin(self:CudaEngine, params):
     k_sampler.reset(*self.draw_memory, self.config.n_vocab, stream=self.stream)
 
 @patch
-def _find_tops(self:CudaEngine, i, w):
-    for W in vars(w).values():
-        if getattr(W, 'top', None) is not None: k_hopper.find_tops(W, self.stream)
-
-@patch
 def _capture(self:CudaEngine, bound, code):
-    "The decode step as a graph, the layers over chunks of a few sizes, and what looks at the weights once, when their kernels are there; nothing runs yet"
+    "The decode step and the layers over chunks of a few sizes as graphs, when their kernels are there; nothing runs yet"
     from cupy.cuda import Event
     self.kinds, self.places = kinds(self.config, bound), [self._places(i) for i in range(len(self.layers))]
     self.host = PinnedBuffer(8*RING)
@@ -494,22 +489,21 @@ def _capture(self:CudaEngine, bound, code):
     self.graph = captured(self._step)
     self.ops.decode = False
     nvrtc.wait_for(code.values())
-    if self.wide: self.finder = captured(self._each_layer, self._find_tops)
     self.graphs = {rows: captured(self._layers, self.x[:rows]) for rows in self.plan.chunks}
 
 @patch
 def _warm_up(self:CudaEngine):
-    "Tables, then a step"
+    "Tables, what has to be known of the weights, then a step"
     from cupy.cuda import runtime
     runtime.memsetAsync(self.state.data.ptr, 0, self.state.nbytes, self.stream.ptr) # attention's tickets
     factors = getattr(self.model, 'rope_freqs', None)
     self.ops.inv_freq.set(self.config.rope.inv_freq(None if factors is None else factors.get()), self.stream)
-    if self.finder: self.finder.launch(self.stream)
+    k_hopper.find_tops([W for w in self.layers for W in vars(w).values() if getattr(W, 'top', None) is not None], self.stream)
     self._begin(SamplingParams())
     self._set_state(0)
     self.graph.launch(self.stream)
     self.stream.synchronize()
-    self.length, self.finder = 0, None
+    self.length = 0
 
 # %% ../nbs/32_engine.ipynb #efbc3d70
 @patch
@@ -577,7 +571,7 @@ def close(self:CudaEngine):
         if self.stream is not None: self.stream.synchronize()
     except Exception: pass # a lost context: its memory is gone with it
     self.graphs = {}
-    self.graph = self.finder = self.ops = self.model = self.layers = self.cache = self.drawn = None
+    self.graph = self.ops = self.model = self.layers = self.cache = self.drawn = None
     for buffer in (self.host, *self.arenas):
         try: buffer and buffer.free()
         except Exception: pass

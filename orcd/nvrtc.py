@@ -247,21 +247,26 @@ def _module(name, device, defines=()):
 MAX_ARGS = 512 # of eight bytes: what a kernel may have
 _codes = {np.int32: 'i4x', np.float32: 'f4x', np.int64: 'q'} # what most arguments are, in eight bytes
 
+def _coded(a):
+    "How an argument is packed, and what"
+    if a is None: return 'Q', 0
+    if isinstance(a, np.void): return f'{a.nbytes}s', a.tobytes() # a structure
+    if isinstance(a, np.generic): return 'Q', int.from_bytes(a.tobytes(), 'little')
+    if isinstance(a, (int, float)): raise KernelError(f'kernel argument {a!r}: pass a NumPy scalar, so that its width is known')
+    ptr = getattr(a, 'ptr', None) # of a `QTensor`
+    return 'Q', a.data.ptr if ptr is None else ptr
+
 def _packed(args):
     "Launch arguments as the driver reads them, eight bytes each; the last one may be a structure of any size"
-    codes, values = [], []
+    codes, values = ['<'], []
     for a in args:
-        code = _codes.get(type(a), 'Q')
-        if code == 'Q':
-            if a is None: a = 0
-            elif isinstance(a, np.void):
-                if a is not args[-1]: raise KernelError('a structure has to be the last argument')
-                code, a = f'{a.nbytes}s', a.tobytes()
-            elif isinstance(a, np.generic): a = int.from_bytes(a.tobytes(), 'little')
-            elif isinstance(a, (int, float)): raise KernelError(f'kernel argument {a!r}: pass a NumPy scalar, so that its width is known')
-            else: a = a.ptr if hasattr(a, 'ptr') else a.data.ptr # a `QTensor`, an array
+        code = _codes.get(type(a))
+        if code is None:
+            code, x = _coded(a)
+            if code != 'Q' and a is not args[-1]: raise KernelError('a structure has to be the last argument')
+            a = x
         codes.append(code); values.append(a)
-    return struct.pack('<' + ''.join(codes), *values)
+    return struct.pack(''.join(codes), *values)
 
 class _Room(threading.local):
     "Where the driver finds the arguments of a thread's launch: it copies them"
@@ -349,6 +354,7 @@ class Recording:
         self.room, table = self.table = _table(len(self.words)) # `table` is read by the driver: it has to live as long
         at = np.cumsum([0] + [len(data) for *_, data in self.launches])
         self.launches = [(config, handle, table.ctypes.data + int(a)) for (config, handle, _), a in zip(self.launches, at)]
+        self.by = np.zeros(len(self.arrays) + 1, np.uint64) # by how much each array's address differs
         order = np.argsort(self.arrays[:, 0])
         i = order[np.maximum(np.searchsorted(self.arrays[order, 0], self.words, 'right'), 1) - 1]
         self.of = np.where(self.words - self.arrays[i, 0] < self.arrays[i, 1], i, len(self.arrays)) # the array that an argument lies in; one more for none
@@ -358,7 +364,8 @@ class Recording:
     ):          # uint64: the arguments
         "Arguments of the launches, with the addresses of other arrays"
         if (arrays[:, 1] != self.arrays[:, 1]).any(): raise KernelError('arrays of other sizes cannot take the place of those that were recorded')
-        return self.words + np.append(arrays[:, 0] - self.arrays[:, 0], np.uint64(0))[self.of]
+        self.by[:-1] = arrays[:, 0] - self.arrays[:, 0]
+        return self.words + self.by[self.of]
 
     def repeat(self, arrays):
         "Launch again; see `moved`"

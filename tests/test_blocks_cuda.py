@@ -45,7 +45,7 @@ CALLS = r'''
 #define CALL(name, T) extern "C" void decode_##name(const u8* w, float* y, int rows, int n) { \
     for (int r = 0; r < rows; r++) for (int i = 0; i < n; i++) y[(long)r * n + i] = dequant_one<T>(w, r, n, i); }
 EACH_TYPE(CALL)
-#define SORT(name, T) extern "C" void sort_##name(const Runs* runs, int blocks) { \
+#define SORT(name, T) extern "C" void sort_##name(const Many<Run>* runs, int blocks) { \
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x++) repack<T>(*runs); }
 EACH_QUANT(SORT)
 '''
@@ -62,7 +62,7 @@ def build(tmp_path_factory):
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
     folder = tmp_path_factory.mktemp('blocks')
     def make(mutation=None):
-        source = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks')) + read_source('repack').replace('#include "blocks.cu"', '')      # two lines of PTX; the shim has the same in C
+        source = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks')) + read_source('many') + re.sub('#include .*', '', read_source('repack'))      # two lines of PTX; the shim has the same in C
         if mutation:
             old, new = MUTATIONS[mutation]
             assert source.count(old) == 1

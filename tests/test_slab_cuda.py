@@ -1,8 +1,10 @@
 "The weights that Hopper's tensor cores are given, made on the CPU by the kernel's own source: those of the NumPy oracle, and near the exact ones"
 import ctypes, re, shutil, subprocess
+from types import SimpleNamespace
 import numpy as np, pytest
 from orcd.blocks import GGMLType, dequantize
-from orcd.nvrtc import read_source
+from orcd import k_hopper
+from orcd.nvrtc import QTensor, read_source
 from orcd.planes import random_blocks, to_planes
 from rounded import as_hopper
 from test_blocks_cuda import SHIM, placed, pointer
@@ -48,8 +50,8 @@ template<int T> void slab(const u8* w, const u8* top, float* y, int rows, int n)
 #define CALL(name, T) extern "C" void slab_##name(const u8* w, const u8* top, float* y, int rows, int n) { slab<T>(w, top, y, rows, n); }
 EACH_QUANT(CALL)
 #undef KERNEL
-#define TOPS(name, T) extern "C" void find_##name(const u8* w, u8* top, long rows, int n_out, int n) { \
-    for (blockIdx.x = 0; blockIdx.x < (rows + 7) / 8; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x += 32) tops<T>(w, top, rows, n_out, n); }
+#define TOPS(name, T) extern "C" void tops_##name(const Many<Rows>* many, int blocks) { \
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x += 32) tops<T>(*many); }
 EACH_QUANT(TOPS)
 '''
 
@@ -66,7 +68,7 @@ def device_source():
     assert n == 1 and 'asm' not in slab + share, 'the source has changed'
     tops, n = re.subn(r'for \(int o = 16; .*|extern "C" __global__.*|EACH_QUANT.*|#define KERNEL.*|#include .*', '', read_source('tops'))   # one lane looks at all blocks
     assert tops.count('b += 32') == 1
-    return blocks + share.replace('fmaf(', 'fmaf_(') + slab + tops.replace('b += 32', 'b++')
+    return blocks + share.replace('fmaf(', 'fmaf_(') + slab + read_source('many') + tops.replace('b += 32', 'b++')
 
 
 @pytest.fixture(scope='module')
@@ -110,15 +112,24 @@ def test_weights(build, t):
 
 
 @pytest.mark.timeout(120)
-def test_tops(build):
-    "Stacks of 1, 3 and 21 matrices, whose last tile may have fewer than 16 rows"
-    lib, rng = build(), np.random.default_rng(0)
+def test_tops(build, monkeypatch):
+    "Stacks of 1, 3 and 21 matrices, whose last tile may have fewer than 16 rows, all found by one call"
+    lib, rng, matrices, wanted = build(), np.random.default_rng(0), [], []
+    class Array(np.ndarray): # as far as a launch looks at one
+        data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
+    def kernel(file, name, defines):
+        def launch(grid, block, args, stream):
+            table = np.array(args[0])
+            getattr(lib, name)(pointer(table), grid[0])
+        return launch
+    monkeypatch.setattr(k_hopper, 'kernel', kernel)
     for t in (t for t in GGMLType if t.block_size > 1):
-        for k, n_out in ((1, 21), (3, 7), (6, 1)):
+        for k, n_out in ((1, 21), (3, 7), (6, 1))*(30 if t.name == 'Q4_K' else 1):
             n, blocks = k*t.block_size, random_blocks(t, 21, k*t.block_size, rng)
-            w, top = placed(to_planes(blocks, t, n_out)), np.zeros(21, np.uint8)
-            getattr(lib, f'find_{t.name.lower()}')(pointer(w), pointer(top), ctypes.c_long(21), n_out, n)
-            assert np.array_equal(top, tops(blocks, t)), t.name
+            matrices.append(QTensor(t, (21//n_out, n_out, n), placed(to_planes(blocks, t, n_out)).view(Array), top=np.zeros(21, np.uint8).view(Array)))
+            wanted.append(tops(blocks, t))
+    k_hopper.find_tops(matrices)
+    for W, want in zip(matrices, wanted): assert np.array_equal(W.top, want), W.type.name
 
 
 @pytest.mark.timeout(120)

@@ -1,10 +1,10 @@
 #include "blocks.cu"
+#include "many.cu"
 
 // From the file's blocks to units. A run: n_rows rows of blocks at src as they lie in the file, any alignment; they become rows first_row… of a
 // stack of matrices of n_out rows of n weights at dst, each padded to whole tiles. Its blocks are `begin` to the next run's. A thread moves the
 // share of one lane in a group of four blocks.
 struct Run { const u8* src; u8* dst; long long first_row; int n_out, n, n_rows, begin; };
-struct Runs { Run run[64]; long long count; };
 __device__ __forceinline__ u32 word_of(const u8* p) { return p[0] | (u32)p[1] << 8 | (u32)p[2] << 16 | (u32)p[3] << 24; }
 __device__ __forceinline__ u32 low_nibbles(u32 v) { return v & 0x0F0F0F0F; }
 __device__ __forceinline__ u32 high_nibbles(u32 v) { return (v >> 4) & 0x0F0F0F0F; }
@@ -18,11 +18,9 @@ template<int T> __device__ __forceinline__ u32 packed(u32 a, u32 b) {
     return fields(low_nibbles(a), LOW + 4, LOW) | turn_right(fields(low_nibbles(b), LOW + 4, LOW));
 }
 
-template<int T> __device__ void repack(const Runs& runs) {
+template<int T> __device__ void repack(const Many<Run>& runs) {
     using Y = Type<T>;
-    int at_run = 0;
-    for (int step = 32; step; step /= 2) if (at_run + step < runs.count && runs.run[at_run + step].begin <= (int)blockIdx.x) at_run += step;
-    const Run& r = runs.run[at_run];
+    const Run& r = whose(runs, blockIdx.x);
     const Planes<T> p(r.dst, r.n);
     const int groups = is_k<T>() ? 2 * p.blocks : (p.blocks + 3) / 4;
     const long long item = (blockIdx.x - r.begin) * (long long)blockDim.x + threadIdx.x;
@@ -81,5 +79,5 @@ template<int T> __device__ void repack(const Runs& runs) {
         if (Y::h && left == 4) *(u32*)(high_at + 4 * at) = high;
     }
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) repack_##name(const __grid_constant__ Runs runs) { repack<T>(runs); }
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) repack_##name(const __grid_constant__ Many<Run> runs) { repack<T>(runs); }
 EACH_QUANT(KERNEL)

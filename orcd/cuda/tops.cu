@@ -1,11 +1,14 @@
 #include "blocks.cu"
+#include "many.cu"
 
 // Of each row the largest scale's exponent: that of a half, 1 at least, or MXFP4's own. One warp a row.
-template<int T> __device__ __forceinline__ void tops(const u8* w, u8* top, long long rows, int n_out, int n) {
+struct Rows { const u8* w; u8* top; long long rows; int n_out, n, begin; };
+template<int T> __device__ __forceinline__ void tops(const Many<Rows>& many) {
     using Y = Type<T>;
-    const long long row = (long long)blockIdx.x * 8 + threadIdx.x / 32, at = row / n_out * ((n_out + 15) / 16 * 16) + row % n_out;
-    if (row >= rows) return;
-    const Planes<T> p(w, n);
+    const Rows& m = whose(many, blockIdx.x);
+    const long long row = (long long)(blockIdx.x - m.begin) * 8 + threadIdx.x / 32, at = row / m.n_out * ((m.n_out + 15) / 16 * 16) + row % m.n_out;
+    if (row >= m.rows) return;
+    const Planes<T> p(m.w, m.n);
     const int r = at & 15;
     int most = T == MXFP4 ? 0 : 1;
     for (int b = threadIdx.x & 31; b < p.blocks; b += 32) {
@@ -19,7 +22,7 @@ template<int T> __device__ __forceinline__ void tops(const u8* w, u8* top, long 
         }
     }
     for (int o = 16; o; o >>= 1) most = max(most, __shfl_xor_sync(~0u, most, o));
-    if (!(threadIdx.x & 31)) top[row] = most;
+    if (!(threadIdx.x & 31)) m.top[row] = most;
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) tops_##name(const u8* w, u8* top, long long rows, int n_out, int n) { tops<T>(w, top, rows, n_out, n); }
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) tops_##name(const __grid_constant__ Many<Rows> many) { tops<T>(many); }
 EACH_QUANT(KERNEL)
