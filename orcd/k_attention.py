@@ -141,7 +141,7 @@ def attend_prefill(
         check(0 < n_rot <= d and n_rot % 2 == 0, f'attend_prefill: n_rot {n_rot} of head_dim {d}: even, not larger')
         vector('attend_prefill inv_freq', inv_freq, n_rot // 2, more=True)
         caches = (None, None) if ring else (k_cache, v_cache)
-        fn('turn_rows')((T,), (128,), (q, qs, k, ks, v, vs, *caches, state, inv_freq, np.float32(mscale),
+        fn('turn_rows')((T,), (256,), (q, qs, k, ks, v, vs, *caches, state, inv_freq, np.float32(mscale),
             np.int32(n_rot), np.int32(style == 'neox'), *ints, np.int32(rows)), stream=stream, early=True)
     if ring:
         size = prefill_workspace(T, n_head_kv, d, window)

@@ -83,7 +83,7 @@ def to_half(
     if groups is None and rows != h.rows: raise KernelError(f'{rows} rows of x for {h.rows} of halves')
     if groups is not None and (groups.n_slots % rows or h.rows < groups.positions): raise KernelError(f'{groups.n_slots} slots, {rows} rows of x, {h.rows} of halves')
     slots, end, per = (None, None, 1) if groups is None else (groups.slots, groups.offset[groups.n_expert:], groups.n_slots//rows)
-    threads = min(256, -(-h.ld//512) * 32)      # 16 columns a thread
+    threads = min(256, h.ld//128 * 32)          # four columns a thread, more in long rows
     kernel('to_half', 'to_half')((h.rows,), (threads,), (*src, slots, end, np.int32(per), h.half, h.inv, h.sums, *map(np.int32, (h.n_in, h.ld, h.held))), stream=stream, early=True)
     h.x, h.ready = x, True
     return h

@@ -158,6 +158,7 @@ class PinnedBuffer:
             pages = mmap.mmap(-1, n_bytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             pages.madvise(mmap.MADV_HUGEPAGE)
             self.ptr = -(-np.frombuffer(pages, np.uint8).ctypes.data // HUGE)*HUGE
+            ctypes.memset(self.ptr, 0, n_bytes) # the pages are there now, and nobody had to wait for the driver or Python's lock
             runtime.hostRegister(self.ptr, n_bytes, 0)
         except (OSError, runtime.CUDARuntimeError): return
         self.pages = pages

@@ -46,9 +46,9 @@ extern "C" __global__ void stage_window(const float* k, i64 k_stride, const floa
 
 // Many rows before attention: q is turned in place, k too, or turned and stored in the cache with the values. A block a row; a thread turns the
 // same pair of several heads.
-extern "C" __global__ void __launch_bounds__(128) turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache,
+extern "C" __global__ void __launch_bounds__(256) turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache,
         const int* state, const float* inv_freq, float mscale, int n_rot, int neox, int n_rows, int n_head, int n_head_kv, int rows) {
-    constexpr int PAIRS = D / 2, AT_ONCE = 128 / PAIRS;
+    constexpr int PAIRS = D / 2, AT_ONCE = 256 / PAIRS;
     let_next_start();
     wait_for_last();
     const int t = blockIdx.x, pos = state[0] + t, j = threadIdx.x % PAIRS, half = n_rot / 2;
