@@ -254,7 +254,7 @@ class CudaEngine:
         chunk_bytes:int=1<<20,  # of the file, copied at a time
         progress=None,          # called with (bytes done, bytes in all) while weights are copied
     ):
-        self.device, self.vram, self.arenas, self.stream, self.host, self.graph, self.graphs = device, Ledger(), [], None, None, None, {}
+        self.device, self.vram, self.arenas, self.stream, self.host, self.graph, self.graphs, self.pins = device, Ledger(), [], None, None, None, {}, None
         self.family, self.config, bound = model = open_model(g)
         use_device(device)
         try:
@@ -262,6 +262,7 @@ class CudaEngine:
                 from cupy.cuda import Event, Stream, runtime
                 self.wide, free = k_hopper.wide(device), runtime.memGetInfo()[0]
                 with Loader(device, chunk_bytes, sum(t.n_bytes for t in bound.unique)) as weights: # pins its memory while we go on
+                    self.pins = weights.pins
                     self.plan = p = plan(g, n_ctx, kv_cache_mb, free, model, self.wide)
                     self.n_ctx, self.n_kv, self.n_valid, self.length = p.n_ctx, p.n_kv, self.config.n_vocab, 0
                     self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
@@ -565,7 +566,8 @@ def step_bytes(self:CudaEngine,
 @patch
 def close(self:CudaEngine):
     "Give every byte of VRAM back; safe to call twice"
-    if self.stream is None and not self.arenas: return
+    if self.pins is None: return
+    self.pins.shutdown() # the loader's memory is given back
     try:
         use_device(self.device)
         if self.stream is not None: self.stream.synchronize()
@@ -575,7 +577,7 @@ def close(self:CudaEngine):
     for buffer in (self.host, *self.arenas):
         try: buffer and buffer.free()
         except Exception: pass
-    self.arenas, self.stream, self.host, self.length = [], None, None, 0
+    self.arenas, self.stream, self.host, self.pins, self.length = [], None, None, None, 0
     self.vram.clear()
 
 @patch

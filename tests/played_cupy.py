@@ -55,14 +55,6 @@ class Device:
     def synchronize(self): pass
 
 
-class Happened(NS):
-    @property
-    def pinned(self):
-        "What is not given back when the threads that do that are at their end"
-        for t in threading.enumerate():
-            if t.name.startswith('orcd-pin'): t.join()
-        return self.host
-
 @contextmanager
 def played(monkeypatch, sm='90', free=100 << 30):
     "Yields what happens: `launches` (stream, kernel, grid, arguments), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
@@ -119,5 +111,5 @@ def played(monkeypatch, sm='90', free=100 << 30):
         return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
     for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (nvrtc, '_launch', lambda launches: [launch(*a) for a in launches]), (loader, 'quick', quick), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
-    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield Happened(launches=launches, asked=asked, alive=alive, host=pinned)
+    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
     for f in (nvrtc._kernel, nvrtc._config, k_gemv.card, k_hopper.wide): f.cache_clear()
