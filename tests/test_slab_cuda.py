@@ -56,16 +56,22 @@ EACH_QUANT(TOPS)
 '''
 
 
+def plain_slab(slab):
+    "slab.cu without its PTX"
+    slab = re.sub(r'.*u32 times\(.*\n', '', slab)
+    slab = re.sub(r'u32 h;\s*asm\("cvt\.rn\.f16x2\.f32 .*?"f"\((\w+)\), "f"\((\w+)\)\);\s*return h;', r'return two_halves(\2, \1);', slab)
+    slab, n = re.subn(r'asm\("fma\.rn\.f16x2 .*?" : "=r"\((.*?)\) : "r"\((.*)\), "r"\((.*)\), "r"\((.*)\)\);', r'\1 = fma2(\2, \3, \4);', slab)
+    assert n == 1, 'the source has changed'
+    return slab
+
+
 def device_source():
     "The sources without their PTX, which the shim has in C"
     blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks'))
     share = re.sub(r'#include .*', '', read_source('share'))
     slab = read_source('slab')
-    slab = slab[slab.index('template<int T> struct Lift'):slab.index('// D stages of 128 columns')]
-    slab = re.sub(r'.*u32 times\(.*\n', '', slab)
-    slab = re.sub(r'u32 h;\s*asm\("cvt\.rn\.f16x2\.f32 .*?"f"\((\w+)\), "f"\((\w+)\)\);\s*return h;', r'return two_halves(\2, \1);', slab)
-    slab, n = re.subn(r'asm\("fma\.rn\.f16x2 .*?" : "=r"\((.*?)\) : "r"\((.*)\), "r"\((.*)\), "r"\((.*)\)\);', r'\1 = fma2(\2, \3, \4);', slab)
-    assert n == 1 and 'asm' not in slab + share, 'the source has changed'
+    slab = plain_slab(slab[slab.index('template<int T> struct Lift'):slab.index('// D stages of 128 columns')])
+    assert 'asm' not in slab + share, 'the source has changed'
     tops, n = re.subn(r'for \(int o = 16; .*|extern "C" __global__.*|EACH_QUANT.*|#define KERNEL.*|#include .*', '', read_source('tops'))   # one lane looks at all blocks
     assert tops.count('b += 32') == 1
     return blocks + share.replace('fmaf(', 'fmaf_(') + slab + read_source('many') + tops.replace('b += 32', 'b++')

@@ -1,11 +1,14 @@
 #include "slab.cu"
-// Defines: TOKENS x 64 ROWS is a block's tile, its columns dealt to SPLITS parts, stages DEPTH deep; BLOCKS on an SM
+// Defines: TOKENS x 64 ROWS is a block's tile, its columns dealt to SPLITS parts, stages DEPTH deep; BLOCKS on an SM. Or one part after the other, TURNS in all.
 #ifndef TOKENS
 #define TOKENS 256
 #define ROWS 2
 #define SPLITS 1
 #define DEPTH 3
 #define BLOCKS 1
+#endif
+#ifndef TURNS
+#define TURNS 1
 #endif
 
 // n_out rows of W from `first` on, a multiple of 16
@@ -17,11 +20,13 @@ __device__ __forceinline__ void product(const Matrix& m, int tile, const u16* x,
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) u16 shared[];
     __shared__ u64 barriers[2 * SPLITS * DEPTH];
+    __shared__ u16 order[TURNS > 1 ? ORDERED : 1];
     let_next_start();
+    if (TURNS > 1) put_in_order<TURNS>(order, groups_of(n_in));
     Stages<TOKENS, ROWS, SPLITS, DEPTH>::prepare(barriers);
-    Tile<T, TOKENS, ROWS, SPLITS, DEPTH> s;
+    Tile<T, TOKENS, ROWS, SPLITS, DEPTH, TURNS> s;
     const int t0 = blockIdx.x * TOKENS, row0 = (tile * ROWS + s.r) * 64, o = row0 + s.mine;
-    if (!s.run(m.w, m.top + m.first, m.first / 16, row0, m.n_out, n_in, x + (long long)t0 * 64, (long long)x_rows * 64, shared, barriers)) return;
+    if (!s.run(m.w, m.top + m.first, m.first / 16, row0, m.n_out, n_in, x + (long long)t0 * 64, (long long)x_rows * 64, shared, barriers, order)) return;
     const bool in[2] = {o < m.n_out, o + 8 < m.n_out};
     const float b[2] = {m.bias && in[0] ? m.bias[o] : 0, m.bias && in[1] ? m.bias[o + 8] : 0};
     s.each([&](int token, const float (&v)[4]) {

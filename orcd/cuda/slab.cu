@@ -53,38 +53,62 @@ template<int N, int R, int S, int D> struct Stages {
     }
 };
 
-// acc += 64 rows of W, of which `tile` is this warp's, times N rows of x (halves, `span` apart from one span of 64 columns to the next). Of the
-// columns, part `part` of S takes every S-th unit of 256. `issuer`: the one thread that asks for stages.
-template<int T, int N, int R, int S, int D>
+// Of n_in columns, in groups of 128, part `part` of P takes every P-th unit of two groups
+__device__ __forceinline__ int groups_of(int n_in) { return (n_in + 127) / 128; }
+template<int P> __device__ __forceinline__ int size_of(int part, int groups) {
+    const int units = (groups + 1) / 2;
+    return 2 * ((units - part + P - 1) / P) - ((groups & 1) && (units - 1) % P == part);
+}
+// The groups of the first part, then those of the second, and so on
+constexpr int ORDERED = 1024;
+template<int P> __device__ __forceinline__ void put_in_order(u16* order, int groups) {
+    for (int g = threadIdx.x; g < groups && g < ORDERED; g += blockDim.x) {
+        int at = 2 * (g / 2 / P) + (g & 1);
+        for (int part = 0; part < g / 2 % P; part++) at += size_of<P>(part, groups);
+        order[at] = g;
+    }
+}
+
+// acc += 64 rows of W, of which `tile` is this warp's, times N rows of x (halves, `span` apart from one span of 64 columns to the next). The columns are
+// dealt to S warpgroups, of which this is number `part`; or (Q > 1) one takes Q parts in turns, in `order`, and adds their sums up as S = Q would:
+// the same bits. `issuer`: the one thread that asks for stages.
+template<int T, int N, int R, int S, int D, int Q>
 __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p, int tile, const Lift<T> (&lift)[2], const u16* x, long long span, int n_in,
-    const Stages<N, R, S, D>& s, int part, bool issuer) {
+    const Stages<N, R, S, D>& s, int part, bool issuer, const u16* order) {
     constexpr bool K = is_k<T>();
-    const int lane = threadIdx.x & 31, t = lane & 3, groups = (n_in + 127) / 128, units = (groups + 1) / 2;
-    const int mine = 2 * ((units - part + S - 1) / S) - ((groups & 1) && (units - 1) % S == part);       // groups of this part
+    const int lane = threadIdx.x & 31, t = lane & 3, groups = groups_of(n_in), mine = Q > 1 ? groups : size_of<S>(part, groups);
+    int turn = 0, until = Q > 1 ? size_of<Q>(0, groups) : 0;       // of the part at hand, and where the next one begins
+    float total[Q > 1 ? N / 2 : 1];
     const Masks c(pair_bits<T>());
     constexpr int UNIT = 16 * Planes<T>::PER * Planes<T>::SIZE;
     const u8* rows = p.at(tile, 0);
     Share<T> b[K ? 1 : 2];      // two groups, in turns: a K block, or two steps
-    auto unit_of = [&](int k) { return part + S * (k / 2); };
+    auto group_of = [&](int k) { return Q > 1 ? (int)order[k] : 2 * (part + S * (k / 2)) + (k & 1); };
     auto copy = [&](int k, int slot) {
         arrive_expecting(s.full + slot, 2 * N * 128);
 #pragma unroll
-        for (int h = 0; h < 2; h++) bulk_copy(s.x + (2 * slot + h) * N * 64, x + (2 * (2 * unit_of(k) + (k & 1)) + h) * span, N * 128, s.full + slot);
+        for (int h = 0; h < 2; h++) bulk_copy(s.x + (2 * slot + h) * N * 64, x + (2 * group_of(k) + h) * span, N * 128, s.full + slot);
     };
     auto load = [&](int k, int g) {
         if (k >= mine) return;
-        const int unit = K ? unit_of(k) : 2 * unit_of(k) + g;
+        const int unit = K ? group_of(k) / 2 : group_of(k);
         b[K ? 0 : g % 2].quants(rows + unit * UNIT, p.left(unit), K ? g : 0, lane);
     };
     load(0, 0); load(1, 1);
-    if (K && mine) b[0].heads(rows + unit_of(0) * UNIT, lane);
+    if (K && mine) b[0].heads(rows + group_of(0) / 2 * UNIT, lane);
     wait_for_last();            // weights are there, x is not yet
     if (issuer) for (int k = 0; k < D && k < mine; k++) copy(k, k);
     int slot = 0, phase = 0, last = 0, last_phase = 0;
     auto step = [&](int k, int g) {       // group k; g = k & 1
+        if (Q > 1 && k == until) {          // a part is at its end
+            wgmma_wait<0>();
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) { total[Q > 1 ? i : 0] = turn ? total[Q > 1 ? i : 0] + acc[i] : acc[i]; acc[i] = 0; }
+            until += size_of<Q>(++turn, groups);
+        }
         const Share<T>& now = b[K ? 0 : g];
         const u32 v[2] = {lift[0].halves(now, K ? g : 0, 0, t), lift[1].halves(now, K ? g : 0, 1, t)};
-        if (K && g == 1 && k + 1 < mine) b[0].heads(rows + unit_of(k + 1) * UNIT, lane);
+        if (K && g == 1 && k + 1 < mine) b[0].heads(rows + group_of(k + 1) / 2 * UNIT, lane);
         wait(s.full + slot, phase);
         const u64 at = described(address_of(s.x + 2 * slot * N * 64));
         u32 a[2][2][4];         // block j while block j - 1 is multiplied
@@ -113,19 +137,22 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p
     for (int k = 0; k + 1 < mine; k += 2) { step(k, 0); step(k + 1, 1); }
     wgmma_wait<0>();
     if (mine & 1) { step(mine - 1, 0); wgmma_wait<0>(); }
+    if (Q > 1 && turn)
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) acc[i] = total[Q > 1 ? i : 0] + acc[i];
 }
 
 // Of a tile of N tokens and R * 64 rows of W: where this thread is, and its sums
-template<int T, int N, int R, int S, int D> struct Tile {
+template<int T, int N, int R, int S, int D, int Q = 1> struct Tile {
     const int group = threadIdx.x / 128, r = group % R, part = group / R, tid = threadIdx.x & 127, lane = tid & 31, mine = tid / 32 * 16 + lane / 4;
     float acc[N / 2] = {}, factor[2];
     // first_tile: of the matrix, row0: this warpgroup's first row of n_out; top: of the matrix's rows; x: the tile's first token.
     // True for the threads that hold the result: those of the first part
     __device__ __forceinline__ bool run(const u8* w, const u8* top, int first_tile, int row0, int n_out, int n_in, const u16* x, long long span,
-        u16* shared, u64* barriers) {
+        u16* shared, u64* barriers, const u16* order = nullptr) {
         const Planes<T> p(w, n_in);
         const Lift<T> lift[2] = {{top[min(row0 + mine, n_out - 1)]}, {top[min(row0 + mine + 8, n_out - 1)]}};
-        multiply<T, N, R, S, D>(acc, p, first_tile + min(row0 + tid / 32 * 16, n_out - 1) / 16, lift, x, span, n_in, Stages<N, R, S, D>(shared, barriers, part), part, r == 0 && tid == 0);
+        multiply<T, N, R, S, D, Q>(acc, p, first_tile + min(row0 + tid / 32 * 16, n_out - 1) / 16, lift, x, span, n_in, Stages<N, R, S, D>(shared, barriers, part), part, r == 0 && tid == 0, order);
         for (int e = 0; e < 2; e++) factor[e] = lift[e].factor();
         if (S > 1) {                // the parts' sums, in their order
             float* sums = (float*)shared;
