@@ -261,13 +261,14 @@ class CudaEngine:
             with cuda_errors('loading the model'):
                 from cupy.cuda import Event, Stream, runtime
                 self.wide, free = k_hopper.wide(device), runtime.memGetInfo()[0]
-                with Loader(device, chunk_bytes, sum(t.n_bytes for t in bound.unique)) as weights: # pins its memory while we go on
+                with Loader(device, chunk_bytes, sum(t.n_bytes for t in bound.unique)) as weights: # gets its memory while we go on
                     self.pins = weights.pins
                     self.plan = p = plan(g, n_ctx, kv_cache_mb, free, model, self.wide)
                     self.n_ctx, self.n_kv, self.n_valid, self.length = p.n_ctx, p.n_kv, self.config.n_vocab, 0
                     self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                     g.check_unchanged()
-                    arenas = [self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace')]
+                    arenas = [self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace')] # first: the driver does one thing at a time
+                    weights.pin()
                     weights.start(g.fileno(), self._allocate(bound, *arenas), progress, self.stage)
                     code = nvrtc.load_all(kernel_files(self.config, bound, self.wide, p.chunks), device, weights.context)
                     self._capture(bound, code) # wants addresses, not weights

@@ -55,10 +55,10 @@ SMS = 132 # of an H100 or H200
 
 # splits -> tiles: (tokens, rows of W by 64, splits that are taken at once, stages, blocks on an SM, splits that are taken in turns)
 TILES = {1: ((256, 2, 1, 3, 1, 1), (128, 3, 1, 6, 1, 1), (128, 2, 1, 6, 1, 1), (64, 2, 1, 6, 2, 1)),
-         2: ((64, 1, 2, 3, 2, 1), (128, 1, 2, 3, 1, 1)), 4: ((64, 1, 4, 3, 1, 1), (128, 2, 1, 6, 1, 4))}
+         2: ((64, 1, 2, 3, 2, 1),), 4: ((64, 1, 4, 3, 1, 1), (128, 2, 1, 6, 1, 4))}
 GATED_TILES = tuple(t for t in TILES[1] if t[1] == 2)
 ORDERED = 1024 # groups of 128 columns that a kernel can put in order
-SPEED = {(256, 2): 1.25, (128, 3): 1.1, (128, 2): 1., (128, 1): 1., (64, 2): .8, (64, 1): .8} # of a tile's tensor work, roughly
+SPEED = {(256, 2): 1.25, (128, 3): 1.1, (128, 2): 1., (64, 2): .8, (64, 1): .8} # of a tile's tensor work, roughly
 
 def splits(
     rows, # of the matrices of a launch

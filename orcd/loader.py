@@ -10,7 +10,7 @@ __all__ = ['GAP', 'REQUEST', 'SIGEV_NONE', 'NOT_BEGUN', 'STALL', 'HUGE', 'READER
            'Part', 'parts', 'load']
 
 # %% ../nbs/29_loader.ipynb #1ea1e979
-import ctypes, errno, mmap, os, sys, time
+import ctypes, errno, mmap, os, sys, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -145,13 +145,18 @@ HUGE = 2 << 20 # bytes of a large page
 
 class PinnedBuffer:
     "Page-locked host memory"
-    def __init__(self, n_bytes):
+    def __init__(self,
+        n_bytes:int,
+        turn=lambda: None, # called before the driver is
+    ):
         from cupy.cuda import runtime
         self.pages = None
-        if n_bytes >= HUGE: self._lock(n_bytes)
-        if not self.pages: self.ptr = runtime.hostAlloc(n_bytes, 0)
+        if n_bytes >= HUGE: self._lock(n_bytes, turn)
+        if not self.pages:
+            turn()
+            self.ptr = runtime.hostAlloc(n_bytes, 0)
         self.view = memoryview((ctypes.c_char * n_bytes).from_address(self.ptr)).cast('B')
-    def _lock(self, n_bytes):
+    def _lock(self, n_bytes, turn):
         "Large pages are fewer, and the driver takes half as long to lock them. Where that does not go, `pages` stays empty."
         from cupy.cuda import runtime
         try:
@@ -159,6 +164,7 @@ class PinnedBuffer:
             pages.madvise(mmap.MADV_HUGEPAGE)
             self.ptr = -(-np.frombuffer(pages, np.uint8).ctypes.data // HUGE)*HUGE
             ctypes.memset(self.ptr, 0, n_bytes) # the pages are there now, and nobody had to wait for the driver or Python's lock
+            turn()
             runtime.hostRegister(self.ptr, n_bytes, 0)
         except (OSError, runtime.CUDARuntimeError): return
         self.pages = pages
@@ -194,23 +200,32 @@ class Loader:
         slot_bytes:int=None,     # of one read at most; by default `SLOT`, or those of a copy if they are more
         job_bytes:int=JOB,       # sorted together at most
     ):
-        from cupy.cuda import Event, Stream
         self.context = context_of(device)
         self.readers = n = readers or max(1, min(READERS, os.cpu_count() or 1, READERS if total is None else total // SHARE))
         slot = slot_bytes or max(SLOT, min(chunk_bytes, PINNED))
         self.slot, self.job = min(slot, total or slot), job_bytes
         self.chunk, self.given_up, self.running, self.done, self.queued = min(chunk_bytes, self.slot), False, None, 0, 0
-        self.stream, self.asker = Stream(non_blocking=True), Stream(non_blocking=True) # before the driver is busy with pinning
-        self.copied = Event(disable_timing=True)
+        self.may_pin = threading.Event()
         self.pins, self.thread = (ThreadPoolExecutor(1, f'orcd-{what}') for what in ('pin', 'load'))
         most = max(1, PINNED//self.slot)
         self.pinned = [self.pins.submit(self._pin, min(most, n - i), 4*FLAGS if not i else 0) for i in range(0, n, most)]
         self.patience = sys.getswitchinterval() # of everybody else
         sys.setswitchinterval(min(self.patience, PATIENCE))
 
-    def _pin(self, n, before):
+    def pin(self):
+        "Let the driver lock the memory, which takes it milliseconds in which it does little else: make allocations before. `start` does so too."
+        from cupy.cuda import Event, Stream
+        if self.may_pin.is_set(): return
+        self.stream, self.asker, self.copied = Stream(non_blocking=True), Stream(non_blocking=True), Event(disable_timing=True)
+        self.may_pin.set()
+
+    def _turn(self):
+        self.may_pin.wait()
+        if self.given_up: raise KernelError('the load was given up')
         enter(self.context)
-        buffer = PinnedBuffer(before + self.slot*n)
+
+    def _pin(self, n, before):
+        buffer = PinnedBuffer(before + self.slot*n, self._turn)
         return buffer, range(buffer.ptr + before, buffer.ptr + before + self.slot*n, self.slot)
 
     def _unpin(self):
@@ -220,6 +235,7 @@ class Loader:
     def close(self):
         "Stop. Pinned memory is given back by its own thread soon after, which takes some milliseconds. Safe to call twice."
         self.given_up = True
+        self.may_pin.set()
         for p in self.pinned: p.cancel() # what has not begun
         try: self.thread.shutdown()
         except BaseException: self.thread.shutdown(); raise # a second Ctrl-C: nobody may write to VRAM that is given back next
@@ -353,6 +369,7 @@ def _start(self,
 ):
     "Begin to copy tensors from the file into VRAM; `progress` is called by the thread that does it"
     if self.running: raise KernelError('a loader is used once: make another one')
+    self.pin()
     place, room = stage
     row = max((c.n_bytes // prod(c.shape[:-1]) for c in copies if c.type is not None), default=0)
     most = min(self.job, room)
