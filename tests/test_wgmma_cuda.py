@@ -100,7 +100,7 @@ def library(tmp_path_factory):
             cpp = folder/f'{len(made)}.cpp'
             cpp.write_text('\n'.join(f'#define {d.replace("=", " ")}' for d in (*defines, '__CUDA_ARCH_FEAT_SM90_ALL=1')) + shim + HALVES + fibers +
                            '#define fmaf fmaf_\nstatic float __fdividef(float a, float b) { return a / b; }\n#define __expf(a) std::exp(a)\ntemplate<class T> static T __shfl_sync(unsigned, T v, int lane, int width) { return from_lane(v, lane_of() / width * width + lane); }\n' + whole + RUN + f'RUN({name})')
-            subprocess.run(['g++', '-std=c++17', '-O2', '-ffp-contract=off', '-w', '-shared', '-fPIC', '-o', cpp.with_suffix('.so'), cpp], check=True)
+            subprocess.run(['g++', '-std=c++17', '-O2', '-ffp-contract=off', '-fno-gnu-unique', '-w', '-shared', '-fPIC', '-o', cpp.with_suffix('.so'), cpp], check=True)
             made[defines, change] = ctypes.CDLL(str(cpp.with_suffix('.so')))
         return made[defines, change]
     return build
