@@ -6,11 +6,11 @@ Docs: https://orcd-dev.github.io/orcd/loader.html.md"""
 
 # %% auto #0
 __all__ = ['GAP', 'REQUEST', 'SIGEV_NONE', 'NOT_BEGUN', 'STALL', 'HUGE', 'READERS', 'SHARE', 'SLOT', 'PINNED', 'FLAGS', 'JOB',
-           'AHEAD', 'TICK', 'PATIENCE', 'NOT_SUPPORTED', 'Copy', 'pieces', 'jobs', 'Reads', 'PinnedBuffer', 'Loader',
-           'Part', 'parts', 'load']
+           'AHEAD', 'TICK', 'PATIENCE', 'NOT_SUPPORTED', 'Copy', 'pieces', 'jobs', 'Reads', 'large_pages',
+           'PinnedBuffer', 'Loader', 'Part', 'parts', 'load']
 
 # %% ../nbs/29_loader.ipynb #1ea1e979
-import ctypes, errno, mmap, os, sys, threading, time
+import ctypes, errno, mmap, os, sys, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -143,31 +143,33 @@ class Reads:
 # %% ../nbs/29_loader.ipynb #c8f5fc73
 HUGE = 2 << 20 # bytes of a large page
 
+def large_pages(
+    n_bytes:int,
+):               # `mmap`, or None where that does not go
+    "Host memory in large pages, from a multiple of `HUGE` on. They are there when it returns, and nobody had to wait for the driver or Python's lock."
+    try:
+        pages = mmap.mmap(-1, n_bytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError: return
+    ctypes.memset(_begin(pages), 0, n_bytes)
+    return pages
+
+def _begin(pages): return -(-np.frombuffer(pages, np.uint8).ctypes.data // HUGE)*HUGE
+
 class PinnedBuffer:
-    "Page-locked host memory"
+    "Page-locked host memory. Large pages are fewer, and the driver takes half as long to lock them."
     def __init__(self,
         n_bytes:int,
-        turn=lambda: None, # called before the driver is
+        pages=None, # from `large_pages`, as large
     ):
         from cupy.cuda import runtime
-        self.pages = None
-        if n_bytes >= HUGE: self._lock(n_bytes, turn)
-        if not self.pages:
-            turn()
-            self.ptr = runtime.hostAlloc(n_bytes, 0)
-        self.view = memoryview((ctypes.c_char * n_bytes).from_address(self.ptr)).cast('B')
-    def _lock(self, n_bytes, turn):
-        "Large pages are fewer, and the driver takes half as long to lock them. Where that does not go, `pages` stays empty."
-        from cupy.cuda import runtime
-        try:
-            pages = mmap.mmap(-1, n_bytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_HUGEPAGE)
-            self.ptr = -(-np.frombuffer(pages, np.uint8).ctypes.data // HUGE)*HUGE
-            ctypes.memset(self.ptr, 0, n_bytes) # the pages are there now, and nobody had to wait for the driver or Python's lock
-            turn()
-            runtime.hostRegister(self.ptr, n_bytes, 0)
-        except (OSError, runtime.CUDARuntimeError): return
         self.pages = pages
+        if pages:
+            self.ptr = _begin(pages)
+            try: runtime.hostRegister(self.ptr, n_bytes, 0)
+            except runtime.CUDARuntimeError: self.pages = None
+        if not self.pages: self.ptr = runtime.hostAlloc(n_bytes, 0)
+        self.view = memoryview((ctypes.c_char * n_bytes).from_address(self.ptr)).cast('B')
     def free(self):
         "Give it back; safe to call twice"
         from cupy.cuda import runtime
@@ -176,7 +178,6 @@ class PinnedBuffer:
         if not ptr: return
         if self.pages: runtime.hostUnregister(ptr); self.pages.close()
         else: runtime.freeHost(ptr)
-
 
 # %% ../nbs/29_loader.ipynb #1c608de7
 READERS = 12        # threads at most: a core copies 5 GB/s, PCIe 5 takes 54
@@ -205,27 +206,32 @@ class Loader:
         slot = slot_bytes or max(SLOT, min(chunk_bytes, PINNED))
         self.slot, self.job = min(slot, total or slot), job_bytes
         self.chunk, self.given_up, self.running, self.done, self.queued = min(chunk_bytes, self.slot), False, None, 0, 0
-        self.may_pin = threading.Event()
         self.pins, self.thread = (ThreadPoolExecutor(1, f'orcd-{what}') for what in ('pin', 'load'))
-        most = max(1, PINNED//self.slot)
-        self.pinned = [self.pins.submit(self._pin, min(most, n - i), 4*FLAGS if not i else 0) for i in range(0, n, most)]
+        self.pinned, self.first = [], self.pins.submit(self._pages, self._groups()[0]) # until the driver is free
         self.patience = sys.getswitchinterval() # of everybody else
         sys.setswitchinterval(min(self.patience, PATIENCE))
+
+    def _groups(self):
+        "(bytes before, slots) of what is pinned at a time; before the first slots there are the flags"
+        most = max(1, PINNED//self.slot)
+        return [(0 if i else 4*FLAGS, min(most, self.readers - i)) for i in range(0, self.readers, most)]
+
+    def _pages(self, group):
+        before, n = group
+        n_bytes = before + self.slot*n
+        return large_pages(n_bytes) if n_bytes >= HUGE else None
 
     def pin(self):
         "Let the driver lock the memory, which takes it milliseconds in which it does little else: make allocations before. `start` does so too."
         from cupy.cuda import Event, Stream
-        if self.may_pin.is_set(): return
+        if self.pinned: return
         self.stream, self.asker, self.copied = Stream(non_blocking=True), Stream(non_blocking=True), Event(disable_timing=True)
-        self.may_pin.set()
+        self.pinned = [self.pins.submit(self._pin, *g) for g in self._groups()]
 
-    def _turn(self):
-        self.may_pin.wait()
-        if self.given_up: raise KernelError('the load was given up')
+    def _pin(self, before, n):
+        pages, self.first = self.first.result() if self.first else self._pages((before, n)), None
         enter(self.context)
-
-    def _pin(self, n, before):
-        buffer = PinnedBuffer(before + self.slot*n, self._turn)
+        buffer = PinnedBuffer(before + self.slot*n, pages)
         return buffer, range(buffer.ptr + before, buffer.ptr + before + self.slot*n, self.slot)
 
     def _unpin(self):
@@ -235,7 +241,6 @@ class Loader:
     def close(self):
         "Stop. Pinned memory is given back by its own thread soon after, which takes some milliseconds. Safe to call twice."
         self.given_up = True
-        self.may_pin.set()
         for p in self.pinned: p.cancel() # what has not begun
         try: self.thread.shutdown()
         except BaseException: self.thread.shutdown(); raise # a second Ctrl-C: nobody may write to VRAM that is given back next
