@@ -56,6 +56,14 @@ MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
     exponent=('e ? e << 23', 'e ? (e + 1) << 23'))
 
 
+def compiled(text, path):
+    "A library of C++, which shares no variables with others of this process"
+    path.write_text(text)
+    lib = path.with_suffix('.so')
+    subprocess.run(['g++', '-std=c++17', '-O1', '-ffp-contract=off', '-fno-gnu-unique', '-w', '-shared', '-fPIC', '-o', lib, path], check=True)
+    return ctypes.CDLL(str(lib))
+
+
 @pytest.fixture(scope='module')
 def build(tmp_path_factory):
     "Compile blocks.cu (with one mistake) into a shared library"
@@ -67,10 +75,7 @@ def build(tmp_path_factory):
             old, new = MUTATIONS[mutation]
             assert source.count(old) == 1
             source = source.replace(old, new)
-        cpp, lib = folder/f'{mutation}.cpp', folder/f'{mutation}.so'
-        cpp.write_text(SHIM + source + CALLS)
-        subprocess.run(['g++', '-std=c++17', '-O1', '-ffp-contract=off', '-shared', '-fPIC', '-o', lib, cpp], check=True)
-        return ctypes.CDLL(str(lib))
+        return compiled(SHIM + source + CALLS, folder/f'{mutation}.cpp')
     return make
 
 

@@ -1,6 +1,6 @@
 """The kernel of a decode step, gemv.cu, run on the CPU by its own launcher: lanes are fibers that meet at every shuffle, matrix instruction and barrier.
 A bulk copy is there at once, so that whoever asks for a piece too early destroys what others still read."""
-import ctypes, re, shutil, subprocess, sys
+import ctypes, re, shutil, sys
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd import k_gemv
@@ -8,8 +8,11 @@ from orcd.blocks import GGMLType, dequantize
 from orcd.errors import KernelError
 from orcd.nvrtc import QTensor, read_source
 from orcd.planes import random_blocks, to_planes
-from test_blocks_cuda import SHIM, placed
+from test_blocks_cuda import SHIM, compiled, placed
 
+# `SHIM` for blocks of many threads
+THREADS = re.sub(r'static struct \{ int x, z; \}.*\n', '', SHIM.replace('#define __launch_bounds__(n)', '#define __launch_bounds__(...)')
+    .replace('#include <cstring>', '#include <cstring>\n#include <cstdlib>\n#include <algorithm>'))
 TYPES = [t for t in GGMLType if t.block_size > 1]
 FIBERS = r'''
 #include <cmath>
@@ -138,13 +141,9 @@ def library(tmp_path_factory):
             whole = '\n'.join(parts)
             assert 'asm' not in whole, 'the source has changed'
             if change[0]: assert whole.count(change[0]) == 1, 'the source has changed'; whole = whole.replace(*change)
-            shim = SHIM.replace('#define __launch_bounds__(n)', '#define __launch_bounds__(...)').replace('#include <cstring>', '#include <cstring>\n#include <cstdlib>\n#include <algorithm>')
-            shim = re.sub(r'static struct \{ int x, z; \}.*\n', '', shim)
             run = 'RUN(gemv_mixed)' if names == ['mixed'] else f'ALL({names[0]})'
-            cpp = folder/f'{len(made)}.cpp'
-            cpp.write_text('\n'.join(f'#define {d.replace("=", " ")}' for d in defines) + shim + FIBERS.replace('900', str(arch)) + whole + RUN + run)
-            subprocess.run(['g++', '-std=c++17', '-O1', '-w', '-shared', '-fPIC', '-o', cpp.with_suffix('.so'), cpp], check=True)
-            made[defines, change, arch] = ctypes.CDLL(str(cpp.with_suffix('.so')))
+            text_of = '\n'.join(f'#define {d.replace("=", " ")}' for d in defines) + THREADS + FIBERS.replace('900', str(arch)) + whole + RUN + run
+            made[defines, change, arch] = compiled(text_of, folder/f'{len(made)}.cpp')
         return made[defines, change, arch]
     return build
 

@@ -1,5 +1,5 @@
 "The weights that Hopper's tensor cores are given, made on the CPU by the kernel's own source: those of the NumPy oracle, and near the exact ones"
-import ctypes, re, shutil, subprocess
+import ctypes, re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd.blocks import GGMLType, dequantize
@@ -7,7 +7,7 @@ from orcd import k_hopper
 from orcd.nvrtc import QTensor, read_source
 from orcd.planes import random_blocks, to_planes
 from rounded import as_hopper
-from test_blocks_cuda import SHIM, placed, pointer
+from test_blocks_cuda import SHIM, compiled, placed, pointer
 
 # What share.cu and slab.cu need beyond that; halves are rounded from double, once
 HALVES = r'''
@@ -84,10 +84,7 @@ def build(tmp_path_factory):
     folder, source = tmp_path_factory.mktemp('slab'), SHIM.replace('#include <cstring>', '#include <cstring>\n#include <algorithm>') + HALVES + device_source() + CALLS
     def make(old='', new=''):
         assert not old or source.count(old) == 1, 'the source has changed'
-        cpp = folder/f'{new.strip(".f *") or "slab"}.cpp'
-        cpp.write_text(source.replace(old, new) if old else source)
-        subprocess.run(['g++', '-std=c++17', '-O1', '-ffp-contract=off', '-shared', '-fPIC', '-w', '-o', cpp.with_suffix('.so'), cpp], check=True)
-        return ctypes.CDLL(str(cpp.with_suffix('.so')))
+        return compiled(source.replace(old, new) if old else source, folder/f'{new.strip(".f *") or "slab"}.cpp')
     return make
 
 

@@ -1,13 +1,13 @@
 "The kernel that makes halves of activations, to_half.cu, run on the CPU by its own launcher, against NumPy"
-import ctypes, re, shutil, subprocess
+import ctypes, re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd import k_gemm
 from orcd.k_gemm import Gated, HalfRows, half_bytes, to_half
 from orcd.k_gemv import Normed
 from orcd.nvrtc import read_source
-from test_blocks_cuda import SHIM
-from test_gemv_cuda import FIBERS, Array, floats
+from test_blocks_cuda import compiled
+from test_gemv_cuda import FIBERS, THREADS, Array, floats
 
 RUN = r'''
 extern "C" int run_to_half(int grid, const float* x, const float* other, long long ldx, long long ldother, float eps, int mode,
@@ -30,14 +30,10 @@ def library(tmp_path_factory):
             factor = source[source.index('// 1 / root mean square'):source.index('// Element i of row')]
             kernel = re.sub(r'#include .*', '', read_source('to_half'))
             assert not change[0] or kernel.count(change[0]) == 1, 'the source has changed'
-            shim = SHIM.replace('#define __launch_bounds__(n)', '#define __launch_bounds__(...)').replace('#include <cstring>', '#include <cstring>\n#include <cstdlib>\n#include <algorithm>')
-            shim = re.sub(r'static struct \{ int x, z; \}.*\n', '', shim)
             # here `shared` is one per block: a static one does, since blocks run one after the other
             fibers = FIBERS.replace('#define __shared__', '#define __shared__ static').replace('alignas(16) unsigned char', 'alignas(16) static unsigned char').replace('256', str(threads))
-            cpp = folder/f'{len(made)}.cpp'
-            cpp.write_text(shim + fibers + 'typedef uint32_t u32; typedef uint16_t u16;\n' + REDUCE + factor + kernel.replace(*change) + RUN)
-            subprocess.run(['g++', '-std=c++17', '-O1', '-w', '-shared', '-fPIC', '-o', cpp.with_suffix('.so'), cpp], check=True)
-            made[threads, change] = ctypes.CDLL(str(cpp.with_suffix('.so')))
+            text = THREADS + fibers + 'typedef uint32_t u32; typedef uint16_t u16;\n' + REDUCE + factor + kernel.replace(*change) + RUN
+            made[threads, change] = compiled(text, folder/f'{len(made)}.cpp')
         return made[threads, change]
     return build
 

@@ -1,6 +1,6 @@
 """Products of many rows on Hopper: gemm_wgmma.cu run on the CPU by its own launcher, with lanes as fibers. A copy is there at once, so that whoever asks for a
 stage too early destroys what others still read. Against float64 with the weights and halves that the kernel is given, and tile against tile, bit for bit."""
-import ctypes, re, shutil, subprocess
+import ctypes, re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd import k_hopper
@@ -8,8 +8,8 @@ from orcd.blocks import GGMLType
 from orcd.nvrtc import QTensor, read_source
 from orcd.planes import random_blocks, to_planes
 from rounded import as_hopper
-from test_blocks_cuda import SHIM
-from test_gemv_cuda import FIBERS, Array, floats
+from test_blocks_cuda import compiled
+from test_gemv_cuda import FIBERS, THREADS, Array, floats
 from test_slab_cuda import HALVES, plain_slab, tops
 from test_to_half_cuda import halves
 
@@ -68,6 +68,12 @@ RUN = r'''
     for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) if (run_block()) return 1; \
     return 0; }
 '''
+MORE = r'''
+#define fmaf fmaf_
+static float __fdividef(float a, float b) { return a / b; }
+#define __expf(a) std::exp(a)
+template<class T> static T __shfl_sync(unsigned, T v, int lane, int width) { return from_lane(v, lane_of() / width * width + lane); }
+'''
 TILES = [(64, 1, 4, 3, 1, 1), (128, 2, 1, 6, 1, 4), (64, 1, 2, 3, 2, 1), (128, 1, 2, 3, 1, 1), (128, 2, 1, 6, 1, 2), (256, 2, 1, 3, 1, 1), (64, 2, 1, 6, 2, 1)]
 
 
@@ -89,19 +95,14 @@ def library(tmp_path_factory):
         if (defines, change) not in made:
             whole = source()
             if change[0]: assert whole.count(change[0]) == 1, 'the source has changed'; whole = whole.replace(*change)
-            shim = SHIM.replace('#define __launch_bounds__(n)', '#define __launch_bounds__(...)').replace('#include <cstring>', '#include <cstring>\n#include <cstdlib>\n#include <algorithm>')
-            shim = re.sub(r'static struct \{ int x, z; \}.*\n', '', shim)
             fibers = FIBERS[:FIBERS.index("// A barrier's word")] + BARRIERS + FIBERS[FIBERS.index('static void entry()'):]
             fibers = re.sub(r'struct float2.*\nstruct float4.*\n', '', fibers)                     # `HALVES` has them, and the halves
             fibers = re.sub(r'static uint32_t to_half_bits[^}]*\}\n', '', fibers)
             fibers = re.sub(r'static uint32_t two_halves.*\n', '', fibers)
             fibers = fibers.replace('turn < 30000', 'turn < 200000').replace('left = true; now', 'left = true; if (f.index.x > 127 && turn % 4) continue; now') # one warpgroup is ahead of the others
             fibers = fibers.replace('alignas(16) unsigned char shared[256 << 10]', 'alignas(1024) unsigned short shared[128 << 10]').replace('256', str(threads)).replace('warps[8]', 'warps[16]')
-            cpp = folder/f'{len(made)}.cpp'
-            cpp.write_text('\n'.join(f'#define {d.replace("=", " ")}' for d in (*defines, '__CUDA_ARCH_FEAT_SM90_ALL=1')) + shim + HALVES + fibers +
-                           '#define fmaf fmaf_\nstatic float __fdividef(float a, float b) { return a / b; }\n#define __expf(a) std::exp(a)\ntemplate<class T> static T __shfl_sync(unsigned, T v, int lane, int width) { return from_lane(v, lane_of() / width * width + lane); }\n' + whole + RUN + f'RUN({name})')
-            subprocess.run(['g++', '-std=c++17', '-O2', '-ffp-contract=off', '-fno-gnu-unique', '-w', '-shared', '-fPIC', '-o', cpp.with_suffix('.so'), cpp], check=True)
-            made[defines, change] = ctypes.CDLL(str(cpp.with_suffix('.so')))
+            text = '\n'.join(f'#define {d.replace("=", " ")}' for d in (*defines, '__CUDA_ARCH_FEAT_SM90_ALL=1')) + THREADS + HALVES + fibers + MORE + whole + RUN + f'RUN({name})'
+            made[defines, change] = compiled(text, folder/f'{len(made)}.cpp')
         return made[defines, change]
     return build
 
