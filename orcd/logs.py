@@ -13,6 +13,9 @@ from datetime import datetime, timezone
 import structlog
 from structlog.contextvars import bind_contextvars, clear_contextvars, merge_contextvars
 
+# %% ../nbs/41_logs.ipynb #6d093cd2
+from .errors import printable
+
 # %% ../nbs/41_logs.ipynb #839d7768
 class LineWriter:
     "Write text to a file descriptor from a thread of its own; never blocks the caller"
@@ -75,7 +78,9 @@ def in_order(
     "The same event with the well-known keys first"
     return {k: e[k] for k in _first if k in e} | {k: v for k, v in e.items() if k not in _first}
 
-def as_json(logger, method, e): return json.dumps(in_order(e), default=str, ensure_ascii=True) + '\n'
+def as_json(logger, method, e):
+    "One line of ASCII, without any control character"
+    return json.dumps(in_order(e), default=str, ensure_ascii=True).replace('\x7f', r'\u007f') + '\n'
 
 # %% ../nbs/41_logs.ipynb #f55f45d8
 _marks = dict(debug='·', info=' ', warning='!', error='✗', critical='✗')
@@ -93,9 +98,10 @@ def as_text(logger, method, e):
     t = e.get('timestamp', now())[11:19]
     if e['event'] == 'model_load_progress': return f"\r{t}   loading  {bar(e['percent'])}" + ('\n' if e['percent'] >= 100 else '')
     hide = {'timestamp', 'level', 'event', 'worker_id', 'model_ref', 'gpu_device', 'exception'}
-    fields = '  '.join(f'{k}={v}' for k, v in in_order(e).items() if k not in hide and v is not None)
-    line = f"{t} {_marks.get(e.get('level'), ' ')} {e['event']}  {fields}".rstrip()
-    return '\n'.join([line, *([e['exception'].rstrip()] if 'exception' in e else []), ''])
+    fields = '  '.join(f'{k}={printable(v)}' for k, v in in_order(e).items() if k not in hide and v is not None)
+    line = f"{t} {_marks.get(e.get('level'), ' ')} {printable(e['event'])}  {fields}".rstrip()
+    below = [f'    {printable(l)}' for l in e.get('exception', '').rstrip().split('\n')] if 'exception' in e else []
+    return '\n'.join([line, *below, ''])
 
 # %% ../nbs/41_logs.ipynb #d403518d
 log = structlog.get_logger()
