@@ -20,7 +20,7 @@ import typer
 
 # %% ../nbs/44_cli.ipynb #896bb58c
 from . import __version__
-from .errors import OrcdError, UsageError
+from .errors import OrcdError, UsageError, for_output, printable
 
 # %% ../nbs/44_cli.ipynb #63923d7a
 def whole(lo, hi=None):
@@ -286,7 +286,7 @@ def open_model(name, device_text, context=None):
 
 def stream(out):
     "Print a generation as it comes; returns its text"
-    for token in out: print(token.text, end='', flush=True)
+    for token in out: print(for_output(token.text, sys.stdout), end='', flush=True)
     return out.text
 
 # %% ../nbs/44_cli.ipynb #8ec79aab
@@ -358,21 +358,22 @@ def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
     "Show the architecture, the tensors and the VRAM that a model will need."
     from orcd import arch, engine
     from orcd.gguf import GGUF
+    def say(line): print(printable(line))                    # a file's names steer no terminal
     with GGUF(str(model_path(model))) as g:
         _, c = arch.resolve(g)
         n = sum(t.n_elements for t in g.tensors.values())
-        print(f'{c.name or Path(model).name}: {c.arch}, {c.quant_kind}, {n / 1e6:,.1f} M parameters in {len(g.tensors)} tensors')
-        print(f'  layers {c.n_layer}, width {c.n_embd}, feed-forward {c.n_ff}, vocabulary {c.n_vocab}')
-        print(f'  heads {c.n_head} of {c.head_dim}, {c.n_head_kv} for keys and values')
-        if c.n_expert: print(f'  experts {c.n_expert}, {c.n_expert_used} used for a token, feed-forward {c.n_ff_exp}')
-        print(f'  context {c.context_length}, KV cache {c.kv_bytes_per_token / 1024:.1f} KiB a token')
-        for kind, n, size in by_type(g): print(f'  {kind:8} {n:5} tensors {mib(size):>14}')
-        for line in words(g): print(f'  {line}')
+        say(f'{c.name or Path(model).name}: {c.arch}, {c.quant_kind}, {n / 1e6:,.1f} M parameters in {len(g.tensors)} tensors')
+        say(f'  layers {c.n_layer}, width {c.n_embd}, feed-forward {c.n_ff}, vocabulary {c.n_vocab}')
+        say(f'  heads {c.n_head} of {c.head_dim}, {c.n_head_kv} for keys and values')
+        if c.n_expert: say(f'  experts {c.n_expert}, {c.n_expert_used} used for a token, feed-forward {c.n_ff_exp}')
+        say(f'  context {c.context_length}, KV cache {c.kv_bytes_per_token / 1024:.1f} KiB a token')
+        for kind, n, size in by_type(g): say(f'  {kind:8} {n:5} tensors {mib(size):>14}')
+        for line in words(g): say(f'  {line}')
         free, hopper = gpu_now()
-        if free is not None: print(f'GPU 0 has {mib(free)} of VRAM free beside the CUDA context')
+        if free is not None: say(f'GPU 0 has {mib(free)} of VRAM free beside the CUDA context')
         p = engine.plan(g, context_length, free=vram_mb << 20 if vram_mb else free, wide=hopper)
-        print(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
-        for what in 'weights', 'kv_cache', 'workspace', 'kernels': print(f'  {what:10} {mib(getattr(p, what, engine.CODE)):>14}')
+        say(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
+        for what in 'weights', 'kv_cache', 'workspace', 'kernels': say(f'  {what:10} {mib(getattr(p, what, engine.CODE)):>14}')
 
 def words(g):
     "Lines on a file's tokenizer: kind, chat template, what ends a reply"
@@ -399,7 +400,7 @@ def bench(model:Model, device:Device='0', prompt_tokens:Annotated[int, typer.Opt
             b = time.perf_counter(); n = sum(1 for _ in m.engine.decode(greedy, tokens))
             prefill.append(b - a); decode.append((time.perf_counter() - b) / n)
         i = m.engine.info()
-        print(f"{m.config.name or model}, {m.config.quant_kind}, {m.engine.kind} engine{', ' + str(i['name']) if i.get('name') else ''}")
+        print(printable(f"{m.config.name or model}, {m.config.quant_kind}, {m.engine.kind} engine{', ' + str(i['name']) if i.get('name') else ''}"))
         p, d = median(prefill[1:]), median(decode[1:])
         print(f'  prefill {prompt_tokens / p:10.1f} tok/s  ({prompt_tokens} tokens in {p * 1e3:.1f} ms)')
         print(f'  decode  {1 / d:10.1f} tok/s  ({d * 1e3:.3f} ms a token{floor(m.engine, prompt_tokens + tokens // 2, d)})')
@@ -500,7 +501,7 @@ def _perform(p, where, engine, body):
     try:
         end = {}
         for e in ask(where, **{k: v for k, v in body.items() if v is not None}):
-            if e['type'] == 'token': print(e['t'], end='', flush=True)
+            if e['type'] == 'token': print(for_output(e['t'], sys.stdout), end='', flush=True)
             else: end = e
         ok = end.get('type') == 'end'
         if not ok: print(f"\n\n{end.get('code')}: {end.get('message')}")
@@ -574,7 +575,7 @@ def _root(version:Annotated[bool, typer.Option('--version', help='print the vers
         print(f'orcd {__version__}')
         raise typer.Exit()
 
-def _say(message): print(f'orcd: {" ".join(str(message).split())}', file=sys.stderr)
+def _say(message): print(printable(f'orcd: {" ".join(str(message).split())}'), file=sys.stderr)
 
 def run(
     args=None, # without the program's name; default: the command line
