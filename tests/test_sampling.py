@@ -221,6 +221,19 @@ def test_rules_form():
     assert '5000' in check_params(dict(seed=2**5000))[0]['value'] or 'bits' in check_params(dict(seed=2**5000))[0]['value']
 
 
+@pytest.mark.parametrize('stop', ['x'*4097, ['a', 'x'*500_000], ['x'*4097]*4, ['x'*4097]*100_000, ['\ud800'*5000]], ids=lambda s: f'{len(s)}')
+def test_what_is_too_long_is_not_counted(stop):
+    "Whoever sends a megabyte does not get it tokenised"
+    counted = []
+    errors = check_params(dict(stop=stop), count_tokens=lambda s: counted.append(s) or 1)
+    assert 'characters(1..=4096)' in [e['constraint'] for e in errors] and max(map(len, counted), default=0) <= 1
+
+
+def test_the_longest_stop_string():
+    "32 tokens of the longest kind that published vocabularies have"
+    assert check_params(dict(stop=['='*4096]*4), count_tokens=lambda s: len(s)//128) == []
+
+
 @given(st.dictionaries(st.sampled_from([*RULES, 'stop', 'model']), st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=4)))
 @settings(deadline=None)
 def test_rules_never_crash(d):

@@ -1,5 +1,5 @@
 "Tokenizers against independent ones: the tokenizers library, sentencepiece, and golden vectors of llama.cpp, tiktoken and Hugging Face"
-import json, lzma, random, string, time, unicodedata
+import gc, json, lzma, random, string, time, tracemalloc, unicodedata
 from types import SimpleNamespace
 import gguf, pytest, tokenizers
 from hypothesis import given, settings, strategies as st
@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from orcd.errors import OrcdError, RequestError, TokenizerError
 from orcd.gguf import GGUF
+from orcd.spm import MAX_WORDS
 from orcd.tokenizer import ALPHABET, PRE, Tokenizer
 
 NAMES = dict(qwen2='qwen2.5-0.5b-instruct-q4_k_m', phi3='phi-3-mini-4k-instruct-q4', gptoss='gpt-oss-20b-mxfp4')
@@ -214,6 +215,33 @@ def test_phi3_rules(spm_vocab):
     assert tok.decode(rain) == 'rain' and ''.join(map(tok.stream(after=[assistant]).push, rain)) == 'rain'
     assert ''.join(map(tok.stream(after=rain).push,
         rain)) == ' rain'                                     # in the middle of a text the space is real
+
+
+def grown(f):
+    "Bytes of Python objects that are there after `f()` and were not before"
+    gc.collect(); tracemalloc.start()
+    try:
+        f(); gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+    finally: tracemalloc.stop()
+
+
+@pytest.mark.parametrize('length, n, most', [(32_000, 3, 1 << 18), (33, 300, 1 << 18), (32, 9000, 24 << 20)])
+def test_spm_remembers_little(spm_vocab, length, n, most):
+    "Words that never come again, as clients may send them: long ones leave nothing behind, short ones a bounded number"
+    rng, spm = random.Random(length), spm_vocab[0].backend
+    def send():
+        for _ in range(n): spm.encode(''.join(map(chr, rng.choices(range(0x4E00, 0x9FA5), k=length))))
+    assert grown(send) < most
+    assert spm._remembered.cache_info().currsize <= MAX_WORDS
+
+
+def test_spm_bad_vocabularies():
+    from orcd.spm import BYTE, NORMAL, SPM
+    with pytest.raises(TokenizerError, match='not a number'): SPM(['ab'], [float('nan')], [NORMAL])
+    odd = SPM(['<0xZZ>', '<0x0a>', 'a'], [0.]*3, [BYTE, BYTE, NORMAL], space_prefix=False)
+    assert odd.encode('a\n') == [2, 1] and [odd.token_bytes(i) for i in range(3)] == [b'<0xZZ>', b'\n', b'a']
+    with pytest.raises(RequestError, match='U\\+0062'): odd.encode('b')
 
 
 # --- tokenizer.json -------------------------------------------------------------------------------
