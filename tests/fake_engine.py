@@ -119,11 +119,17 @@ class FakeEngine:
         finally: self.finished += 1
 
     def logits(self, ids):
-        x = np.zeros((len(ids), self.config.n_vocab), np.float32); x[np.arange(len(ids)), np.asarray(ids)] = 1
-        return x
+        self._open()
+        try:
+            for item in self.prefill_script: self._play(item, None)
+            x = np.zeros((len(ids), self.config.n_vocab), np.float32); x[np.arange(len(ids)), np.asarray(ids)] = 1
+            return x
+        finally: self.busy.release()
 
     def residuals(self, ids): return np.zeros((self.config.n_layer + 1, len(ids), self.config.n_embd), np.float32)
-    def close(self): self.closed += 1
+    def close(self):
+        if self.busy.locked(): raise AssertionError('closed beside a call')
+        self.closed += 1
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 

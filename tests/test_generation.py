@@ -1,5 +1,5 @@
 "Generation on a scripted engine: what is shown, where it stops, and what is left after something went wrong"
-import gc, math, threading, time, weakref
+import contextlib, gc, math, re, threading, time, weakref
 import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
@@ -223,6 +223,21 @@ def test_exception_of_the_caller():
     assert m.generate('?', max_tokens=3).run().text == 'aaa'
 
 
+@contextlib.contextmanager
+def at_work(m, call):
+    "Another thread runs `call` and is inside of the engine, whose script waits for a gate; yields (gate, what it raised or returned)"
+    gate, out = threading.Event(), []
+    m.engine.script = m.engine.prefill_script = [gate]
+    def run():
+        try: out.append(call())
+        except BaseException as e: out.append(e)
+    t = threading.Thread(target=run, daemon=True); t.start()
+    while not m.engine.busy.locked(): time.sleep(.001)
+    try: yield gate, out
+    finally: gate.set(); t.join(30)
+    assert not t.is_alive()
+
+
 def test_one_at_a_time():
     m = fake_model(then=ord('a'))
     old, new = m.generate('?', max_tokens=3), m.generate('?', max_tokens=3)
@@ -231,13 +246,85 @@ def test_one_at_a_time():
     assert new.run().text == 'aaa' and old.stop_reason == 'ERROR'
     g = m.generate('?', max_tokens=3); next(g); m.logits([1, 2])
     with pytest.raises(RequestError, match='taken over'): next(g)
-    gate, first, problem = threading.Event(), m.generate('?'), []
-    m.engine.script = [gate]
-    t = threading.Thread(target=lambda: next(first)); t.start()
-    while not m.engine.busy.locked(): time.sleep(.001)
-    with pytest.raises(RequestError, match='another thread'): next(m.generate('?'))
-    gate.set(); t.join()
-    assert first.tokens_out == 1
+    first, other = m.generate('?'), m.generate('?')
+    with at_work(m, lambda: next(first)):
+        for call in (lambda: next(other), lambda: next(first), lambda: m.logits([1])):
+            with pytest.raises(RequestError, match='at work in another call'): call()
+        assert 'context 4096' in repr(m) and m.vram is None and m.count('ab') == 2, 'what needs no engine is answered'
+    assert first.tokens_out == 1 and other.stop_reason is None and other.run().stop_reason
+
+
+def test_logits_keeps_generate_out():
+    m = fake_model(then=ord('a'))
+    with at_work(m, lambda: m.logits([1, 2])) as (gate, out):
+        with pytest.raises(RequestError, match='at work in another call'): next(m.generate('?'))
+        with pytest.raises(RequestError, match='at work in another call'): m.logits([3])
+    assert out[0].shape == (2, N_VOCAB)
+
+
+@pytest.mark.parametrize('call', ['generate', 'logits'])
+@pytest.mark.parametrize('way', ['close', 'exit'])
+def test_closing_beside_a_call(call, way):
+    "A text ends before its next token, a call of logits at its end; the engine is closed after both, and never beside them"
+    m = fake_model(then=ord('a')); engine, g = m.engine, m.generate('?')
+    with at_work(m, g.run if call == 'generate' else lambda: m.logits([1, 2])) as (gate, out):
+        closer = threading.Thread(target=m.close if way == 'close' else lambda: m.__exit__(None, None, None)); closer.start()
+        while not m.closing: time.sleep(.001)
+        if call == 'logits':
+            assert engine.closed == 0 and closer.is_alive()
+            gate.set()
+        closer.join(30)
+        assert engine.closed == 1 and m.engine is None
+    if call == 'generate': assert isinstance(out[0], RequestError) and 'closed' in str(out[0]) and g.stop_reason == 'ERROR' and engine.finished <= 1
+    else: assert out[0].shape == (2, N_VOCAB)
+    with pytest.raises(RequestError, match='closed'): m.logits([1])
+
+
+def test_closing_from_within():
+    "`cancelled`, or the handler of a signal, may close the model whose text is being made"
+    m = fake_model(then=ord('a')); engine = m.engine
+    g = m.generate('?', cancelled=lambda: g.tokens_out == 2 and m.close())
+    with pytest.raises(RequestError, match='closed'): g.run()
+    assert (g.text, g.stop_reason, engine.closed, m.engine) == ('aa', 'ERROR', 1, None)
+    m = fake_model(then=ord('a'))
+    g = m.generate('?', cancelled=lambda: g.tokens_out == 2 and g.close())
+    assert (g.run().text, g.stop_reason) == ('aa', 'CANCELLED') and m.logits([1]).shape == (1, N_VOCAB)
+    inner = []
+    def meddle():
+        try: m.logits([1])
+        except RequestError as e: inner.append(str(e))
+    assert m.generate('?', max_tokens=2, cancelled=meddle).run().text == 'aa' and all('at work' in e for e in inner) and inner
+
+
+def test_closing_a_text_from_another_thread():
+    m = fake_model(then=ord('a')); g = m.generate('?')
+    with at_work(m, g.run) as (gate, out): g.close()
+    assert g.stop_reason == 'CANCELLED' and out == [g] and m.generate('?', max_tokens=2).run().tokens_out == 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from(['generate', 'logits', 'close text', 'close']), min_size=2, max_size=4))
+def test_threads_at_random(deeds):
+    "Whatever several threads do to one model: the right text or one of two sentences; the engine refuses two threads and use after its end by an AssertionError"
+    m, seen = fake_model(say('Rain'), then=ord('.'), pace=.0002), []
+    engine = m.engine
+    def run(deed):
+        try:
+            for _ in range(8):
+                if deed == 'logits': seen.append(m.logits([5, 6]).argmax(1).tolist() == [5, 6])
+                elif deed == 'close': m.close()
+                else:
+                    g = m.generate('?', max_tokens=6)
+                    if deed == 'close text': threading.Timer(.0005, g.close).start()
+                    seen.append('Rain..'.startswith(g.run().text))
+        except RequestError as e: seen.append(bool(re.search('at work|taken over|closed', str(e))))
+        except BaseException as e: seen.append(e)
+    threads = [threading.Thread(target=run, args=(d,)) for d in deeds]
+    for t in threads: t.start()
+    for t in threads: t.join(30)
+    assert all(x is True for x in seen), seen
+    m.close()
+    assert engine.closed == 1
 
 
 def test_closing():
@@ -248,9 +335,39 @@ def test_closing():
     for f in (lambda: m.generate('?'), lambda: m.logits([1]), lambda: m.count('x')):
         with pytest.raises(RequestError, match='closed'): f()
     m = fake_model(); g = m.generate('?'); next(g); m.close()
-    with pytest.raises(OrcdError): g.run()
+    with pytest.raises(RequestError, match='closed'): g.run()
+    assert g.stop_reason == 'ERROR' and list(g) == []
+    m = fake_model(); g = m.generate('?'); m.close()
+    with pytest.raises(RequestError, match='closed'): next(g)
     with pytest.raises(ValueError), fake_model() as m: engine = m.engine; raise ValueError
     assert engine.closed == 1
+
+
+class Counting(FakeTokenizer):
+    "Says what it was asked to tokenise; its longest token has 3 bytes"
+    def __init__(self): self.seen = []
+    def encode(self, text, **kw): self.seen.append(len(text)); return [1] * (len(text) // 3)
+    def encode_chat(self, messages, **kw): return self.encode(''.join(m['content'] for m in messages))
+    def token_bytes(self, i): return b'abc' if i == 7 else b'a'
+
+
+@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: [dict(role='user', content=s)], lambda s: [dict(role='user', content=[dict(type='text', text=s)])] * 2], ids=['text', 'messages', 'parts'])
+def test_huge_prompts_are_refused_by_their_length(wrap):
+    "Three bytes a token and a context of 100: more than 900 characters cannot fit, and are not tokenised (below 4,800 that is not asked)"
+    m = fake_model(tokenizer=Counting(), n_ctx=100)
+    with pytest.raises(RequestError, match='characters are more than a context of 100 tokens') as e: m.generate(wrap('x' * 5000))
+    assert m.tokenizer.seen == [] and e.value.errors[0]['field'] in ('prompt', 'messages')
+    with pytest.raises(RequestError, match='characters'): m.count(wrap('x' * 10**7))
+    with pytest.raises(RequestError, match='tokens, the context 100'): m.generate(wrap('x' * 2000))
+    assert len(m.tokenizer.seen) == 1 and m.generate('x' * 300).prompt_ids == [1] * 100
+
+
+def test_huge_lists_are_refused_by_their_length():
+    m = fake_model(n_ctx=100)
+    for call in m.generate, m.logits, m.count:
+        for bad in range(10**15), [1] * 101, np.ones(10**6, np.int64):
+            with pytest.raises(RequestError, match='tokens, the context 100'): call(bad)
+    with pytest.raises(RequestError, match='101 messages'): m.generate([dict(role='user', content='')] * 101)
 
 
 def test_del_is_enough():
