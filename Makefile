@@ -5,7 +5,7 @@ BIN := .venv/bin
 CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA[A-Za-z ]*Version: *\([0-9]*\).*/\1/p' | head -n 1)
 EXTRA := $(if $(CUDA_MAJOR),$(if $(filter 12,$(CUDA_MAJOR)),cuda12,cuda13))
 
-.PHONY: demo test notebooks clean
+.PHONY: demo test notebooks lock clean
 
 demo: .venv/core
 	@$(BIN)/orcd demo
@@ -16,6 +16,12 @@ test: .venv/dev
 notebooks: .venv/dev
 	$(BIN)/python -m pip install -q -e '.[notebooks]'
 	$(BIN)/jupyter lab nbs
+
+# what nbs/deploy installs, newly resolved; setuptools builds the wheel there
+lock: .venv/core
+	$(BIN)/python -m pip install -q uv
+	(sed -n 1p nbs/deploy/requirements.lock; echo 'setuptools>=77' | $(BIN)/uv pip compile pyproject.toml - --extra cuda13 --extra hub --python-version 3.12 \
+	    --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header -q) > lock.tmp && mv lock.tmp nbs/deploy/requirements.lock
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "orcd needs Python 3.11 or newer: make PYTHON=python3.11 …")'
