@@ -84,7 +84,7 @@ class Model:
 def load(settings, progress):
     script = os.environ.get('FAKE_LOAD', '')
     if script == 'vram': raise InsufficientVRAM('needs more', 10**12, 10**9, 512)
-    n = 100 if script == 'slow' else 8
+    n = 4000 if script == 'slow' else 8
     for i in range(n + 1):
         progress(i, n)
         if script == 'slow': time.sleep(.05)

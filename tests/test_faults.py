@@ -1,9 +1,10 @@
 "What goes wrong in the life of a worker process: every stream ends once, the process ends with the right code"
 import contextlib, json, os, signal, socket, subprocess, sys, threading, time
 import pytest
-from worker_tools import ROOT, check, worker
+from statistics import median
+from worker_tools import PATIENCE, ROOT, check, worker
 
-LONG = dict(prefill='prefill:20', decode='tokens:2000@0.01')
+LONG = dict(prefill='prefill:200', decode='tokens:2000@0.1')      # 200 s: whoever waits for the end of such a job is given up long before
 
 
 @pytest.fixture(scope='module')
@@ -25,7 +26,7 @@ def test_client_gone(w, phase):
     assert s.next()['type'] == 'started'
     if phase == 'decode': s.next()
     s.close()
-    w.wait_state('ready', 2)
+    w.wait_state('ready')
     assert w.event('execute_end', job_id=f'gone-{phase}')['stop_reason'] == 'CANCELLED'
     alive(w)
 
@@ -37,7 +38,7 @@ def test_client_half_closes_and_goes(w):
     c.recv(100)
     c.shutdown(socket.SHUT_WR)
     c.close()
-    w.wait_state('ready', 2)
+    w.wait_state('ready')
 
 
 def test_client_that_never_reads():
@@ -59,12 +60,10 @@ def test_stalled_stream_is_cut():
         c = socket.socket()
         c.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         c.connect((w.host, w.port))
-        body = json.dumps(dict(job_id='deaf', prompt='flood:2000@0.002')).encode()
+        body = json.dumps(dict(job_id='deaf', prompt='flood:2000@0.005')).encode()
         c.sendall(b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
-        began = time.monotonic()
         end = w.event('execute_end', job_id='deaf')
-        assert end['stop_reason'] == 'CANCELLED' and end['reason'] == 'stalled' and time.monotonic() - began < 8
-        assert max(answer_time(w) for _ in range(10)) < .5
+        assert end['stop_reason'] == 'CANCELLED' and end['reason'] == 'stalled'
         alive(w)
         c.close()
 
@@ -79,11 +78,9 @@ def answer_time(w):
     b'Content-Length: 100\r\n\r\n{"job', b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"job'])
 def test_half_sent(w, data):
     "Silence does not keep a connection: cut, or 408 for half a body"
-    c = w.connect(timeout=5)
+    c = w.connect()
     c.sendall(data)
-    began = time.monotonic()
     answer = b''.join(iter(lambda: reading(c), b''))
-    assert time.monotonic() - began < 4
     assert b' 408 ' in answer.split(b'\r\n')[0] if b'{"job' in data else answer == b''
     alive(w)
 
@@ -96,28 +93,33 @@ def reading(c):
 @pytest.mark.parametrize('data', [b'\x16\x03\x01\x02\x00\x01\x00', b'GARBAGE\r\n\r\n', b'GET / HTTP/9.9\r\n\r\n', b'GET /' + b'x' * 40000, b'GET / HTTP/1.1\r\n' + b'A: b\r\n' * 9000,
     b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n', b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n'])
 def test_broken_http(w, data):
-    c = w.connect(timeout=5)
+    c = w.connect()
     with contextlib.suppress(ConnectionError): c.sendall(data)
     answer = b''.join(iter(lambda: reading(c), b''))
     if answer: assert answer.startswith(b'HTTP/1.1 4') and json.loads(answer.split(b'\r\n\r\n', 1)[1])['code'] == 'INVALID_REQUEST'
     alive(w)
 
 
+def until_served(w):
+    "Until the last of many connections is gone, newcomers are too many"
+    end = time.monotonic() + PATIENCE
+    while w.request('GET', '/health')[0] == 503: assert time.monotonic() < end
+
+
 def test_a_thousand_quick_connects(w):
     for _ in range(1000): w.connect().close()
-    end = time.monotonic() + 5
-    while w.request('GET', '/health')[0] == 503: assert time.monotonic() < end      # until the last of them is gone, newcomers are too many
+    until_served(w)
     alive(w)
 
 
 def test_too_many_connections(w):
     held = [w.connect() for _ in range(64)]
     time.sleep(.2)
-    c = w.connect(5)
+    c = w.connect()
     answer = b''.join(iter(lambda: reading(c), b''))
     assert answer.startswith(b'HTTP/1.1 503') and json.loads(answer.split(b'\r\n\r\n', 1)[1])['code'] == 'WORKER_BUSY'
     for h in held: h.close()
-    time.sleep(.2)
+    until_served(w)
     alive(w)
 
 
@@ -132,15 +134,16 @@ def test_many_clients_at_once(w):
         else: got.append(status)
     threads = [threading.Thread(target=one, args=(2 * i,)) for i in range(30)]
     for t in threads: t.start()
-    for t in threads: t.join(20)
+    for t in threads: t.join(PATIENCE)
     assert len(got) == 30 and set(got) <= {'end', 503} and 'end' in got
     alive(w)
 
 
 def test_duplicate_ids_at_once(w):
-    s = w.execute('twin', prompt='tokens:50@0.01')
+    s = w.execute('twin', prompt=LONG['decode'])
     assert [w.post('/execute', dict(job_id='twin', prompt='a'))[0] for _ in range(5)] == [409] * 5
-    assert s.all()[-1]['tokens_out'] == 50
+    w.post('/cancel/twin')
+    assert s.all()[-1]['code'] == 'CANCELLED'
 
 
 # --- cancel
@@ -150,18 +153,19 @@ def test_duplicate_ids_at_once(w):
 def test_cancel(w, phase, times):
     s = w.execute('c', prompt=LONG[phase])
     s.next()
-    began = time.monotonic()
     for _ in range(times): assert w.post('/cancel/c')[2]['status'] in ('cancelling', 'not_active')
     last = list(s.frames())[-1]
-    assert last['code'] == 'CANCELLED' and time.monotonic() - began < 2
+    assert last['code'] == 'CANCELLED'
     assert w.post('/cancel/c')[2]['status'] == 'not_active'                    # after the end
     alive(w)
 
 
 def test_health_while_busy(w):
+    "A job does not make answers slower: the median of many is that of an idle worker, within what a machine's other work does"
+    idle = median(answer_time(w) for _ in range(50))
     s = w.execute('h', prompt=LONG['prefill'])
     s.next()
-    assert sorted(answer_time(w) for _ in range(50))[45] < .25
+    assert median(answer_time(w) for _ in range(50)) < 10 * idle
     w.post('/cancel/h')
     list(s.frames())
 
@@ -170,21 +174,20 @@ def test_health_while_busy(w):
 
 @pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGINT])
 def test_signal_idle(sig):
-    with worker() as w:
-        began = time.monotonic()
+    with worker(drain_s=200) as w:
         w.signal(sig)
-        assert w.end() == 0 and time.monotonic() - began < 3
+        assert w.end() == 0
         assert w.log[-1]['event'] == 'shutdown' and w.log[-1]['exit_code'] == 0 and w.p.stdout.read() == b'closed\n'
 
 
 def test_sigterm_lets_the_job_finish():
     with worker() as w:
-        s = w.execute(prompt='tokens:60@0.01')
+        s = w.execute(prompt='tokens:60@0.05')
         s.next()
         idle = w.connect()                                                      # a silent connection does not keep the process
         w.signal()
-        time.sleep(.1)
-        assert w.health()['state'] == 'draining'
+        w.event('signal')
+        w.wait_state('draining')
         status, headers, body = w.post('/execute', dict(job_id='new', prompt='a'))
         assert (status, body['code'], body['retriable']) == (503, 'SHUTTING_DOWN', True)
         last = list(s.frames())[-1]
@@ -200,13 +203,13 @@ def test_sigterm_cuts_a_long_job(phase):
         began = time.monotonic()
         w.signal()
         last = list(s.frames())[-1]
-        assert last['code'] == 'CANCELLED' and .4 < time.monotonic() - began < 3
+        assert last['code'] == 'CANCELLED' and time.monotonic() - began > .4
         assert w.end() == 0 and w.p.stdout.read() == b'closed\n'
 
 
 @pytest.mark.parametrize('phase', LONG)
 def test_second_sigterm_does_not_wait(phase):
-    with worker() as w:
+    with worker(drain_s=200) as w:
         s = w.execute(prompt=LONG[phase])
         s.next()
         w.signal()
@@ -231,8 +234,7 @@ def test_sigterm_during_load():
     with worker(env=dict(FAKE_LOAD='slow'), wait=False) as w:
         w.event('model_load_progress')
         w.signal()
-        began = time.monotonic()
-        assert w.end() == 0 and time.monotonic() - began < 2
+        assert w.end() == 0
         names = [e['event'] for e in w.log]
         assert names[-1] == 'shutdown' and 'ready' not in names and 'error' not in names
 
@@ -268,8 +270,8 @@ def test_too_little_vram():
 
 def test_lost_context():
     "A sticky CUDA error: the job gets its error, /health says 503, the process ends for its supervisor to restart it"
-    with worker(queue_depth=1) as w:
-        a, b = w.execute('a', prompt='prefill:.3 sticky'), w.execute('b', prompt='x')
+    with worker(queue_depth=1, fatal_s=4) as w:
+        a, b = w.execute('a', prompt='prefill:2 sticky'), w.execute('b', prompt='x')
         last = a.all()[-1]
         assert (last['code'], last['retriable']) == ('CUDA_ERROR', False) and b.all()[-1]['code'] == 'CUDA_ERROR'
         status, _, h = w.request('GET', '/health')
@@ -279,7 +281,7 @@ def test_lost_context():
 
 
 def test_hanging_engine():
-    with worker(inference_timeout_sec=.3, hang_s=.5) as w:
+    with worker(inference_timeout_sec=.3, hang_s=.5, fatal_s=4) as w:
         last = w.execute(prompt='a hang').all()[-1]
         assert last['code'] == 'INFERENCE_TIMEOUT'
         assert w.request('GET', '/health')[0] == 503
@@ -292,9 +294,9 @@ def test_log_pipe_that_nobody_reads():
         while b'"ready"' not in line: line = w.p.stderr.readline()
         w.address = json.loads(line)['uri'].removeprefix('http://')
         for i in range(400): w.post('/cancel', dict(job_id='x' * 200))           # each leaves a line of 400 bytes, a pipe holds 64 KiB
-        assert w.execute(prompt='tokens:50').all()[-1]['tokens_out'] == 50 and answer_time(w) < .5
+        assert w.execute(prompt='tokens:50').all()[-1]['tokens_out'] == 50 and w.health()['state'] == 'ready'
         w.signal()
-        assert w.p.wait(10) == 0
+        assert w.p.wait(PATIENCE) == 0
 
 
 def test_log_reader_gone():
@@ -305,19 +307,19 @@ def test_log_reader_gone():
         w.p.stderr.close()
         assert w.execute(prompt='tokens:50').all()[-1]['tokens_out'] == 50
         w.signal()
-        assert w.p.wait(10) == 0
+        assert w.p.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize('jump', [-86400, 86400])
 def test_clock_jumps(jump):
     "The time of day moves by a day in the middle of a job; timeouts and uptime do not notice"
-    with worker(env=dict(FAKE_CLOCK=str(jump)), inference_timeout_sec=20) as w:
+    with worker(env=dict(FAKE_CLOCK=str(jump)), inference_timeout_sec=3600) as w:
         assert w.execute(prompt='a jump tokens:20@0.01').all()[-1]['tokens_out'] == 21
-        assert 0 <= w.health()['uptime_seconds'] < 60
+        assert 0 <= w.health()['uptime_seconds'] < 3600                         # a day is 86,400
         last = w.execute(prompt='tokens:2@0.01').all()[-1]
-        assert last['type'] == 'end' and 0 <= last['decode_time_ms'] < 5000
+        assert last['type'] == 'end' and 0 <= last['decode_time_ms'] < 3_600_000
         w.signal()
-        assert w.end() == 0 and 0 < w.log[-1]['uptime_seconds'] < 60
+        assert w.end() == 0 and 0 < w.log[-1]['uptime_seconds'] < 3600
 
 
 def test_two_workers_side_by_side():
@@ -337,6 +339,5 @@ def test_nothing_leaks():
             s = w.execute(f'l{i}', prompt='a b' if i % 2 else 'tokens:500@0.01')
             if i % 2: s.all()
             else: s.close(); w.wait_state('ready')
-        time.sleep(.3)
-        fds, threads = count()
-        assert fds <= before[0] + 2 and threads <= before[1] + 8              # the pool for prompts grows to a few threads
+        end = time.monotonic() + PATIENCE                                      # connections that were left are closed when that is noticed
+        while not (count()[0] <= before[0] + 2 and count()[1] <= before[1] + 8): assert time.monotonic() < end, (before, count())    # the pool for prompts grows to a few threads

@@ -1,5 +1,5 @@
 "The GGUF reader against the gguf package's, against published headers and against liars"
-import json, os, struct, subprocess, sys, time
+import json, os, struct, subprocess, sys, threading
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest
@@ -9,6 +9,7 @@ from gguf_files import *
 
 gguf = pytest.importorskip('gguf')
 from conftest import PUBLISHED
+from speed import cost
 
 
 def write(folder, data, name='x.gguf'):
@@ -136,12 +137,8 @@ def test_published_vocabulary(headers, name):
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_header_opens_fast(headers, name):
-    "Under 0.2 s of processor time; the best of five, since the machine has other work"
-    def once():
-        t = time.process_time()
-        GGUF(headers / f'{name}.gguf').close()
-        return time.process_time() - t
-    assert min(once() for _ in range(5)) < .2
+    "Some ten milliseconds: arrays are walked, not read"
+    assert cost(lambda: GGUF(headers / f'{name}.gguf').close()) < 40
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -214,9 +211,8 @@ LIARS = {
 @pytest.mark.parametrize('case', LIARS)
 def test_liars(tmp_path, case):
     data, *words = LIARS[case]
-    t = time.process_time()
-    refused(write(tmp_path, data), *words)
-    assert time.process_time() - t < .2
+    write(tmp_path, data)
+    assert cost(lambda: refused(tmp_path / 'x.gguf', *words)) < 10
 
 
 def test_truth_beside_the_lies(tmp_path):
@@ -250,9 +246,11 @@ def test_not_a_regular_file(tmp_path):
     refused(tmp_path / 'missing.gguf', 'no such file')
     refused('/dev/zero', 'not a regular file')
     os.mkfifo(tmp_path / 'fifo')
-    t = time.monotonic()
-    refused(tmp_path / 'fifo', 'not a regular file')
-    assert time.monotonic() - t < 1
+    said = []
+    def look(): refused(tmp_path / 'fifo', 'not a regular file'); said.append(True)
+    t = threading.Thread(target=look, daemon=True)     # whoever waits for a writer waits for ever
+    t.start(); t.join(60)
+    assert said
     refused('a\0b', 'cannot be opened')
     write(tmp_path, raw()).chmod(0)
     if os.geteuid(): refused(tmp_path / 'x.gguf', 'cannot be opened')
@@ -300,20 +298,17 @@ def test_header_only(tmp_path):
 
 def test_fuzz(tmp_path):
     "Mutated files, in a process of its own, so that its memory can be measured: see gguf_fuzz.py"
-    r = subprocess.run([sys.executable, Path(__file__).parent / 'gguf_fuzz.py', tmp_path], capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, Path(__file__).parent / 'gguf_fuzz.py', tmp_path], capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
     said = json.loads(r.stdout)
     assert said['files'] > 5000 and said['refused'] > 1000 and said['accepted'] > 100, said
-    assert said['slowest_s'] < 1 and said['peak_mb'] < 300, said
+    assert said['slowest'] < 20 and said['peak_mb'] < 300, said
 
 
 def test_expensive_liars(tmp_path):
     "Files that are large as well as wrong: as many entries as the limits allow, and holes where data should be"
     p = tmp_path / 'x.gguf'
-    def costs(*words):
-        t = time.process_time()
-        refused(p, *words)
-        assert time.process_time() - t < 1
+    def costs(*words): assert cost(lambda: refused(p, *words)) < 1500
     p.write_bytes(raw([string('k') + u32(ARR) + u32(STR) + u64(MAX_STRINGS) + bytes(8 * MAX_STRINGS)], n_pairs=2))
     costs('cut off')
     for t, n in ((U8, 1 << 30), (F64, 1 << 28)):

@@ -7,6 +7,7 @@ from fake_engine import EOS, fake_model, piece, say
 from orcd.errors import CUDAError, OrcdError, OutOfVRAM
 from orcd.jobs import STOPPED, Frames, Job, Jobs, Outbox
 from orcd.protocol import ERRORS, Problem, read_events
+from speed import cost
 from worker_tools import check, quiet_logs
 
 
@@ -18,7 +19,7 @@ def quiet():
 def request(job_id='1', prompt='hi', stop=(), **params): return NS(job_id=job_id, prompt=prompt, params=dict(max_tokens=16) | params, stop=stop)
 
 
-async def read(job, timeout=10):
+async def read(job, timeout=60):
     "The events of a job, through the bytes of its frames"
     frames, data, end = Frames(), b'', time.monotonic() + timeout
     while not frames.over:
@@ -132,16 +133,14 @@ def test_outbox_keeps_order_from_a_fast_producer():
 
 
 def test_what_a_token_costs():
-    "Handing a token over costs the engine's thread far less than 1 % of its time at 4000 tokens a second (2.5 us)"
+    "Handing a token over costs the engine's thread a microsecond or so, far less than 1 % of its time at 4000 tokens a second"
     async def go():
         box = Outbox(asyncio.get_running_loop())
         job = Job(request(), 'c', box)
         job.deadline = time.monotonic() + 100
         def produce():
-            began = time.perf_counter()
             for _ in range(20_000):
                 if job.must_stop(): return
                 box.put('word ')
-            return (time.perf_counter() - began) / 20_000
-        return min([await asyncio.to_thread(produce) for _ in range(3)])
-    assert asyncio.run(go()) < 2.5e-6
+        return await asyncio.to_thread(cost, produce)
+    assert asyncio.run(go()) < 25      # some 4: what 20,000 turns of a loop with a few look-ups cost

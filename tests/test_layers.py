@@ -47,8 +47,9 @@ def fresh(code): return subprocess.run([sys.executable, '-c', code], capture_out
 
 
 def test_import_is_light():
-    out = fresh('import sys, time; t = time.perf_counter(); import orcd; t = time.perf_counter() - t; print(t < .3, {"cupy", "fastapi", "numpy"} & set(sys.modules))')
-    assert out.strip() == 'True set()'
+    "What is imported is counted: a time would be the machine's"
+    new = fresh('import sys; before = set(sys.modules); import orcd; print(*sorted(set(sys.modules) - before))').split()
+    assert 'orcd' in new and len(new) < 20, new
 
 
 def test_http_side_never_imports_cupy():

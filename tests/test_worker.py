@@ -2,7 +2,7 @@
 import json, re, signal, threading, time, uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
-from worker_tools import worker
+from worker_tools import PATIENCE, worker
 
 
 @pytest.fixture(scope='module')
@@ -54,15 +54,17 @@ def test_max_tokens(w): assert w.execute(prompt='a b c d', max_tokens=2).all()[-
 
 def test_the_first_token_does_not_wait():
     "However seldom a stream is written to"
-    with worker(pace_s=60) as w:
-        frames = w.execute(prompt='hang:0.2 tokens:5@0.1', timeout=15).frames()
+    with worker(pace_s=600) as w:
+        frames = w.execute(prompt='hang:0.2 tokens:5@0.1').frames()
         assert [next(frames)['type'], next(frames)['type']] == ['started', 'token']
 
 
 def test_tokens_come_as_they_are_made(w):
-    began, times = time.monotonic(), []
-    for e in w.execute(prompt='tokens:5@0.1').frames(): times.append(time.monotonic() - began)
-    assert times[1] < times[5] - .3 and times[3] < times[5] - .1
+    "The first ones are read while the job, which would take 200 s, still runs"
+    s = w.execute('live', prompt='tokens:2000@0.1')
+    assert [s.next()['type'] for _ in range(4)] == ['started', 'token', 'token', 'token'] and w.health()['state'] == 'busy'
+    w.post('/cancel/live')
+    assert list(s.frames())[-1]['code'] == 'CANCELLED'
 
 
 def test_correlation_id_replaced(w):
@@ -110,7 +112,7 @@ def test_unknown_routes(w):
 
 
 def test_busy_conflict_and_cancel(w):
-    s = w.execute('long', prompt='tokens:1000@0.01')
+    s = w.execute('long', prompt='tokens:2000@0.1')
     assert s.next()['type'] == 'started' and w.health()['state'] == 'busy'
     status, headers, body = w.post('/execute', dict(job_id='other', prompt='a'))
     assert (status, headers['Retry-After'], body['code'], body['retriable']) == (503, '1', 'WORKER_BUSY', True)
@@ -155,44 +157,38 @@ def test_openapi(w):
 
 def test_heartbeat_while_nothing_is_sent():
     with worker(heartbeat_s=.1) as w:
+        began = time.monotonic()
         s = w.execute(prompt='prefill:0.6 a')
         s.all()
-        assert 2 <= s.comments <= 6
+        assert 2 <= s.comments <= (time.monotonic() - began) / .1
 
 
 def test_timeout():
     with worker(inference_timeout_sec=.2) as w:
-        for prompt in 'prefill:9', 'tokens:900@0.01':
+        for prompt in 'prefill:200', 'tokens:2000@0.1':
             last = w.execute(prompt=prompt).all()[-1]
             assert (last['code'], last['retriable']) == ('INFERENCE_TIMEOUT', True)
 
 
 def test_queue():
     with worker(queue_depth=1) as w:
-        a = w.execute('a', prompt='tokens:30@0.01')
-        got = []
-        t = threading.Thread(target=lambda: got.extend(w.execute('b', prompt='x y').all()))
-        t.start()
-        time.sleep(.1)
+        a, b = w.execute('a', prompt='tokens:30@0.1'), w.execute('b', prompt='x y')
         assert w.post('/execute', dict(job_id='c', prompt='x'))[0] == 503 and w.post('/execute', dict(job_id='b', prompt='x'))[0] == 409
-        assert a.all()[-1]['tokens_out'] == 30
-        t.join(5)
-        assert got[-1]['tokens_out'] == 2
+        assert a.all()[-1]['tokens_out'] == 30 and b.all()[-1]['tokens_out'] == 2
 
 
 def test_a_queued_client_that_leaves_does_not_touch_the_running_job():
     with worker(queue_depth=1) as w:
-        a = w.execute('a', prompt='tokens:60@0.01')
+        a = w.execute('a', prompt='tokens:60@0.05')
         b = w.execute('b', prompt='x')
         b.close()
-        time.sleep(.1)
-        c = w.execute('c', prompt='x y')                                       # the slot in the queue is free again
+        c = w.execute_when_free('c', prompt='x y')                             # the slot in the queue is free again
         assert a.all()[-1]['tokens_out'] == 60 and c.all()[-1]['tokens_out'] == 2
 
 
 def test_cancel_before_start():
     with worker(queue_depth=1) as w:
-        a, b = w.execute('a', prompt='tokens:60@0.01'), w.execute('b', prompt='x')
+        a, b = w.execute('a', prompt='tokens:60@0.05'), w.execute('b', prompt='x')
         assert w.post('/cancel/b')[2]['status'] == 'cancelling'
         events = b.all()
         assert [e['type'] for e in events] == ['started', 'error'] and events[-1]['code'] == 'CANCELLED'
@@ -244,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
 def test_callback():
     o = Orchestrator(500, 200)
     with worker(callback_url=o.url, worker_id='w', model_ref='m') as w:
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE
         while len(o.calls) < 2 and time.monotonic() < end: time.sleep(.02)
         assert o.calls[1] == dict(worker_id='w', model_ref='m', vram_bytes=1234, memory_bytes=1234, memory_architecture='vram-only', worker_type='bespoke-cuda',
             capabilities=['text-gen'], uri=f'http://{w.address}')

@@ -3,6 +3,7 @@ import contextlib, http.client, json, os, queue, signal, socket, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 60      # seconds until what should happen at once counts as never: a slow and busy machine has its time, and what tests forbid takes longer still
 PATH = os.pathsep.join([str(ROOT), str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]) # packages may lie there
 
 
@@ -23,11 +24,11 @@ class Proc:
                 self.log.append(json.loads(line) if line.startswith(b'{') else dict(event=None, raw=line.decode()))
                 self._new.notify_all()
 
-    def ready(self, timeout=60):
+    def ready(self, timeout=PATIENCE):
         "Wait for the port: with a cold cache the kernels are compiled first"
         self.address = self.event('ready', timeout)['uri'].removeprefix('http://')
 
-    def event(self, name, timeout=15, n=1, **fields):
+    def event(self, name, timeout=PATIENCE, n=1, **fields):
         "Wait for the n-th log line of that event"
         def found():
             hits = [e for e in self.log if e['event'] == name and all(e.get(k) == v for k, v in fields.items())]
@@ -38,10 +39,10 @@ class Proc:
         assert found(), f'ended without {name}: {self.raw}'
         return found()
 
-    def end(self, timeout=15):
+    def end(self, timeout=PATIENCE):
         "Exit code"
         code = self.p.wait(timeout)
-        if self.reader.ident: self.reader.join(5)
+        if self.reader.ident: self.reader.join(PATIENCE)
         return code
 
     def signal(self, s=signal.SIGTERM): self.p.send_signal(s)
@@ -52,9 +53,9 @@ class Proc:
     @property
     def port(self): return int(self.address.rsplit(':', 1)[1])
 
-    def connect(self, timeout=15): return socket.create_connection((self.host, self.port), timeout)
+    def connect(self, timeout=PATIENCE): return socket.create_connection((self.host, self.port), timeout)
 
-    def request(self, method, path, body=None, headers=None, timeout=15):
+    def request(self, method, path, body=None, headers=None, timeout=PATIENCE):
         "(status, headers, JSON body)"
         c = http.client.HTTPConnection(self.address, timeout=timeout)
         if isinstance(body, (dict, list)): body = json.dumps(body)
@@ -67,11 +68,19 @@ class Proc:
     def health(self): return self.request('GET', '/health')[2]
     def post(self, path, body=None, **kw): return self.request('POST', path, body, **kw)
 
-    def execute(self, job_id='1', timeout=30, headers=None, **body):
+    def execute(self, job_id='1', timeout=PATIENCE, headers=None, **body):
         "A `Stream` of the events of a job"
         return Stream(self, dict(job_id=job_id) | body, timeout, headers)
 
-    def wait_state(self, state, timeout=10):
+    def execute_when_free(self, job_id, **body):
+        "`execute`, tried again while the worker is busy"
+        end = time.monotonic() + PATIENCE
+        while True:
+            try: return self.execute(job_id, **body)
+            except AssertionError as e:
+                if e.args[0][0] != 503 or time.monotonic() > end: raise
+
+    def wait_state(self, state, timeout=PATIENCE):
         end = time.monotonic() + timeout
         while self.health()['state'] != state:
             assert time.monotonic() < end, f'never {state}'
@@ -132,7 +141,7 @@ def worker(env=None, wait=True, read=True, **settings):
     try: yield p
     finally:
         if p.p.poll() is None: p.p.kill()
-        p.p.wait(10)
+        p.p.wait(PATIENCE)
 
 
 @contextlib.contextmanager
@@ -157,7 +166,7 @@ def orcd(*args, env=None, wait=False):
     try: yield p
     finally:
         if p.p.poll() is None: p.p.kill()
-        p.p.wait(10)
+        p.p.wait(PATIENCE)
 
 
 def rss(pid): "Memory of a process that no file backs, in bytes"; return int(next(l for l in open(f'/proc/{pid}/status') if l.startswith('RssAnon')).split()[1]) * 1024
@@ -173,7 +182,7 @@ def soak(w, jobs, seed=0, tokens=32, long='The rain falls. ' * 200, vram=lambda:
         *events, end = w.execute('probe', prompt='Rain', seed=1, temperature=.8, max_tokens=tokens).all()
         seen.append((''.join(e['t'] for e in events[1:]), end['tokens_out'] / max(end['decode_time_ms'], 1) * 1e3, rss(w.p.pid), vram()))
 
-    def start(i): return w.execute(f'job-{i}', prompt=r.choice(['Rain', 'The moon', long]), max_tokens=r.choice([1, tokens, 2000]), temperature=r.choice([0, .7, 2]), timeout=120)
+    def start(i): return w.execute(f'job-{i}', prompt=r.choice(['Rain', 'The moon', long]), max_tokens=r.choice([1, tokens, 2000]), temperature=r.choice([0, .7, 2]), timeout=2 * PATIENCE)
     def finish(i): check(list(w.execute(f'job-{i}', prompt=r.choice(['Rain', long]), max_tokens=tokens, stop=r.choice([[], ['a', 'the']])).frames()))
     def cancel(i):
         s = start(i)
