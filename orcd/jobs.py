@@ -69,6 +69,10 @@ class Job:
     def cancel(self, why='cancelled'):
         if self.reason is None: self.stopped_at, self.reason = time.monotonic(), why
 
+    def forgive(self, seconds):
+        "Time in which the process was frozen is not time in which the engine did not answer"
+        if self.reason is not None: self.stopped_at += seconds
+
     def must_stop(self)->bool:
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline: self.cancel('timeout')
         return self.reason is not None
@@ -116,7 +120,7 @@ class Jobs:
         load,                   # progress -> model; called in the engine thread
         queue_depth:int=0,      # how many jobs may wait
         timeout:float=300,      # seconds a job may run
-        on_fatal=None,          # called (in the engine thread) when the process must be replaced
+        on_fatal=None,          # called (in any thread) when the process must be replaced
     ):
         self.load, self.depth, self.timeout, self.on_fatal = load, queue_depth, timeout, on_fatal
         self.active, self.waiting, self.cond = {}, deque(), threading.Condition()
@@ -128,15 +132,22 @@ class Jobs:
     def state(self): return 'draining' if self.draining else 'busy' if self.active else 'ready'
 
 # %% ../nbs/42_jobs.ipynb #c212284d
+def _refusal(self,
+    job_id, # of a job that may come
+)->Problem:
+    "Why such a job would not be accepted now; None when it would"
+    if self.draining: return Problem('SHUTTING_DOWN', 'the worker is shutting down')
+    if self.fatal: return public_error(self.fatal)
+    if job_id in self.active: return Problem('INVALID_REQUEST', 'a job with this job_id is active', status=409)
+    if len(self.active) > self.depth: return Problem('WORKER_BUSY', 'the worker is busy with another job')
+
 def _submit(self,
     job, # a new `Job`
 ):
     "Accept a job or say why not (`Problem`)"
     with self.cond:
-        if self.draining: raise Problem('SHUTTING_DOWN', 'the worker is shutting down')
-        if self.fatal: raise public_error(self.fatal)
-        if job.id in self.active: raise Problem('INVALID_REQUEST', 'a job with this job_id is active', status=409)
-        if len(self.active) > self.depth: raise Problem('WORKER_BUSY', 'the worker is busy with another job')
+        refusal = self.refusal(job.id)
+        if refusal: raise refusal
         self.active[job.id] = job
         self.waiting.append(job)
         self.cond.notify_all()
@@ -157,7 +168,7 @@ def _cancel(self,
     found.fail(Problem(*STOPPED[found.reason]))
     return True
 
-Jobs.submit, Jobs.cancel = _submit, _cancel
+Jobs.refusal, Jobs.submit, Jobs.cancel = _refusal, _submit, _cancel
 
 # %% ../nbs/42_jobs.ipynb #653131ad
 def _generate(self, job):
@@ -201,9 +212,10 @@ def _note(self, error):
 
 def _die(self, error):
     with self.cond:
+        if self.fatal: return               # once is enough
         self.fatal, self.healthy = error, False
         waiting, self.waiting = list(self.waiting), deque()
-        for job in waiting: del self.active[job.id]
+        for job in waiting: self.active.pop(job.id, None)
         self.cond.notify_all()
     for job in waiting: job.fail(public_error(error))
     if self.on_fatal: self.on_fatal(error)
@@ -212,14 +224,27 @@ Jobs._generate, Jobs._run, Jobs._note, Jobs._die = _generate, _run, _note, _die
 
 # %% ../nbs/42_jobs.ipynb #a5a0f644
 def _main(self):
-    try: self.model = self.load()
-    except BaseException as e: return self.loaded.set_exception(e)
-    self.facts = facts(self.model)
+    self.loaded.set_running_or_notify_cancel()      # nobody can cancel it now: it gets its result here
+    try: self._live()
+    except BaseException as e:
+        self.model = None
+        if not self.loaded.done(): self.loaded.set_exception(e)
+        else: self._lost(e)
+
+def _live(self):
+    self.model = self.load()
+    try: self.facts = facts(self.model)
+    except BaseException:
+        self._free()
+        raise
     self.loaded.set_result(self.model)
     while (job := self._next()) is not None:
         self._run(job)
         job = None                    # a model in a frame of this thread would outlive `close`
         if not self.fatal: self.facts |= _memory(self.model)
+    self._free()
+
+def _free(self):
     model, self.model = self.model, None
     try: model.close()
     except Exception as e: log.warning('close_failed', message=str(e))
@@ -230,7 +255,13 @@ def _next(self):
         self.cond.wait_for(lambda: self.waiting or self.stopping or self.fatal)
         return None if self.fatal or not self.waiting else self.waiting.popleft()
 
-Jobs._main, Jobs._next = _main, _next
+def _lost(self, error):
+    "This thread ends where it should not: every job gets its end, and the process has to be replaced"
+    with self.cond: jobs, self.active = list(self.active.values()), {}
+    for job in jobs: job.fail(public_error(error))
+    self._die(error)
+
+Jobs._main, Jobs._live, Jobs._free, Jobs._next, Jobs._lost = _main, _live, _free, _next, _lost
 
 # %% ../nbs/42_jobs.ipynb #0315af6f
 def _memory(model): return dict(vram_bytes_used=model.engine.info().get('vram_bytes_used') or 0)

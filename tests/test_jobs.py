@@ -122,6 +122,80 @@ def test_a_load_that_fails_is_the_result():
     assert jobs.stop()
 
 
+class Surprise(BaseException): "Nothing that an engine would raise"
+
+
+@pytest.mark.parametrize('error', [ZeroDivisionError('x'), Surprise(), SystemExit(0), CUDAError('lost', sticky=True)])
+def test_facts_that_fail_are_a_failed_start(error):
+    "The model is there and cannot be asked: it is closed, and whoever waits for the start is told"
+    model = fake_model()
+    engine = model.engine
+    def info(): raise error
+    engine.info = info
+    jobs = Jobs(lambda: model)
+    jobs.thread.start()
+    with pytest.raises(type(error)): jobs.loaded.result(10)
+    assert engine.closed == 1 and jobs.model is None and jobs.stop()
+
+
+@pytest.mark.parametrize('error', [ZeroDivisionError('x'), Surprise(), SystemExit(0), CUDAError('lost', sticky=True)])
+@pytest.mark.parametrize('where', ['memory', 'log', 'next', 'close'])
+def test_nothing_outside_a_job_ends_the_thread_in_silence(error, where, monkeypatch):
+    "Every job gets its end, nothing is accepted any more, and whoever replaces the process is told once"
+    import orcd.jobs
+    def fail(*a, **k): raise error
+    async def go():
+        died, model = [], fake_model(say('ab') + [EOS])
+        jobs = Jobs(lambda: model, queue_depth=2, on_fatal=died.append)
+        jobs.thread.start(); await asyncio.wrap_future(jobs.loaded)
+        mine = [Job(request(str(i)), 'c', Outbox(asyncio.get_running_loop())) for i in range(3)]
+        model.engine.prefill_script = [gate := threading.Event()]
+        for j in mine: jobs.submit(j)
+        while not model.engine.busy.locked(): await asyncio.sleep(.001)
+        if where == 'memory': model.engine.info = fail
+        if where == 'log': monkeypatch.setattr(orcd.jobs.log, 'info', fail)
+        if where == 'close': jobs._free = fail; jobs.stopping = True
+        if where == 'next': monkeypatch.setattr(Jobs, '_next', fail)
+        gate.set()
+        ends = [(await read(j))[-1] for j in mine]
+        await asyncio.to_thread(jobs.thread.join, 10)
+        assert not jobs.thread.is_alive() and not jobs.healthy and len(died) == 1 and jobs.fatal is died[0] and not jobs.active and not jobs.waiting
+        n_fine = sum(e['type'] == 'end' for e in ends)
+        assert n_fine == dict(memory=1, log=0, next=1, close=3)[where] and all(e['code'] in ('INTERNAL', 'CUDA_ERROR') for e in ends if e['type'] == 'error')
+        with pytest.raises(Problem): jobs.submit(Job(request('9'), 'c', None))
+        assert jobs.refusal('9').code in ('INTERNAL', 'CUDA_ERROR')
+    asyncio.run(go())
+
+
+def test_time_in_which_the_process_was_frozen_is_forgiven():
+    job = Job(request(), 'c', NS(put=lambda x: None))
+    job.forgive(5)                                   # nothing is under way
+    job.cancel()
+    before = job.stopped_at
+    job.forgive(5)
+    assert job.stopped_at == before + 5 and job.reason == 'cancelled'
+
+
+def test_a_refusal_is_known_before_any_work():
+    async def go():
+        model = fake_model(say('a') + [EOS])
+        jobs = Jobs(lambda: model, queue_depth=1)
+        jobs.thread.start(); await asyncio.wrap_future(jobs.loaded)
+        assert jobs.refusal('0') is None
+        model.engine.prefill_script = [gate := threading.Event()]
+        mine = [Job(request(str(i)), 'c', Outbox(asyncio.get_running_loop())) for i in range(2)]
+        jobs.submit(mine[0])
+        assert jobs.refusal('1') is None and jobs.refusal('0').status == 409
+        jobs.submit(mine[1])
+        assert jobs.refusal('2').code == 'WORKER_BUSY' and jobs.refusal('1').status == 409
+        gate.set()
+        for j in mine: await read(j)
+        assert jobs.refusal('2') is None
+        jobs.drain()
+        assert jobs.refusal('2').code == 'SHUTTING_DOWN' and jobs.stop()
+    asyncio.run(go())
+
+
 def test_outbox_keeps_order_from_a_fast_producer():
     async def go():
         box, got = Outbox(asyncio.get_running_loop()), []
