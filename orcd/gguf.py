@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'INTEGERS', 'MAX_HEADER', 'MAX_STRINGS', 'MAX_ENTRIES', 'MAX_KEY', 'MAX_NAME', 'MAX_DIMS', 'MAX_ALIGNMENT',
-           'GGUFType', 'read_at', 'short', 'Metadata', 'cut_pairs', 'TensorInfo', 'GGUF', 'types_table']
+           'NEAR', 'PIECE', 'GGUFType', 'read_at', 'short', 'Metadata', 'cut_pairs', 'TensorInfo', 'GGUF',
+           'types_table']
 
 # %% ../nbs/02_gguf.ipynb #4eff1750
 import html, mmap, os, stat, struct
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
@@ -72,13 +73,14 @@ class _Cursor:
 
 # %% ../nbs/02_gguf.ipynb #bfe3fcb3
 def read_at(fd, pos, n, path):
-    "Exactly `n` bytes at `pos`. Raises `GGUFError` when the file has become shorter."
-    data = os.pread(fd, n, pos)
-    while len(data) < n:
-        more = os.pread(fd, n - len(data), pos + len(data))
-        if not more: raise GGUFError('the file shrank while it was read', path, pos + len(data))
-        data += more
-    return data
+    "Exactly `n` bytes at `pos`. Raises `GGUFError` when the file has become shorter, or cannot be read."
+    parts, there = [], 0
+    while there < n or not parts:
+        try: parts.append(os.pread(fd, n - there, pos + there))
+        except OSError as e: raise GGUFError(f'cannot be read: {e.strerror}', path, pos + there) from None
+        if n and not parts[-1]: raise GGUFError('the file shrank while it was read', path, pos + there)
+        there += len(parts[-1])
+    return parts[0] if len(parts) == 1 else b''.join(parts)
 
 # %% ../nbs/02_gguf.ipynb #abc5d98c
 def _number(c, t, what): return struct.unpack('<' + _code[t], c.take(_width[t], what))[0]
@@ -106,13 +108,14 @@ def short(
 
 # %% ../nbs/02_gguf.ipynb #f5e7e8f3
 _u64 = struct.Struct('<Q').unpack_from
+NEAR = 64 # bytes of the window that are searched for each string that is left
 
-def _candidates(window):
+def _candidates(window, begin=0, end=None):
     "Where strings of 1 to 255 bytes may begin, where each would end, and the indices of those that end elsewhere than at the next"
-    a = np.frombuffer(window, np.uint8)
+    a = np.frombuffer(window, np.uint8)[begin:end]
     at = np.flatnonzero((a[:-7] != 0) & (a[1:-6] == 0) & (a[7:] == 0))
-    n = np.ndarray(len(a) - 7, '<i8', window, 0, 1)[at]     # the eight bytes at every place, as a number
-    at, n = at[n < 256], n[n < 256]
+    n = np.ndarray(len(a) - 7, '<i8', window, begin, 1)[at] # the eight bytes at every place, as a number
+    at, n = at[n < 256] + begin, n[n < 256]
     ends = at + 8 + n
     return at, ends, np.append(np.flatnonzero(ends[:-1] != at[1:]), len(at) - 1)
 
@@ -121,10 +124,10 @@ def _skip_strings(c, n, what):
     c.need(8*n, what)
     while n:
         c.take(8, what)                     # loads the window when it is used up
-        start, i = c.pos - 8, 0
-        window = c.window[start - c.base:]
-        last = len(window) - 8
-        places, ends, breaks = _candidates(window) if n >= 1000 else ((), (), ())
+        window, i = c.window, c.pos - 8 - c.base
+        near = min(len(window), i + NEAR*n) if n >= 1000 else len(window)
+        last = near - 8
+        places, ends, breaks = _candidates(window, i, near) if n >= 1000 else ((), (), ())
         while n and i <= last:
             k = int(np.searchsorted(places, i))
             if k < len(places) and places[k] == i:
@@ -135,9 +138,9 @@ def _skip_strings(c, n, what):
                 at = i
                 i += 8 + _u64(window, i)[0]
                 n -= 1
-        c.pos = start + i
+        c.pos = c.base + i
         if c.left < 0:
-            c.fail(f'a string of {what} claims {i - at - 8} bytes, more than are left: the file is cut off or corrupt', start + at)
+            c.fail(f'a string of {what} claims {i - at - 8} bytes, more than are left: the file is cut off or corrupt', c.base + at)
 
 # %% ../nbs/02_gguf.ipynb #1a55499d
 @dataclass(frozen=True)
@@ -166,14 +169,14 @@ def _array(c, key, strings):
 # %% ../nbs/02_gguf.ipynb #856fb125
 class Metadata(Mapping):
     "The key-value pairs of a GGUF file. Arrays of numbers become NumPy arrays, arrays of strings lists."
-    def __init__(self, values, types, read): self._values, self._types, self._read = values, types, read
+    def __init__(self, values, types, read, path=None): self._values, self._types, self._read, self._path = values, types, read, path
     def __iter__(self): return iter(self._values)
     def __len__(self): return len(self._values)
     def __contains__(self, key): return key in self._values
 
     def __getitem__(self, key):
         v = self._values[key]
-        if isinstance(v, _Lazy): v = self._values[key] = _decode(self._read(v.start, v.end - v.start), v, key)
+        if isinstance(v, _Lazy): v = self._values[key] = _decode(self._read(v.start, v.end - v.start), v, key, self._path)
         return v
 
     def pairs(self,
@@ -182,7 +185,7 @@ class Metadata(Mapping):
         "Strings cut at their first space, as merges are kept; one without a space stays whole, in a tuple of one. Not remembered."
         v = self._values[key]
         if isinstance(v, _Lazy) and v.n >= 1000:
-            with _utf8(v, key): found = _pairs(self._read(v.start, v.end - v.start), v.n)
+            with _utf8(v, key, self._path): found = _pairs(self._read(v.start, v.end - v.start), v.n)
             if found: return found
         return cut_pairs(self[key])
 
@@ -198,8 +201,9 @@ class Metadata(Mapping):
 def _lengths(data, n):
     "Where the lengths of `n` strings lie; None when that is quicker told by going through them"
     places, ends, breaks = _candidates(data)
-    if len(breaks) > n/100: return None
-    parts, i = [], 0
+    few = n/100
+    if len(breaks) > few: return None
+    parts, i, alone = [], 0, 0
     while n:
         k = int(np.searchsorted(places, i))
         if k < len(places) and places[k] == i:
@@ -208,7 +212,8 @@ def _lengths(data, n):
             i, n = int(ends[j]), n - (j - k + 1)
         else:
             parts.append([i])
-            i, n = i + 8 + _u64(data, i)[0], n - 1
+            i, n, alone = i + 8 + _u64(data, i)[0], n - 1, alone + 1
+            if alone > few: return None
     return np.concatenate(parts)
 
 def _joined(data, n):
@@ -245,27 +250,31 @@ def _pairs(data, n):
     sides = iter(_cut(joined))
     return list(zip(sides, sides)), int(np.diff(zeros, append=len(joined)).max()) - 1
 
-@contextmanager
-def _utf8(lazy, key):
-    try: yield
-    except UnicodeDecodeError: raise GGUFError(f'{short(key)} holds text that is not valid UTF-8', offset=lazy.start) from None
+def _describes(key):
+    "Is this for people alone?"
+    return key.startswith('general.') and key != 'general.architecture'
 
-def _decode(data, lazy, key):
+@contextmanager
+def _utf8(lazy, key, path):
+    try: yield
+    except UnicodeDecodeError: raise GGUFError(f'{short(key)} holds text that is not valid UTF-8', path, lazy.start) from None
+
+def _decode(data, lazy, key, path=None):
     "The value of a lazy entry from its bytes"
-    t, n = lazy.type, lazy.n
-    with _utf8(lazy, key):
-        if n is None: return data.decode()
+    t, n, errors = lazy.type, lazy.n, 'replace' if _describes(key) else 'strict'
+    with _utf8(lazy, key, path):
+        if n is None: return data.decode(errors=errors)
         if t != GGUFType.STRING:
             a = np.frombuffer(data, NUMBER[t], n)
             if t != GGUFType.BOOL: return a
-            if n and a.max() > 1: raise GGUFError(f'{short(key)} holds a boolean that is neither 0 nor 1', offset=lazy.start)
+            if n and a.max() > 1: raise GGUFError(f'{short(key)} holds a boolean that is neither 0 nor 1', path, lazy.start)
             return a.astype(bool)
-        if n >= 1000 and (out := _strings(data, n)): return out
+        if n >= 1000 and errors == 'strict' and (out := _strings(data, n)): return out
         out, i = [], 0
         for _ in range(n):
             j = i + 8
             i = j + _u64(data, i)[0]
-            out.append(data[j:i].decode())
+            out.append(data[j:i].decode(errors=errors))
         return out
 
 # %% ../nbs/02_gguf.ipynb #33053cc1
@@ -282,8 +291,8 @@ def _value(c, key, strings):
         v = _Lazy(GGUFType.STRING, None, c.pos, c.pos + n)
         if n > 1 << 16: c.pos += n
         else:
-            try: v = _decode(c.take(n, key), v, key)
-            except GGUFError as e: c.fail(e.message, c.pos - n)
+            data = c.take(n, key)
+            with suppress(GGUFError): v = _decode(data, v, key) # whoever asks for what is not UTF-8 is told then
     elif t not in _width: c.fail(f'{key} has unknown type {t}', c.pos - 4)
     else: v = _number(c, t, key)
     if t == GGUFType.BOOL:
@@ -365,11 +374,11 @@ def _check_vocabulary(c, values, types):
         if t != GGUFType.ARRAY or str(element) not in allowed:
             c.fail(f'{key} must be an array of {" or ".join(allowed)}, not {t if element is None else f"array of {element}"}', c.where[key])
         if key != prefix + 'merges' and n is not None and length != n: c.fail(f'{key} has {length} entries for {n} tokens', c.where[key])
-    for key in types:
-        if not (key.startswith(prefix) and key.endswith('_token_id')): continue
-        if types[key][0] not in INTEGERS: c.fail(f'{short(key)} must be an integer, not {types[key][0]}', c.where[key])
+    for key in (f'{prefix}{k}_token_id' for k in ('bos', 'eos', 'eot', 'eom', 'unknown')):
+        if key not in types: continue
+        if types[key][0] not in INTEGERS: c.fail(f'{key} must be an integer, not {types[key][0]}', c.where[key])
         if n is not None and not 0 <= values[key] < n:
-            c.fail(f'{short(key)} is {values[key]}, outside the vocabulary of {n} tokens', c.where[key])
+            c.fail(f'{key} is {values[key]}, outside the vocabulary of {n} tokens', c.where[key])
 
 # %% ../nbs/02_gguf.ipynb #73639962
 def _check_split(c, values, types):
@@ -380,7 +389,7 @@ def _check_split(c, values, types):
     if not 1 < n <= 65535: return
     stem = Path(c.path).name.removesuffix('.gguf').removesuffix(f'-{i+1:05}-of-{n:05}')
     parts = [f'{stem}-{j+1:05}-of-{n:05}.gguf' for j in range(n)]
-    missing = next((p for j, p in enumerate(parts) if j != i and not (Path(c.path).parent/p).exists()), None)
+    missing = next((p for j, p in enumerate(parts) if j != i and not os.path.exists(Path(c.path).parent/p)), None)
     fix = f'missing: {missing}' if missing else 'all parts are here'
     join = f'llama-gguf-split --merge {parts[0]} {stem}.gguf'
     c.fail(f'this is part {i+1} of {n} of a split model; {fix}; join the parts with `{join}`', c.where['split.count'])
@@ -401,7 +410,8 @@ def _preamble(c):
     if magic != b'GGUF': c.fail(f'not a GGUF file: it begins with {magic!r}', 0)
     version = _number(c, GGUFType.UINT32, 'the version')
     if version and not version & 0xffff: c.fail("a big-endian GGUF file: convert it with gguf-py's gguf_convert_endian.py", 4)
-    if version != 3: c.fail(f'GGUF version {version}; only version 3 is read' + (': convert the model again' if version < 3 else ''), 4)
+    if version == 1: c.fail('GGUF version 1, whose lengths have 32 bits: convert the model again', 4)
+    if version not in (2, 3): c.fail(f'GGUF version {version}; versions 2 and 3 are read', 4)
     counts = [_number(c, GGUFType.UINT64, 'the counts') for _ in range(2)]
     for n, size, what in zip(counts, (33, 13), ('tensors', 'metadata pairs')):
         if n > MAX_ENTRIES: c.fail(f'{n} {what}; {MAX_ENTRIES} are allowed', 8)
@@ -445,15 +455,16 @@ class _Header:
         n_tensors, n_pairs = _preamble(c)
         values, types = _metadata(c, n_pairs)
         for check in (_check_split, _check_vocabulary): check(c, values, types)
-        self.metadata, self.alignment = Metadata(values, types, self._read), _alignment(c, values, types)
+        self.metadata, self.alignment = Metadata(values, types, self._read, self.path), _alignment(c, values, types)
         tensors = [_tensor(c, i, self.alignment) for i in range(n_tensors)]
         if twice := [n for n, k in Counter(t.name for t in tensors).items() if k > 1]: c.fail(f'the tensor {twice[0]} appears twice')
         self.tensors, self.data_offset, self.has_data = _place(c, tensors, self.alignment)
 
     def _read(self, pos, n):
-        "Bytes of the header, for lazy metadata"
-        self._check_file()
-        return read_at(self._file.fileno(), pos, n, self.path)
+        "Bytes of the file as it was when it was opened"
+        data = read_at(self.fileno(), pos, n, self.path)
+        self._check_file() # afterwards, for what was read might be another file's by now
+        return data
 
     def _check_file(self):
         "Is the open file still what it was? Costs a microsecond."
@@ -482,8 +493,10 @@ class _Header:
     def __del__(self): self.close()
 
 # %% ../nbs/02_gguf.ipynb #7b62960e
+PIECE = 4 << 20 # bytes that are decoded at a time
+
 class GGUF(_Header):
-    "A GGUF file, memory-mapped: `metadata`, `tensors`, and the bytes of each tensor"
+    "A GGUF file: `metadata`, `tensors`, and the bytes of each tensor"
     def check_unchanged(self):
         "Raise `GGUFError` when the file shrank, was written to or was replaced since it was opened"
         self._check_file()
@@ -494,16 +507,29 @@ class GGUF(_Header):
     def _tensor(self, name):
         if name not in self.tensors:
             raise GGUFError(f'there is no tensor {short(name)!r}; the file has {len(self.tensors)} tensors', self.path)
+        if not self.has_data: raise GGUFError(f'the file is a header without tensor data; {name} cannot be read', self.path)
         return self.tensors[name]
+
+    def read(self,
+        name:str,    # of a tensor
+        first:int=0, # row
+        n:int=None,  # rows; by default all from there on
+    ):               # uint8 (n, bytes per row), read-only
+        "A copy of the raw bytes of a tensor, or of some of its rows. Raises `GGUFError` when the file is no longer what it was."
+        t = self._tensor(name)
+        n = t.rows - first if n is None else n
+        if not 0 <= first < first + n <= t.rows: raise GGUFError(f'{name} has {t.rows} rows; {n} from row {first} on are not among them', self.path)
+        data = self._read(t.offset + first*t.row_bytes, n*t.row_bytes)
+        return np.frombuffer(data, np.uint8).reshape(n, t.row_bytes)
 
     def blocks(self,
         name:str, # of a tensor
     ):            # uint8 (rows, bytes per row), read-only
-        "The raw bytes of a tensor: a view on the mapping, no copy"
+        "The raw bytes of a tensor: a view on the mapping, no copy. A file that others may cut off is for `read`: no process survives the touch of a page that is gone."
         t = self._tensor(name)
-        if not self.has_data: raise GGUFError(f'the file is a header without tensor data; {name} cannot be read', self.path)
         self._check_file()
-        if self._map is None: self._map = mmap.mmap(self._file.fileno(), self.file_size, access=mmap.ACCESS_READ)
+        try: self._map = self._map or mmap.mmap(self._file.fileno(), self.file_size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as e: raise GGUFError(f'cannot be mapped: {e}', self.path) from None
         return np.frombuffer(self._map, np.uint8, t.n_bytes, t.offset).reshape(t.rows, t.row_bytes)
 
     def dequantize(self,
@@ -511,7 +537,12 @@ class GGUF(_Header):
     ):            # float32, shape as in `tensors[name].shape`
         "The weights of a tensor as numbers"
         t = self._tensor(name)
-        return dequantize(self.blocks(name), t.type).reshape(t.shape)
+        out, step = np.empty((t.rows, t.dims[0]), np.float32), max(1, PIECE//t.row_bytes)
+        for i in range(0, t.rows, step):
+            rows = out[i:i+step]
+            dequantize(self.read(name, i, len(rows)), t.type, rows)
+        return out.reshape(t.shape)
+
 
 # %% ../nbs/02_gguf.ipynb #c5161993
 def _size(n):
@@ -524,7 +555,8 @@ def _size(n):
 def _describe(g):
     "Name, architecture and sizes of a file in one line"
     kind = '' if g.has_data else ', header only'
-    arch = short(g.metadata.get('general.architecture', 'no architecture'))
+    try: arch = short(g.metadata.get('general.architecture', 'no architecture'))
+    except GGUFError: arch = 'no readable architecture'
     return f'{Path(g.path).name}: {arch}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
 
 def types_table(

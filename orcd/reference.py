@@ -129,19 +129,21 @@ class Budget:
 class Weight:
     "A matrix (out, in), or a stack of them with one for each expert: quantised, decoded when needed, kept while the budget lasts"
     def __init__(self, g, info, budget):
-        self.blocks, self.type, self.shape, self.budget, self.kept = g.blocks(info.name), info.type, info.shape, budget, {}
+        self.file, self.name, self.type, self.shape, self.budget, self.kept = g, info.name, info.type, info.shape, budget, {}
+
+    def blocks(self, first, n): return self.file.read(self.name, int(first), n)
 
     def matrix(self, expert=0):
         "float32 (out, in)"
         if expert in self.kept: return self.kept[expert]
         rows = self.shape[-2]
-        m = dequantize(self.blocks[expert*rows:(expert + 1)*rows], self.type)
+        m = dequantize(self.blocks(expert*rows, rows), self.type)
         if self.budget.take(m.nbytes): self.kept[expert] = m
         return m
 
     def rows(self, ids):
         "float32 (len(ids), in): some rows"
-        return self.kept[0][ids] if 0 in self.kept else dequantize(self.blocks[ids], self.type)
+        return self.kept[0][ids] if 0 in self.kept else dequantize(np.concatenate([self.blocks(i, 1) for i in ids]), self.type)
 
     def decode_all(self):
         for e in range(self.shape[0] if len(self.shape) == 3 else 1): self.matrix(e)

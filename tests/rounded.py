@@ -43,7 +43,7 @@ class HalfWeight:
     def __init__(self, W): self.W, self.shape, self.type, self.kept = W, W.shape, W.type, {}
     def matrix(self, expert=0):
         rows = self.shape[-2]
-        if expert not in self.kept: self.kept[expert] = as_hopper(np.ascontiguousarray(self.W.blocks[expert*rows:(expert + 1)*rows]), self.type)
+        if expert not in self.kept: self.kept[expert] = as_hopper(np.ascontiguousarray(self.W.blocks(expert*rows, rows)), self.type)
         return self.kept[expert]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest
 from orcd.errors import GGUFError, OrcdError
 from orcd.gguf import GGUF, GGUFType, MAX_STRINGS
+from doubling import linear, seconds
 from gguf_files import *
 
 gguf = pytest.importorskip('gguf')
@@ -153,9 +154,9 @@ LIARS = {
     'not_gguf': (b'PK\3\4' + bytes(100), 'not a GGUF file'),
     'older_format': (b'tjgg' + bytes(100), 'before GGUF'),
     'short': (b'GGUF' + u32(3) + u64(0), 'the counts', 'cut off'),
-    'version_1': (raw(version=1), 'version 1', 'only version 3'),
-    'version_2': (raw(version=2), 'version 2', 'only version 3'),
-    'version_4': (raw(version=4), 'version 4', 'only version 3'),
+    'version_0': (raw(version=0), 'version 0', 'versions 2 and 3 are read'),
+    'version_1': (raw(version=1), 'version 1', 'convert the model again'),
+    'version_4': (raw(version=4), 'version 4', 'versions 2 and 3 are read'),
     'big_endian': (b'GGUF' + b'\0\0\0\3' + bytes(16), 'big-endian'),
     'many_tensors': (raw(n_tensors=1 << 62), 'tensors', 'are allowed'),
     'many_pairs': (raw(n_pairs=1 << 62), 'metadata pairs', 'are allowed'),
@@ -168,7 +169,6 @@ LIARS = {
     'same_key': (raw([ONE, ONE]), 'general.architecture appears twice'),
     'unknown_type': (raw([string('k') + u32(13) + bytes(8)]), 'k has unknown type 13'),
     'bool_2': (raw([pair('k', BOOL, 2)]), 'boolean with the value 2'),
-    'text_not_utf8': (raw([pair('k', STR, b'\xc3\x28')]), 'k holds text that is not valid UTF-8'),
     'text_too_long': (raw([string('k') + u32(STR) + u64(1 << 63)]), 'k needs'),
     'nested_array': (raw([string('k') + u32(ARR) + u32(ARR) + u64(1)]), 'array of arrays'),
     'array_unknown_type': (raw([string('k') + u32(ARR) + u32(77) + u64(1)]), 'elements of unknown type 77'),
@@ -231,6 +231,48 @@ def test_lazy_values_are_checked_when_asked_for(tmp_path):
         with pytest.raises(GGUFError, match=words): g.metadata[key]
 
 
+def test_version_2_is_version_3(tmp_path):
+    "Nothing that a little-endian file uses differs"
+    small(tmp_path / 'x.gguf')
+    data = (tmp_path / 'x.gguf').read_bytes()
+    assert data[4:8] == u32(3)
+    new, old = GGUF(tmp_path / 'x.gguf'), GGUF(write(tmp_path, data[:4] + u32(2) + data[8:], 'old.gguf'))
+    assert old.tensors == new.tensors and list(old.metadata) == list(new.metadata)
+    assert all(np.array_equal(old.dequantize(t), new.dequantize(t)) for t in new.tensors)
+    big = data[:4] + struct.pack('>I', 2) + data[8:]
+    refused(write(tmp_path, big, 'big.gguf'), 'big-endian')
+
+
+LATIN, UTF_16, MARK = 'Größe'.encode('latin-1'), 'Größe'.encode('utf-16'), '\ufeffGröße'.encode()
+
+
+@pytest.mark.parametrize('size', [1, 20_000])
+@pytest.mark.parametrize('text', [LATIN, UTF_16, MARK])
+def test_descriptions_in_other_encodings(tmp_path, text, size):
+    "They stop nothing; what they say is shown as well as it goes. What is needed is an error when it is asked for."
+    needed = 'general.architecture', 'tokenizer.chat_template', 'some.key'
+    keys = [pair(k, STR, text*size) for k in ('general.description', *needed)]
+    keys += [pair(k, ARR, array(STR, ['a', text]*1000)) for k in ('general.tags', 'tokenizer.ggml.tokens')]
+    g = GGUF(write(tmp_path, raw([*keys, pair('after', U32, 7)], [F()], DATA)))
+    m = g.metadata
+    assert m['after'] == 7 and not g.dequantize('w').any()
+    assert m['general.description'] == text.decode(errors='replace')*size
+    assert m['general.tags'] == ['a', text.decode(errors='replace')]*1000
+    for k in (*needed, 'tokenizer.ggml.tokens'):
+        if text == MARK: assert m[k] == (['a', text.decode()]*1000 if 'tokens' in k else text.decode()*size), k    # a mark is a character like others
+        else:
+            with pytest.raises(GGUFError, match=f'{k} holds text that is not valid UTF-8'): m[k]
+    assert '\n' not in repr(g)
+
+
+def test_ids_that_nobody_uses(tmp_path):
+    "Of padding, masks and the like many files say -1 or 2^32-1"
+    unused = [pair(f'tokenizer.ggml.{k}_token_id', t, v) for k, t, v in (('padding', U32, 0xffffffff), ('seperator', I32, -1), ('mask', STR, 'none'), ('fim_pre', F32, .5))]
+    assert GGUF(write(tmp_path, raw([ONE, TOKENS(3), *unused]))).metadata['tokenizer.ggml.padding_token_id'] == 0xffffffff
+    for k in ('bos', 'eot', 'eom', 'unknown'):
+        refused(write(tmp_path, raw([TOKENS(3), pair(f'tokenizer.ggml.{k}_token_id', U32, 3)])), f'{k}_token_id is 3')
+
+
 def test_strings_across_windows(tmp_path):
     "Strings around and across the 1 MiB window, at every phase of the length field"
     for shift in range(0, 20, 3):
@@ -265,6 +307,7 @@ def test_split(tmp_path):
     write(tmp_path, part(2), 'm-00003-of-00003.gguf')
     refused(p, 'all parts are here', 'llama-gguf-split --merge')
     assert GGUF(write(tmp_path, raw([pair('split.count', U16, 1)]))).metadata['split.count'] == 1
+    refused(write(tmp_path, part(1), 'm' * 250 + '.gguf'), 'missing: mmm')     # no file can have that name
 
 
 @pytest.mark.parametrize('how', ['shrunk', 'written', 'replaced', 'deleted'])
@@ -274,13 +317,96 @@ def test_changed_while_open(tmp_path, how):
     g = GGUF(p)
     g.check_unchanged(); g.blocks('t.F32')
     if how == 'shrunk': os.truncate(p, 1000)
-    elif how == 'written': os.utime(p, ns=(1, 1))
+    elif how == 'written': p.write_bytes(p.read_bytes()); os.utime(p, ns=(1, 1))
     elif how == 'replaced': small(tmp_path / 'y.gguf'); os.replace(tmp_path / 'y.gguf', p)
     else: p.unlink()
     with pytest.raises(GGUFError, match={'shrunk': 'shrank', 'written': 'written to'}.get(how, 'replaced or deleted')): g.check_unchanged()
     if how in ('shrunk', 'written'):
-        for f in (lambda: g.blocks('t.F32'), lambda: g.metadata['a.texts']):
-            with pytest.raises(GGUFError): f()
+        for f in (lambda: g.blocks('t.F32'), lambda: g.read('t.F32'), lambda: g.dequantize('t.F32'), lambda: g.metadata['a.texts']):
+            with pytest.raises(GGUFError, match='x.gguf: '): f()
+    else: assert np.array_equal(g.read('t.F32'), g.blocks('t.F32'))             # the open file is what it was
+
+
+def test_read(tmp_path):
+    "Rows of a tensor, copied; bounds are checked"
+    small(tmp_path / 'x.gguf')
+    g = GGUF(tmp_path / 'x.gguf')
+    for name in g.tensors:
+        all_rows, there = g.blocks(name), g.tensors[name].rows
+        assert np.array_equal(g.read(name), all_rows) and np.array_equal(g.read(name, there - 1), all_rows[-1:])
+        assert np.array_equal(g.read(name, 0, 1), all_rows[:1]) and not g.read(name).flags.writeable
+        for bad in ((-1,), (there,), (0, there + 1), (0, 0), (1, -1)):
+            with pytest.raises(GGUFError, match='are not among them'): g.read(name, *bad)
+    assert GGUF(write(tmp_path, raw([pair('k', ARR, array(F32, []))]))).metadata['k'].shape == (0,)
+
+
+def test_decoded_piece_by_piece(tmp_path, monkeypatch):
+    "A tensor of many pieces, the last of them short"
+    import orcd.gguf
+    small(tmp_path / 'x.gguf')
+    with GGUF(tmp_path / 'x.gguf') as g: whole = {n: g.dequantize(n) for n in g.tensors}
+    for size in (1, 1000):
+        monkeypatch.setattr(orcd.gguf, 'PIECE', size)
+        with GGUF(tmp_path / 'x.gguf') as g:
+            for n in g.tensors: assert np.array_equal(g.dequantize(n), whole[n])
+
+
+def test_a_disk_that_fails(tmp_path, monkeypatch):
+    small(tmp_path / 'x.gguf')
+    g = GGUF(tmp_path / 'x.gguf')
+    def broken(*_): raise OSError(5, 'Input/output error')
+    monkeypatch.setattr(os, 'pread', broken)
+    for f in (lambda: g.read('t.F32'), lambda: g.metadata['a.texts'], lambda: GGUF(tmp_path / 'x.gguf')):
+        with pytest.raises(GGUFError, match='cannot be read: Input/output error'): f()
+
+
+def test_reads_that_fall_short(tmp_path, monkeypatch):
+    "A network's file system may give less than was asked for"
+    small(tmp_path / 'x.gguf')
+    with GGUF(tmp_path / 'x.gguf') as g: want = {n: g.dequantize(n) for n in g.tensors} | {k: g.metadata[k] for k in g.metadata}
+    pread = os.pread
+    monkeypatch.setattr(os, 'pread', lambda fd, n, at: pread(fd, min(n, 1 + at % 911), at))
+    with GGUF(tmp_path / 'x.gguf') as g:
+        got = {n: g.dequantize(n) for n in g.tensors} | {k: g.metadata[k] for k in g.metadata}
+    assert all(np.array_equal(got[k], want[k]) for k in want)
+
+
+CUTTER = """
+import os, sys, time
+path, n, end = sys.argv[1], int(sys.argv[2]), time.monotonic() + float(sys.argv[3])
+print('here', flush=True)
+with open(path, 'r+b') as f:
+    while time.monotonic() < end: f.truncate(n//4); f.truncate(n)      # cut off, and long again with holes
+"""
+READER = """
+import sys
+from orcd.errors import GGUFError
+from orcd.gguf import GGUF
+said = set()
+for line in sys.stdin:                                                  # until the other one has ended
+    for _ in range(20):
+        try:
+            with GGUF(sys.argv[1]) as g:
+                for name in g.tensors: g.dequantize(name); g.read(name)
+                dict(g.metadata)
+        except GGUFError as e: said.add(e.message.split(' ')[0]); assert str(e).startswith(sys.argv[1]), e
+print(sorted(said))
+"""
+
+
+def test_a_file_that_is_cut_off_again_and_again(tmp_path):
+    "Who reads it gets errors of one line, or the weights, and is never killed"
+    small(tmp_path / 'x.gguf')
+    path, env = str(tmp_path / 'x.gguf'), dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+    cutter = subprocess.Popen([sys.executable, '-c', CUTTER, path, str(os.path.getsize(path)), '3'], stdout=subprocess.PIPE)
+    assert cutter.stdout.readline() == b'here\n'
+    reader = subprocess.Popen([sys.executable, '-c', READER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    while cutter.poll() is None and reader.poll() is None:
+        reader.stdin.write(b'again\n'); reader.stdin.flush(); time.sleep(.01)
+    out, err = reader.communicate()
+    cutter.kill(); cutter.communicate()
+    assert reader.returncode == 0, (reader.returncode, err[-500:])
+    assert b'the' in out, out                                           # it was seen
 
 
 def test_header_only(tmp_path):
@@ -317,6 +443,48 @@ def test_expensive_liars(tmp_path):
         costs('more than 256 MiB of metadata')
     p.write_bytes(raw([pair(f'{i}', U8, 1) for i in range(16_000)], [F(f'{i}', (1,), 0, 0) for i in range(16_000)], DATA))
     costs('overlaps')
+
+
+def array_of(n, text): return pair('a', ARR, u32(STR) + u64(n) + string(text)*n)
+
+GROW = {        # bytes of a file for n
+    'numbers': (lambda n: raw([pair(f'key.{i}', U32, i) for i in range(n)]), 4000),
+    'texts': (lambda n: raw([pair(f'key.{i}', STR, 'x' * 500) for i in range(n)]), 4000),
+    'long_keys': (lambda n: raw([pair(f'{i}'.rjust(3000, 'k'), U32, i) for i in range(n)]), 4000),
+    'long_texts': (lambda n: raw([pair(f'{i}', STR, 'x' * 70_000) for i in range(n)]), 200),
+    'arrays_of_numbers': (lambda n: raw([pair(f'{i}', ARR, array(I32, [7] * 50)) for i in range(n)]), 4000),
+    'arrays_of_few_texts': (lambda n: raw([pair(f'{i}', ARR, array(STR, ['a', 'bc'])) for i in range(n)]), 4000),
+    'arrays_of_many_texts': (lambda n: raw([string(f'{i}') + u32(ARR) + u32(STR) + u64(1000) + string('t')*1000 for i in range(n)]), 300),
+    'short_texts': (lambda n: raw([array_of(n, 'tok')]), 400_000),
+    'empty_texts': (lambda n: raw([array_of(n, '')]), 200_000),
+    'texts_of_300': (lambda n: raw([array_of(n, 'x' * 300)]), 50_000),
+    'texts_of_zeros': (lambda n: raw([array_of(n, b'\0' * 50)]), 50_000),
+    'tensors': (lambda n: raw([], [F(f'{i}'.rjust(63, 't'), (32,), 0, 128*i) for i in range(n)]), 3000),
+    'tensors_backwards': (lambda n: raw([], [F(f'{i}', (32,), 0, 128*(n - 1 - i)) for i in range(n)]), 3000),
+}
+
+
+@pytest.mark.parametrize('case', GROW)
+def test_twice_as_much_takes_twice_as_long(tmp_path, case):
+    "To open a file, and to decode all that is in it"
+    build, start = GROW[case]
+    def make(n):
+        path = write(tmp_path, build(n), f'{n}.gguf')
+        def read():
+            with GGUF(path) as g: dict(g.metadata)
+        return read
+    linear(make, start)
+
+
+def test_short_arrays_cost_what_they_hold(tmp_path):
+    "Four thousand arrays of a thousand texts take not much longer than one array of them all: to look for strings is bounded by how many there are"
+    many = raw([string(f'{i}') + u32(ARR) + u32(STR) + u64(1000) + string('t')*1000 for i in range(400)])
+    one = raw([array_of(400_000, 't')])
+    times = {}
+    for name, data in dict(many=many, one=one).items():
+        path = write(tmp_path, data, f'{name}.gguf')
+        times[name] = min(seconds(lambda: GGUF(path).close()) for _ in range(3))
+    assert times['many'] < 20*times['one'], times
 
 
 @pytest.mark.parametrize('seed', range(25))
