@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest
 from orcd.errors import GGUFError, OrcdError
 from orcd.gguf import GGUF, GGUFType, MAX_STRINGS
-from doubling import linear, seconds
+from doubling import cost, doubling
 from gguf_files import *
 
 gguf = pytest.importorskip('gguf')
@@ -473,7 +473,7 @@ def test_twice_as_much_takes_twice_as_long(tmp_path, case):
         def read():
             with GGUF(path) as g: dict(g.metadata)
         return read
-    linear(make, start)
+    doubling(make, 2*start)
 
 
 def test_short_arrays_cost_what_they_hold(tmp_path):
@@ -483,7 +483,7 @@ def test_short_arrays_cost_what_they_hold(tmp_path):
     times = {}
     for name, data in dict(many=many, one=one).items():
         path = write(tmp_path, data, f'{name}.gguf')
-        times[name] = min(seconds(lambda: GGUF(path).close()) for _ in range(3))
+        times[name] = min(cost(lambda: GGUF(path).close(), 1) for _ in range(3))
     assert times['many'] < 20*times['one'], times
 
 
