@@ -1,14 +1,11 @@
 """llama.cpp's shared library through ctypes, on the CPU: an independent program to compare logits with.
 
-`find()` looks for the library in ORCD_LLAMA_LIB (libllama*.so or its folder) and in an installed `llama_cpp` package. A way to get one without compiling:
-
-    npm pack @node-llama-cpp/linux-x64 && tar xzf node-llama-cpp-*.tgz
-    export ORCD_LLAMA_LIB=$PWD/package/bins/linux-x64
+`find()` looks for the library in ORCD_LLAMA_LIB (libllama*.so or its folder), where `make oracles` puts it, and in an installed `llama_cpp` package.
 
 The parameter structs differ between versions. They are treated as bytes: the library fills in its defaults, and the few fields that we set are found among them by
 their default values, so that no header of a certain version is needed.
 """
-import ctypes, importlib.util, os
+import ctypes, importlib.util, os, sys
 from pathlib import Path
 import numpy as np
 
@@ -23,10 +20,17 @@ class Batch(ctypes.Structure):
 def find():
     "Path of libllama, or None"
     places = [Path(os.environ['ORCD_LLAMA_LIB'])] if os.environ.get('ORCD_LLAMA_LIB') else []
+    places += Path(sys.prefix).glob('llama/package/bins/*')
     if spec := importlib.util.find_spec('llama_cpp'): places += [Path(d) / 'lib' for d in spec.submodule_search_locations]
     for p in places:
         if p.is_file(): return p
         if found := [f for f in sorted(p.glob('libllama*.so*')) if 'common' not in f.name]: return found[0]
+
+
+def base():
+    "Path of libggml-base (ORCD_LIBGGML, else the one beside libllama), or None"
+    if os.environ.get('ORCD_LIBGGML'): return os.environ['ORCD_LIBGGML']
+    return next((str(f) for f in sorted(find().parent.glob('libggml-base*.so*'))), None) if find() else None
 
 
 class Library:

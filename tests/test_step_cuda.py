@@ -39,7 +39,6 @@ def plain(args):
     out.a[:] = v @ W.data.a.view(np.float32).reshape(n_out, n_in).T.astype(float) + (0 if bias is None else bias.a)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize('name', ['qwen2', 'qwen2 Q5_K', 'phi3', 'gpt-oss', 'llama'])
 def test_layers(tmp_path, on_cpu, monkeypatch, name):
     path = make_model(tmp_path/'m.gguf', n_layer=3, n_vocab=200, **MODELS[name])

@@ -150,7 +150,6 @@ def product(state, tile, jobs, h, residual=None):
     return [out.a for out in outs]
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize('t, n_in', [(GGMLType.Q5_0, 896), (GGMLType.Q4_0, 1248), (GGMLType.Q4_K, 768), (GGMLType.Q6_K, 1280), (GGMLType.MXFP4, 160), (GGMLType.Q8_0, 256)], ids=str)
 def test_every_tile(on_cpu, t, n_in):
     "Tokens and rows that do not fill a tile; tiles that deal the columns to as many parts give the same bits, at once or in turns"
@@ -166,7 +165,6 @@ def test_every_tile(on_cpu, t, n_in):
     assert sorted(seen) == [1, 2, 4]
 
 
-@pytest.mark.timeout(240)
 def test_matrices_of_two_types(on_cpu):
     rng = np.random.default_rng(0)
     h, x = activations(rng, 40, 512)
@@ -177,7 +175,6 @@ def test_matrices_of_two_types(on_cpu):
             assert np.abs(y - (x @ w.T + b)).max() < 3e-6*np.sqrt((x**2).sum(1).max()*(w**2).sum(1).max())
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize('tile, change', [
     ((128, 2, 1, 6, 1, 2), ('total[Q > 1 ? i : 0] + acc[i];\n}', 'acc[i];\n}')),            # the last part alone
     ((128, 2, 1, 6, 1, 4), ('until += size_of<Q>(++turn, groups)', 'until += size_of<Q>(turn++, groups)')),
