@@ -9,15 +9,15 @@ def cost(f, rounds):
     return time.thread_time() - began
 
 
-def doubling(make, n, limit=2.5, tries=8):
-    """`make(n)` gives a function without arguments; its time at `n` may be at most `limit` times that at n/2. Quadratic work has a factor of 4.
-    The smallest of several runs counts, for noise only ever makes one slower; the test stops as soon as it is good."""
-    half, full = make(n // 2), make(n)
+def doubling(make, n, limit=2.5, tries=20):
+    """`make(n)` gives a function without arguments. Each doubling of `n` may cost `limit` times as much; the last two, up to `n`, are looked at together, so that a
+    neighbour on the same machine does not decide: linear work has a factor of 4, the limit is 6.25, quadratic work has 16. The smallest of several runs counts."""
+    small, large = make(n // 4), make(n)
     gc.collect()
-    once = min(cost(half, 1), cost(half, 1))
+    once = min(cost(small, 1), cost(small, 1))
     rounds = max(1, min(1000, int(.004 / max(once, 1e-7))))     # long enough for the clock
-    small, large = min(cost(half, rounds) for _ in range(3)), float('inf')
+    a, b = min(cost(small, rounds) for _ in range(3)), float('inf')
     for _ in range(tries):
-        small, large = min(small, cost(half, rounds)), min(large, cost(full, rounds))
-        if large <= limit * small: return
-    raise AssertionError(f'{large / small:.2f} times as long for twice as much ({large / rounds * 1e3:.2f} ms for {n})')
+        a, b = min(a, cost(small, rounds)), min(b, cost(large, rounds))
+        if b <= limit * limit * a: return
+    raise AssertionError(f'{b / a:.1f} times as long for four times as much ({b / rounds * 1e3:.2f} ms for {n})')
