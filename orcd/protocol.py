@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ERRORS', 'MAX_BODY', 'MAX_DEPTH', 'MAX_DIGITS', 'MAX_PARTS', 'MAX_PROMPT', 'HEARTBEAT', 'Problem', 'public_error',
            'error_body', 'parse_json', 'shown', 'rule', 'Request', 'parse_request', 'to_json', 'frame', 'token_frame',
-           'read_events', 'is_uuid', 'correlation_id', 'remaining_ms']
+           'read_events', 'is_uuid', 'correlation_id', 'remaining_ms', 'means_us']
 
 # %% ../nbs/40_protocol.ipynb #bccb29aa
-import json, re, time, uuid
+import ipaddress, json, re, time, uuid
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
@@ -245,3 +245,14 @@ def remaining_ms(
         else: at = datetime.fromisoformat(header).astimezone(timezone.utc).timestamp()
     except (ValueError, AttributeError, OverflowError): return None
     return round((at - (time.time() if now is None else now)) * 1000)
+
+def means_us(
+    host:str,  # a Host header, '' when there was none
+    names=(),  # names of this machine, in lower case
+)->bool:
+    "Can nobody else have made this name point to us?"
+    host = host.lower()
+    name = (host[1:].partition(']') if host.startswith('[') else host.partition(':'))[0].removesuffix('.')
+    if '.' not in name and ':' not in name or name.endswith('.localhost') or name in names: return True
+    try: return bool(ipaddress.ip_address(name))
+    except ValueError: return False
