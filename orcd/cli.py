@@ -65,9 +65,11 @@ def seconds(t):
 
 def url(t):
     from urllib.parse import urlsplit
-    try: u = urlsplit(t); ok = u.scheme in ('http', 'https') and u.hostname and (u.port or 1)
+    try:
+        u = urlsplit(t)
+        ok = u.scheme in ('http', 'https') and u.hostname and u.username is None and (u.port or 1) and t.isascii() and ' ' not in t
     except ValueError: ok = False
-    if not ok: raise ValueError('an http or https URL')
+    if not ok or not t.isprintable(): raise ValueError('an http or https URL of ASCII characters without spaces and without a user name')
     return t
 
 def yes(t):

@@ -8,7 +8,7 @@ __all__ = ['EXECUTE', 'EVENT', 'CANCEL', 'ERROR', 'Settings', 'EventStream', 'in
            'Connection', 'Server', 'bind', 'uri', 'load_model', 'Process', 'post', 'serve']
 
 # %% ../nbs/43_worker.ipynb #97ea61bd
-import asyncio, errno, gc, hmac, ipaddress, os, resource, signal, socket, threading, time, uuid
+import asyncio, errno, gc, hmac, ipaddress, os, resource, select, signal, socket, threading, time, uuid
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,17 +69,25 @@ class EventStream(Response):
         jobs,              # the worker's `Jobs`
         job,               # accepted by `jobs.submit`
         settings:Settings, # time limits
-        abort,             # called to cut the connection
+        transport=None,    # of the connection, where there is one
     ):
         super().__init__()
         self.raw_headers = [(b'content-type', b'text/event-stream'), (b'cache-control', b'no-cache'), (b'x-accel-buffering', b'no')]
-        self.jobs, self.job, self.settings, self.abort, self.sending_since, self.done = jobs, job, settings, abort, None, False
+        self.jobs, self.job, self.settings, self.transport, self.sending_since, self.done = jobs, job, settings, transport, None, False
 
     def stop(self, why): self.jobs.cancel(self.job.id, why, job=self.job)
 
     async def watch(self, receive):
         while (await receive())['type'] != 'http.disconnect': pass
         self.stop('gone')
+
+    def hung_up(self)->bool:
+        "Has the client closed its side? The socket knows, even while we read nothing from it"
+        fd = -1 if self.transport is None else self.transport.get_extra_info('socket').fileno()
+        if fd < 0: return False
+        poll = select.poll()
+        poll.register(fd, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
 # %% ../nbs/43_worker.ipynb #9fb0a785
 async def _call(self, scope, receive, send):
@@ -96,10 +104,11 @@ async def _call(self, scope, receive, send):
         watcher.cancel()
 
 def _look(self, now):
-    "Called now and then: a client that does not read loses its job and its connection"
-    if self.sending_since is not None and now - self.sending_since > self.settings.stall_s:
-        self.stop('stalled')
-        self.abort()
+    "Called now and then: a client that is gone or does not read loses its job and its connection"
+    stalled = self.sending_since is not None and now - self.sending_since > self.settings.stall_s
+    if not stalled and not self.hung_up(): return
+    self.stop('stalled' if stalled else 'gone')
+    if self.transport: self.transport.abort()
 
 async def _step(self, frames, send):
     "Wait for something to say, say it"
@@ -221,7 +230,7 @@ async def _execute(self, http):
     left = remaining_ms(http.headers.get('x-deadline'))
     if left is not None: log.info('deadline', job_id=job.id, remaining_ms=left)
     connection = self.open.get(tuple(http.scope.get('client') or ()))
-    stream = EventStream(self.jobs, job, self.settings, connection.transport.abort if connection else lambda: None)
+    stream = EventStream(self.jobs, job, self.settings, connection and connection.transport)
     self.jobs.submit(job)                # last: an accepted job has somebody who reads its events
     self.streams.add(stream)
     if connection: connection.stream = stream

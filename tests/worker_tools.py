@@ -63,7 +63,7 @@ class Proc:
         r = c.getresponse()
         data = r.read()
         c.close()
-        return r.status, r.headers, json.loads(data) if r.headers.get('Content-Type') == 'application/json' else data
+        return r.status, r.headers, json.loads(data) if data and r.headers.get('Content-Type') == 'application/json' else data
 
     def health(self): return self.request('GET', '/health')[2]
     def post(self, path, body=None, **kw): return self.request('POST', path, body, **kw)
