@@ -43,12 +43,19 @@ class Architecture:
     "A model family. Subclasses set `name` and define `tensors` (per layer) and `layer`; `config` when the common keys are not all."
     name = None # `general.architecture` of its files
     style = 'neox' # pairing of the rotary encoding
+    yarn_truncate = True # are the ends of YaRN's ramp whole pairs?
+    neutral = {} # keys that change nothing in its models, beside those of `config.NEUTRAL`
     ignored = ('.attn_rot_embd.weight',) # ends of tensor names that carry nothing
 
     @classmethod
     def config(cls, g)->ModelConfig:
         "Hyper-parameters of an opened file. Raises `ModelError` that names the key."
-        return read_config(g, Hyper(g.metadata, cls.name), cls.style)
+        return cls.read(g, Hyper(g.metadata, cls.name))
+
+    @classmethod
+    def read(cls, g, h, **more)->ModelConfig:
+        "`read_config` with what the class says of its family. `more`: what `h` has been asked for beyond that"
+        return read_config(g, h, cls.style, yarn_truncate=cls.yarn_truncate, neutral=cls.neutral, **more)
 
     def tensors(self, c)->dict:
         "Role -> `TensorSpec`"
@@ -85,6 +92,15 @@ def _find(g, spec, i=0):
     if spec.is_vector and t.type != GGMLType.F32: raise ModelError(f'{name} is {t.type.name}; norms, biases and the like must be F32')
     return t
 
+def _all_or_none(
+    table,  # role -> `TensorSpec`
+    layers, # role -> TensorInfo or None, of each layer
+):
+    "An optional tensor that some layers have and some lack was lost"
+    for role, spec in table.items():
+        lacking = [i for i, roles in enumerate(layers) if spec.per_layer and roles[role] is None]
+        if 0 < len(lacking) < len(layers): raise ModelError(f'{spec.name.format(i=lacking[0])} is missing, but other layers have one')
+
 def bind(
     arch,   # `Architecture`
     g,      # `GGUF`
@@ -94,6 +110,7 @@ def bind(
     table = arch.tensors(config)
     model = {role: _find(g, s) for role, s in table.items() if not s.per_layer}
     layers = [{role: _find(g, s, i) for role, s in table.items() if s.per_layer} for i in range(config.n_layer)]
+    _all_or_none(table, layers)
     if model['output'] is None: model['output'] = model['token_embd']
     bound = Bound(model, layers)
     extra = [n for n in g.tensors.keys() - {t.name for t in bound.unique} if not n.endswith(arch.ignored)]

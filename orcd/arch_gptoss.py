@@ -7,20 +7,19 @@ __all__ = ['GptOss']
 
 # %% ../nbs/13_gptoss.ipynb #dc43a993
 from .arch import Architecture, register, specs
-from .config import Hyper, read_config
-from .errors import ModelError
+from .config import Hyper
 
 # %% ../nbs/13_gptoss.ipynb #935deaa6
 @register
 class GptOss(Architecture):
     "gpt-oss-20b and -120b"
-    name = 'gpt-oss'
+    name, yarn_truncate = 'gpt-oss', False
 
     @classmethod
     def config(cls, g):
         h = Hyper(g.metadata, cls.name)
         n_expert, _ = h.int('expert_count', hi=1024), h.int('attention.key_length', hi=1024) # n_embd / n_head would be wrong, so it is no default
-        return read_config(g, h, cls.style, window=h.int('attention.sliding_window', hi=1 << 24), windowed=lambda i: i % 2 == 0,
+        return cls.read(g, h, window=h.int('attention.sliding_window', hi=1 << 24), windowed=lambda i: i % 2 == 0,
             n_expert=n_expert, n_expert_used=h.int('expert_used_count', hi=n_expert), n_ff_exp=h.int('expert_feed_forward_length'))
 
     def layer_tensors(self, c):

@@ -7,20 +7,19 @@ __all__ = ['Llama']
 
 # %% ../nbs/14_llama.ipynb #dc43a993
 from .arch import Architecture, register, specs
-from .config import Hyper, read_config
-from .errors import ModelError
+from .config import Hyper
 
 # %% ../nbs/14_llama.ipynb #b0803ac6
 @register
 class Llama(Architecture):
     "Llama 2 and 3, Mistral, SmolLM, TinyLlama, …"
     name, style = 'llama', 'norm'
+    neutral = {'tensor_data_layout': ('reference', 'Meta AI original pth')} # both: neighbours are pairs
 
     @classmethod
     def config(cls, g):
         h = Hyper(g.metadata, cls.name)
-        if h.int('expert_count', 0, 0): raise ModelError(f'llama.expert_count is {h.int("expert_count")}: mixtures of experts of the llama family are not supported')
-        return read_config(g, h, cls.style, window=h.int('attention.sliding_window', 0, 0, 1 << 24))
+        return cls.read(g, h, window=h.int('attention.sliding_window', 0, 0, 1 << 24))
 
     def tensors(self, c): return super().tensors(c) | specs(rope_freqs=(c.rope.n_rot//2,), optional=True)
 
@@ -29,7 +28,8 @@ class Llama(Architecture):
         return specs('blk.{i}.',
             attn_norm=(c.n_embd,), attn_q=(q, c.n_embd), attn_k=(kv, c.n_embd), attn_v=(kv, c.n_embd), attn_output=(c.n_embd, q),
             ffn_norm=(c.n_embd,), ffn_gate=(c.n_ff, c.n_embd), ffn_up=(c.n_ff, c.n_embd), ffn_down=(c.n_embd, c.n_ff),
-        ) | specs('blk.{i}.', optional=True, attn_q_bias=(q,), attn_k_bias=(kv,), attn_v_bias=(kv,), attn_output_bias=(c.n_embd,))
+        ) | specs('blk.{i}.', optional=True, attn_q_bias=(q,), attn_k_bias=(kv,), attn_v_bias=(kv,), attn_output_bias=(c.n_embd,),
+            ffn_gate_bias=(c.n_ff,), ffn_up_bias=(c.n_ff,), ffn_down_bias=(c.n_embd,))
 
     def layer(self, ops, x, w, i):
         c = ops.config
@@ -38,4 +38,5 @@ class Llama(Architecture):
         q, k = ops.rope(q, c.n_head), ops.rope(k, c.n_head_kv)
         x = ops.linear(ops.attention(q, k, v, i), w.attn_output, w.attn_output_bias, residual=x)
         h = ops.rms_norm(x, w.ffn_norm, c.rms_eps)
-        return ops.linear(ops.swiglu(ops.linear(h, w.ffn_gate), ops.linear(h, w.ffn_up)), w.ffn_down, residual=x)
+        gate, up = ops.linear(h, w.ffn_gate, w.ffn_gate_bias), ops.linear(h, w.ffn_up, w.ffn_up_bias)
+        return ops.linear(ops.swiglu(gate, up), w.ffn_down, w.ffn_down_bias, residual=x)

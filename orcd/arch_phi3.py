@@ -7,7 +7,7 @@ __all__ = ['Phi3']
 
 # %% ../nbs/12_phi3.ipynb #dc43a993
 from .arch import Architecture, register, specs
-from .config import Hyper, read_config
+from .config import Hyper
 from .errors import ModelError
 
 # %% ../nbs/12_phi3.ipynb #7fcc3722
@@ -21,7 +21,7 @@ class Phi3(Architecture):
         if 'rope_factors_long.weight' in g.tensors:
             raise ModelError('rope_factors_long.weight: the long-context variants of Phi-3 are not supported, take the 4k model')
         h = Hyper(g.metadata, cls.name)
-        return read_config(g, h, cls.style, window=h.int('attention.sliding_window', 0, 0, 1 << 24))
+        return cls.read(g, h, window=h.int('attention.sliding_window', 0, 0, 1 << 24))
 
     def layer_tensors(self, c):
         q, kv = c.n_head*c.head_dim, c.n_head_kv*c.head_dim

@@ -18,8 +18,8 @@ class Qwen2(Architecture):
         q, kv = c.n_head*c.head_dim, c.n_head_kv*c.head_dim
         return specs('blk.{i}.',
             attn_norm=(c.n_embd,), attn_q=(q, c.n_embd), attn_k=(kv, c.n_embd), attn_v=(kv, c.n_embd), attn_output=(c.n_embd, q),
-            attn_q_bias=(q,), attn_k_bias=(kv,), attn_v_bias=(kv,),
-            ffn_norm=(c.n_embd,), ffn_gate=(c.n_ff, c.n_embd), ffn_up=(c.n_ff, c.n_embd), ffn_down=(c.n_embd, c.n_ff))
+            ffn_norm=(c.n_embd,), ffn_gate=(c.n_ff, c.n_embd), ffn_up=(c.n_ff, c.n_embd), ffn_down=(c.n_embd, c.n_ff),
+        ) | specs('blk.{i}.', optional=True, attn_q_bias=(q,), attn_k_bias=(kv,), attn_v_bias=(kv,))
 
     def layer(self, ops, x, w, i):
         c = ops.config
