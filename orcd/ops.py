@@ -214,15 +214,15 @@ class CudaOps:
         self.flush()
         c, r, T, rope = self.config, self.config.rope, q.shape[0], None
         if isinstance(q, Turned): q, k, rope = self.array(q.x), self.array(k.x), (self.inv_freq, r.mscale, r.style, r.n_rot)
-        window, v = c.windows[i], self.array(v)
+        v, how = self.array(v), dict(window=c.windows[i], sinks=sinks, scale=c.score_scale, rope=rope)
         out = self.scratch.take((T, c.n_head * c.head_dim))
         ck, cv = (None, None) if self.dry else self.cache[i]
         if self.decode:
             parts = self.scratch.take((k_attention.decode_workspace(c.n_head, c.head_dim, cache_rows(c, i, self.n_ctx)),))
-            self.run(k_attention.attend_decode, q, ck, cv, out, self.state, parts, window=window, sinks=sinks, k=k, v=v, rope=rope)
+            self.run(k_attention.attend_decode, q, ck, cv, out, self.state, parts, k=k, v=v, **how)
         else:
-            stage = self.scratch.take((k_attention.prefill_workspace(T, c.n_head_kv, c.head_dim, window),), np.float16)
-            self.run(k_attention.attend_prefill, q, k, v, ck, cv, out, self.state, stage, window=window, sinks=sinks, rope=rope)
+            stage = self.scratch.take((k_attention.prefill_workspace(T, c.n_head_kv, c.head_dim, c.windows[i]),), np.float16)
+            self.run(k_attention.attend_prefill, q, k, v, ck, cv, out, self.state, stage, **how)
         return out
 
 # %% ../nbs/30_ops.ipynb #5bc2584c

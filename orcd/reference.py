@@ -82,10 +82,11 @@ def attend(
     first=0,
     window=0,      # 0: all
     sinks=None,    # (n_head,)
+    scale=None,    # of the scores, 1/sqrt(head_dim) by default
 ):                 # float32 (T, n_head*head_dim)
     "Causal attention with grouped queries"
     (T, H, D), (G, S, _) = q.shape, K.shape
-    q = q.reshape(T, G, H//G, D).transpose(1, 2, 0, 3).reshape(G, -1, D) * np.float32(D**-.5)
+    q = q.reshape(T, G, H//G, D).transpose(1, 2, 0, 3).reshape(G, -1, D) * np.float32(scale or D**-.5)
     z = (q @ K.transpose(0, 2, 1)).reshape(G, H//G, T, S)
     if T > 1 or window: z = np.where(visible(pos, first, S, window), z, np.float32('-inf'))
     p = softmax(z, None if sinks is None else sinks.reshape(G, -1, 1, 1))
@@ -211,7 +212,7 @@ class NumpyOps:
         K, V = self.cache[i].store(self.pos[0], self.heads(k), self.heads(v))
         window = self.config.windows[i]
         first = max(0, self.pos[0] - window + 1) if window else 0 # nobody here sees anything before it
-        return attend(self.heads(q), K[:, first:], V[:, first:], self.pos, first, window, sinks)
+        return attend(self.heads(q), K[:, first:], V[:, first:], self.pos, first, window, sinks, self.config.score_scale)
 
     def expert_linear(self, x, W, bias, route):
         ids = route.ids.ravel()                        # the expert of each of the T*k output rows

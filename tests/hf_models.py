@@ -23,7 +23,9 @@ def config(keys, tensors):
     k = lambda name, default=None: keys.get(f'{arch}.{name}', default)
     rope = dict(rope_type='default', rope_theta=k('rope.freq_base', 10000.))
     if k('rope.scaling.type') == 'yarn':
-        rope |= dict(rope_type='yarn', factor=k('rope.scaling.factor'), original_max_position_embeddings=k('rope.scaling.original_context_length'), beta_fast=32., beta_slow=1., truncate=False)
+        rope |= dict(rope_type='yarn', factor=k('rope.scaling.factor'), original_max_position_embeddings=k('rope.scaling.original_context_length'),
+            beta_fast=k('rope.scaling.yarn_beta_fast', 32.), beta_slow=k('rope.scaling.yarn_beta_slow', 1.))
+        if arch == 'gpt-oss': rope |= dict(truncate=False) # as its published configuration; what others have is the default
     common = dict(vocab_size=tensors['token_embd.weight'].shape[0], hidden_size=k('embedding_length'), intermediate_size=k('feed_forward_length'), num_hidden_layers=k('block_count'),
         num_attention_heads=k('attention.head_count'), num_key_value_heads=k('attention.head_count_kv'), head_dim=k('attention.key_length'), max_position_embeddings=k('context_length'),
         rms_norm_eps=k('attention.layer_norm_rms_epsilon'), rope_parameters=rope, tie_word_embeddings='output.weight' not in tensors, pad_token_id=None, bos_token_id=None, eos_token_id=None)

@@ -23,7 +23,7 @@ MODELS = {
 }
 
 
-def shapes(arch, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_expert, n_ff_exp, tied, rope_freqs, n_rot):
+def shapes(arch, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_expert, n_ff_exp, tied, rope_freqs, n_rot, extra):
     "Tensor name -> shape, (out, in)"
     q, kv = n_head * head_dim, n_head_kv * head_dim
     out = {'token_embd.weight': (n_vocab, n_embd), 'output_norm.weight': (n_embd,)}
@@ -46,6 +46,7 @@ def shapes(arch, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_
             'ffn_up_exps.weight': (n_expert, n_ff_exp, n_embd), 'ffn_up_exps.bias': (n_expert, n_ff_exp),
             'ffn_down_exps.weight': (n_expert, n_embd, n_ff_exp), 'ffn_down_exps.bias': (n_expert, n_embd)},
     }[arch]
+    layer |= {f'{role}.bias': layer[f'{role}.weight'][:1] for role in extra}
     for i in range(n_layer): out |= {f'blk.{i}.{k}': s for k, s in layer.items()}
     return out
 
@@ -73,10 +74,11 @@ def weight(rng, name, shape, gain):
 
 def make_model(path, arch='qwen2', *, types='F32', seed=0, n_layer=2, n_embd=64, n_head=4, n_head_kv=2, head_dim=16, n_ff=96, n_vocab=160,
                context_length=512, window=None, n_expert=4, n_expert_used=2, n_ff_exp=64, tied=False, rope_freqs=False, n_rot=None, rms_eps=1e-5,
-               rope_theta=10000., yarn=None, gain=1.5, keys=(), change=(), leave_out=()):
+               rope_theta=10000., yarn=None, gain=1.5, biases=(), keys=(), change=(), leave_out=()):
     """Write a model and return its path.
     types: one type name, or {part of a tensor's name: type}; window: sliding window (gpt-oss: 8 by default, even layers);
-    yarn: (factor, original context), for gpt-oss (32, 64) by default; keys: extra metadata {key: value};
+    yarn: (factor, original context), for gpt-oss (32, 64) by default; biases: roles that have one beside those of the family;
+    keys: extra metadata {key: value};
     change: {tensor: float32 array} instead of the random one; leave_out: tensors not to write."""
     rng, path = np.random.default_rng(seed), Path(path)
     n_rot = n_rot or head_dim
@@ -92,8 +94,8 @@ def make_model(path, arch='qwen2', *, types='F32', seed=0, n_layer=2, n_embd=64,
         w.add_rope_scaling_type(gguf.RopeScalingType.YARN); w.add_rope_scaling_factor(float(yarn[0])); w.add_rope_scaling_orig_ctx_len(yarn[1])
     w.add_tokenizer_model('no_vocab')
     for k, v in dict(keys).items():
-        {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string}[type(v)](k, v)
-    table = shapes(arch, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_expert, n_ff_exp, tied, rope_freqs, n_rot)
+        {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}[type(v)](k, v)
+    table = shapes(arch, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_expert, n_ff_exp, tied, rope_freqs, n_rot, biases)
     for name, shape in table.items():
         if name in leave_out: continue
         x = np.asarray(dict(change).get(name, weight(rng, name, shape, gain)), np.float32)

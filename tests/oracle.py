@@ -21,12 +21,15 @@ class Float64:
     def speeds(self):
         n, base = self.get('rope.dimension_count'), self.get('rope.freq_base', 10000.)
         out = np.array([base**(-2*i/n) for i in range(n//2)])/self.w.get('rope_freqs.weight', 1)
-        if self.get('rope.scaling.type') != 'yarn': return out, 1.
+        scale = self.get('rope.scaling.attn_factor', 1.)
+        if self.get('rope.scaling.type') != 'yarn': return out, scale
         factor, length = self.get('rope.scaling.factor'), self.get('rope.scaling.original_context_length')
-        low, high = (n*np.log(length/(2*np.pi*turns))/(2*np.log(base)) for turns in (32, 1))
+        beta = self.get('rope.scaling.yarn_beta_fast', 32), self.get('rope.scaling.yarn_beta_slow', 1)
+        low, high = (n*np.log(length/(2*np.pi*turns))/(2*np.log(base)) for turns in beta)
+        if self.arch != 'gpt-oss': low, high = np.floor(low), np.ceil(high) # the reference code of gpt-oss alone keeps fractions
         low, high = max(low, 0), min(high, n - 1)
         slow = np.clip((np.arange(n//2) - low)/(high - low), 0, 1)
-        return out*(slow/factor + 1 - slow), .1*np.log(factor) + 1
+        return out*(slow/factor + 1 - slow), scale*(.1*np.log(factor) + 1)
 
     def turn(self, x, p):
         "x (heads, head_dim) at position p"
@@ -50,7 +53,7 @@ class Float64:
         for t in range(len(h)):
             first = max(0, t - window + 1) if window else 0
             for head in range(H):
-                z = k[first:t + 1, head//(H//G)] @ q[t, head]/np.sqrt(D)
+                z = k[first:t + 1, head//(H//G)] @ q[t, head]*(self.get('attention.scale') or 1/np.sqrt(D))
                 if self.arch == 'gpt-oss': z = np.append(z, self.w[b + 'attn_sinks.weight'][head])
                 p = np.exp(z - z.max())
                 p = (p/p.sum())[:t + 1 - first]

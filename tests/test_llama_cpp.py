@@ -16,9 +16,10 @@ HEADS = {'32': dict(head_dim=32, n_embd=128), '48': dict(head_dim=48, n_head=6, 
 
 
 def reference(g):
-    "llama.cpp rounds the ends of YaRN's ramp; to compare, so do we here"
-    found = ReferenceEngine(g).config
-    return ReferenceEngine(g, config=replace(found, rope=replace(found.rope, yarn_truncate=True)))
+    "As it is, but for gpt-oss: llama.cpp rounds the ends of its ramp too, which its published configuration denies; the other oracles have them fractional"
+    engine = ReferenceEngine(g)
+    if engine.config.arch != 'gpt-oss': return engine
+    return ReferenceEngine(g, config=replace(engine.config, rope=replace(engine.config.rope, yarn_truncate=True)))
 
 
 def compare(path, n=300):
@@ -38,9 +39,19 @@ def test_float32(tmp_path, arch, heads):
     assert ours == theirs
 
 
-@pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='qwen2', tied=True), dict(arch='qwen2', yarn=(4., 64)),
+@pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='qwen2', tied=True), dict(arch='qwen2', leave_out=[f'blk.{i}.attn_{n}.bias' for i in range(3) for n in 'qkv']),
+    dict(arch='llama', biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']),
+    dict(arch='llama', keys={'llama.attention.head_count': [4]*3, 'llama.attention.head_count_kv': [2]*3, 'llama.feed_forward_length': [96]*3}),
     dict(arch='gpt-oss', n_expert=8, n_expert_used=4, window=128), dict(arch='gpt-oss', window=1)], ids=str)
 def test_variants(tmp_path, kw): assert compare(make_model(tmp_path/'m.gguf', n_layer=3, **HEADS['64'], **kw))[0][0] < 1e-3
+
+
+@pytest.mark.parametrize('yarn', [(4., 32), (4., 64), (8., 2048), (40., 4096), (.5, 64)], ids=str)
+@pytest.mark.parametrize('arch', ARCHES)
+def test_yarn(tmp_path, arch, yarn):
+    "Ramps that begin at the first pair, in the middle, that end beyond the last one; and what multiplies cos and sin"
+    for keys in ({}, {f'{arch}.rope.scaling.attn_factor': .75}):
+        assert compare(make_model(tmp_path/'m.gguf', arch, yarn=yarn, keys=keys, **HEADS['64']), 100)[0][0] < 1e-3
 
 
 @pytest.mark.parametrize('types', ['F16', 'BF16', 'Q4_0', 'Q5_0', 'Q8_0', 'Q4_K', 'Q6_K'])

@@ -1,4 +1,5 @@
 "The reference engine against a forward pass in float64 that shares nothing with it, and its promises as an engine"
+from dataclasses import replace
 import numpy as np
 import pytest
 from make_models import ARCHES, make_model
@@ -38,12 +39,41 @@ def test_float64(model, arch, shape):
 
 
 @pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='llama', n_rot=8), dict(arch='qwen2', tied=True), dict(arch='phi3', window=5),
-    dict(arch='gpt-oss', types={'exps': 'MXFP4', '': 'Q8_0'}), dict(arch='qwen2', types='Q4_K', n_embd=256, n_ff=256), dict(arch='qwen3', types='Q6_K', n_embd=256)], ids=str)
+    dict(arch='gpt-oss', types={'exps': 'MXFP4', '': 'Q8_0'}), dict(arch='qwen2', types='Q4_K', n_embd=256, n_ff=256), dict(arch='qwen3', types='Q6_K', n_embd=256),
+    dict(arch='llama', biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']), dict(arch='llama', biases=['ffn_down']),
+    dict(arch='qwen2', leave_out=[f'blk.{i}.attn_{n}.bias' for i in range(2) for n in 'qkv']),
+    dict(arch='qwen3', keys={'qwen3.attention.scale': .4}), dict(arch='gpt-oss', keys={'gpt-oss.attention.scale': .1}),
+    dict(arch='phi3', keys={'phi3.rope.scaling.attn_factor': 1.2})], ids=str)
 def test_variants(model, kw):
     g = model(**kw)
     ids = np.random.default_rng(3).integers(0, 160, 30)
     logits, _ = Float64(g.path).run(ids)
     for keep in (0, 1 << 30): assert abs(ReferenceEngine(g, keep_bytes=keep).logits(ids) - logits).max() < 1e-4*logits.std()
+
+
+@pytest.mark.parametrize('keys', [{}, {'yarn_beta_fast': 8., 'yarn_beta_slow': 2.}, {'attn_factor': 1.3}], ids=str)
+@pytest.mark.parametrize('yarn', [(4., 32), (4., 64), (8., 2048)], ids=str)
+@pytest.mark.parametrize('arch', ARCHES)
+def test_yarn(model, arch, yarn, keys):
+    "The ends of the ramp are whole pairs, in gpt-oss fractional ones; logits of the other kind are far away"
+    g = model(arch, yarn=yarn, keys={f'{arch}.rope.scaling.{k}': v for k, v in keys.items()})
+    ids, engine = np.random.default_rng(4).integers(0, 160, 60), ReferenceEngine(g)
+    want, _ = Float64(g.path).run(ids)
+    assert abs(engine.logits(ids) - want).max() < 1e-4*want.std()
+    rope = engine.config.rope
+    other = ReferenceEngine(g, config=replace(engine.config, rope=replace(rope, yarn_truncate=not rope.yarn_truncate)))
+    if (rope.inv_freq() != other.config.rope.inv_freq()).any(): assert abs(other.logits(ids) - want).max() > 1e-2*want.std()
+    else: assert yarn == (4., 32) and 'yarn_beta_fast' in keys # where both ends are before the first pair
+
+
+@pytest.mark.parametrize('arch', ARCHES)
+def test_numbers_of_layers(model, arch):
+    "An array with the same number for each layer is that number"
+    one = model(arch, n_layer=3)
+    c, ids = ReferenceEngine(one).config, [5, 9, 77, 3]
+    want = ReferenceEngine(one).logits(ids)
+    many = model(arch, n_layer=3, keys={f'{arch}.{k}': [n]*3 for k, n in (('attention.head_count', c.n_head), ('attention.head_count_kv', c.n_head_kv), ('feed_forward_length', c.n_ff))})
+    assert ReferenceEngine(many).config == c and (ReferenceEngine(many).logits(ids) == want).all()
 
 
 @pytest.mark.parametrize('arch', ARCHES)

@@ -86,7 +86,9 @@ class Oracle:
         if self.key('rope.scaling.type') == 'yarn':
             factor, orig = self.key('rope.scaling.factor'), self.key('rope.scaling.original_context_length')
             at = lambda r: d * math.log(orig / (2*math.pi*r)) / (2*math.log(base))
-            low, high = max(at(32), 0), min(at(1), d - 1)
+            low, high = at(32), at(1)
+            if self.arch != 'gpt-oss': low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, d - 1)
             ramp = ((torch.arange(d//2, dtype=torch.float64) - low) / (high - low)).clip(0, 1)
             f, m = f/factor*ramp + f*(1 - ramp), .1*math.log(factor) + 1
         a = torch.arange(T, dtype=torch.float64)[:, None] * f
