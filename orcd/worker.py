@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXECUTE', 'EVENT', 'CANCEL', 'ERROR', 'Settings', 'EventStream', 'in_thread', 'Worker', 'read_body', 'error_response',
            'safely', 'make_app', 'Edge', 'Pieces', 'own_names', 'drop_silent', 'make_room', 'share_descriptors',
-           'Connection', 'Server', 'bind', 'uri', 'load_model', 'Process', 'post', 'serve']
+           'Connection', 'Server', 'bind', 'uri', 'load_model', 'Process', 'Call', 'post', 'serve']
 
 # %% ../nbs/43_worker.ipynb #97ea61bd
 import asyncio, errno, gc, hmac, ipaddress, os, resource, select, signal, socket, threading, time, uuid
@@ -692,13 +692,51 @@ async def _end(self):
 Process.end = _end
 
 # %% ../nbs/43_worker.ipynb #35def8f3
-def _connection(url, timeout):
-    "(connection that is not open yet, path and query) of an http or https URL"
-    import http.client
-    u = urlsplit(url)
-    if u.scheme not in ('http', 'https') or not u.hostname or u.username is not None: raise ValueError('not an http or https URL without a user name')
-    kind = http.client.HTTPSConnection if u.scheme == 'https' else http.client.HTTPConnection
-    return kind(u.hostname, u.port, timeout=timeout), (u.path or '/') + (f'?{u.query}' if u.query else '')
+class Call:
+    "One POST on its way, which may be given up"
+    def __init__(self,
+        url:str,         # http or https
+        body:bytes,      # JSON
+        timeout:float,   # seconds for each step
+    ):
+        self.url, self.body, self.timeout, self.sock, self.given_up = urlsplit(url), body, timeout, None, False
+        u = self.url
+        if u.scheme not in ('http', 'https') or not u.hostname or u.username is not None: raise ValueError('not an http or https URL without a user name')
+
+    def connect(self):
+        u = self.url
+        self.sock = socket.create_connection((u.hostname, u.port or (443 if u.scheme == 'https' else 80)), self.timeout)
+        if u.scheme == 'http': return
+        import ssl
+        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=u.hostname, do_handshake_on_connect=False)
+        self.sock.do_handshake()
+
+    def give_up(self):
+        self.given_up = True
+        with suppress(OSError):
+            if self.sock: self.sock.shutdown(socket.SHUT_RDWR)
+
+    def __call__(self)->int:
+        "The status of the answer, once its headers are whole"
+        try:
+            self.connect()
+            return 0 if self.given_up else self.exchange()
+        finally:
+            if self.sock: self.sock.close()
+
+# %% ../nbs/43_worker.ipynb #ec8865fe
+def _exchange(self):
+    u, conn = self.url, h11.Connection(h11.CLIENT)
+    headers = [('Host', u.netloc), ('Content-Type', 'application/json'), ('Content-Length', str(len(self.body))), ('Connection', 'close')]
+    request = h11.Request(method='POST', target=(u.path or '/') + (f'?{u.query}' if u.query else ''), headers=headers)
+    self.sock.sendall(b''.join(map(conn.send, (request, h11.Data(self.body), h11.EndOfMessage()))))
+    while True:
+        event = conn.next_event()
+        if event is h11.NEED_DATA: conn.receive_data(self.sock.recv(8192))
+        elif isinstance(event, h11.Response): return event.status_code
+        elif not isinstance(event, h11.InformationalResponse): raise OrcdError('it closed the connection without an answer')
+
+Call.exchange = _exchange
 
 async def post(
     url:str,        # http or https
@@ -706,20 +744,11 @@ async def post(
     limit_s:float,  # seconds for all of it
 ):
     "POST; any answer but a 2xx and any trouble raises"
-    (c, target), given_up = _connection(url, limit_s), threading.Event()
-    def go():
-        try:
-            c.connect()
-            if given_up.is_set(): return 0
-            c.request('POST', target, body, {'Content-Type': 'application/json', 'Connection': 'close'})
-            return c.getresponse().status
-        finally: c.close()
+    call = Call(url, body, limit_s)
     try:
-        async with asyncio.timeout(limit_s): status = await in_thread(go)
+        async with asyncio.timeout(limit_s): status = await in_thread(call)
     except TimeoutError: raise OrcdError(f'no answer within {limit_s:g} s') from None
-    finally:
-        given_up.set()
-        with suppress(OSError, AttributeError): c.sock.shutdown(socket.SHUT_RDWR)
+    finally: call.give_up()
     if not 200 <= status < 300: raise OrcdError(f"it answers {status}{', and redirects are not followed' if 300 <= status < 400 else ''}")
 
 # %% ../nbs/43_worker.ipynb #f8ebedec

@@ -1,5 +1,5 @@
 "The contract, against a real worker process around a scripted model"
-import json, re, signal, threading, time, uuid
+import contextlib, json, re, signal, socket, struct, threading, time, uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from worker_tools import PATIENCE, worker
@@ -145,7 +145,50 @@ def test_errors_in_a_job(w, word, code, retriable):
     assert w.event('error', job_id='e', code=code)['level'] == 'error'
 
 
-def test_pages_of_the_web_are_refused(w): assert w.post('/shutdown', headers={'Origin': 'https://example.org'})[0] == 403
+def test_pages_of_the_web_are_refused(w):
+    for origin in 'https://example.org', 'null', f'http://{w.address}':
+        for method, path in ('POST', '/shutdown'), ('POST', '/execute'), ('GET', '/health'), ('GET', '/openapi.json'), ('OPTIONS', '/execute'), ('HEAD', '/health'):
+            assert w.request(method, path, headers={'Origin': origin})[0] == 403
+
+
+def test_a_name_that_points_here_does_not_make_a_page_ours(w):
+    "A page may let its own name point to 127.0.0.1 and read what it finds there; an address, localhost and this machine's names are no page's"
+    for host in 'evil.example.org', 'evil.example.org:80', f'localhost.evil.org:{w.port}', f'127.0.0.1.evil.org:{w.port}', 'evil.org.':
+        for method, path in ('GET', '/health'), ('GET', '/openapi.json'), ('POST', '/execute'), ('POST', '/shutdown'), ('GET', '/nowhere'):
+            status, _, body = w.request(method, path, headers={'Host': host})
+            assert status == 403 and 'fake' not in str(body) and '--token-file' in body['message']
+    for host in w.address, 'localhost', f'LocalHost:{w.port}', f'[::1]:{w.port}', '192.0.2.7', socket.gethostname(), 'orcd:8080', 'a.localhost': assert w.request('GET', '/health', headers={'Host': host})[0] == 200
+    c = w.connect()
+    c.sendall(b'GET /health HTTP/1.0\r\n\r\n')                          # older than the header
+    assert b' 200 ' in c.recv(1000)
+
+
+def test_any_name_where_names_decide_nothing():
+    "With a token, and on a network: a service has names that the worker cannot know"
+    host = {'Host': 'orcd.models.svc.cluster.local'}
+    with worker(token='s3cret') as w:
+        assert w.request('GET', '/health', headers=host)[0] == 200 and w.post('/cancel/x', headers=host)[0] == 401
+        assert w.post('/cancel/x', headers=host | {'Authorization': 'Bearer s3cret'})[0] == 202
+    with worker(host='0.0.0.0', wait=False) as w:
+        w.address = f"127.0.0.1:{w.event('ready')['uri'].rsplit(':', 1)[1]}"
+        assert w.request('GET', '/health', headers=host)[0] == 200 and w.request('GET', '/health', headers={'Origin': 'http://x'})[0] == 403
+
+
+def test_no_redirects(w):
+    "A slash too many is a 404 with a hint, never an address made of what the client said of itself"
+    for method, path in ('GET', '/health/'), ('POST', '/execute/'), ('POST', '/shutdown/'), ('GET', '/'), ('GET', '//health'), ('GET', '/openapi.json/'):
+        status, headers, body = w.request(method, path, headers={'X-Forwarded-Proto': 'https', 'X-Forwarded-Host': 'example.org'})
+        assert status == 404 and 'Location' not in headers and body['code'] == 'INVALID_REQUEST' and 'slash' in body['message'] or path == '//health' and status == 404
+    for path in '/cancel/', '/cancel/' + 'x' * 257: assert w.post(path)[0] == 400
+    assert w.post('/cancel/a/')[2]['job_id'] == 'a/'
+
+
+def test_head(w):
+    "What GET says of itself, without the body"
+    (_, get, body), (status, head, nothing) = w.request('GET', '/health'), w.request('HEAD', '/health')
+    assert status == 200 and nothing == b'' and {k: v for k, v in head.items() if k.lower() != 'x-correlation-id'} == {k: v for k, v in get.items() if k.lower() != 'x-correlation-id'}
+    assert int(head['Content-Length']) == len(json.dumps(body, separators=(',', ':')))
+    assert w.request('HEAD', '/execute')[0] == 405 and w.request('HEAD', '/nowhere')[0] == 404
 
 
 def test_openapi(w):
@@ -209,7 +252,12 @@ def test_token():
             for path in '/execute', '/cancel', '/cancel/x', '/shutdown', '/nowhere':
                 status, h, body = w.post(path, dict(job_id='1', prompt='a'), headers=headers)
                 assert status == 401 and body['code'] == 'INVALID_REQUEST' and h['WWW-Authenticate'] == 'Bearer'
-        assert w.execute(prompt='a', headers={'Authorization': 'Bearer s3cret'}).all()[-1]['type'] == 'end'
+        for good in 'Bearer s3cret', 'bearer s3cret', 'BEARER  s3cret': assert w.execute(prompt='a', headers={'Authorization': good}).all()[-1]['type'] == 'end'
+        for bad in 'Bearer', 'Bearer ', 'Bearer s3cre', 'Bearer S3CRET', 'Bearer s3cret x', 'Basic s3cret', 'Bearers3cret': assert w.post('/cancel/x', headers={'Authorization': bad})[0] == 401
+        c = w.connect()
+        c.sendall(b'POST /cancel/x HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s3cret\r\nAuthorization: Bearer other\r\nContent-Length: 0\r\n\r\n')
+        assert b' 401 ' in c.recv(1000).split(b'\r\n')[0]                  # which one would a proxy have checked?
+        assert w.request('HEAD', '/health')[0] == 200 and w.request('GET', '/health/')[0] == 401
         assert not any('s3cret' in l for l in w.raw)
 
 
@@ -252,3 +300,79 @@ def test_callback_that_never_works():
     o = Orchestrator(500, 500, 500, 500)
     with worker(callback_url=o.url) as w:
         assert w.end() == 1 and len(o.calls) == 3 and '--callback-url' in w.event('error')['message'] and w.log[-1]['event'] == 'shutdown'
+
+
+class Wild:
+    "A server on a socket: `talk(connection)` after it read a request"
+    def __init__(self, talk):
+        self.sock, self.calls, self.talk = socket.create_server(('127.0.0.1', 0)), 0, talk
+        self.url = f'http://127.0.0.1:{self.sock.getsockname()[1]}/x'
+        threading.Thread(target=self.run, daemon=True).start()
+    def run(self):
+        while True:
+            c, _ = self.sock.accept()
+            threading.Thread(target=self.one, args=(c,), daemon=True).start()
+    def one(self, c):
+        with c, contextlib.suppress(OSError):
+            c.recv(65536)
+            self.calls += 1
+            self.talk(c)
+
+
+def answer(data): return lambda c: c.sendall(data)
+def drip(data):
+    def talk(c):
+        for b in data: c.sendall(bytes([b])); time.sleep(.2)
+    return talk
+def endless(c):
+    while True: c.sendall(b'HTTP/1.1 100 Continue\r\n\r\n'); time.sleep(.01)
+
+elsewhere = Wild(answer(b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n'))
+FAULTS = dict(garbage=answer(b'HELLO\r\n\r\n'), nothing=lambda c: None, long_line=answer(b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 70_000 + b'\r\n\r\n'), many_headers=answer(b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 20_000 + b'\r\n'),
+    half=answer(b'HTTP/1.1 200 OK\r\nX'), drip=drip(b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 1000), silent=lambda c: time.sleep(60), continues=endless, status_404=answer(b'HTTP/1.1 404 no\r\n\r\n'),
+    status_700=answer(b'HTTP/1.1 700 what\r\n\r\n'), reset=lambda c: c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)),
+    **{f'redirect_{code}': answer(f'HTTP/1.1 {code} go\r\nLocation: {elsewhere.url}\r\nContent-Length: 0\r\n\r\n'.encode()) for code in (301, 302, 303, 307, 308)})
+
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_callback_to_something_else(name):
+    o, before = Wild(FAULTS[name]), elsewhere.calls
+    with worker(callback_url=o.url, callback_s=.5) as w:
+        assert w.end(60) == 1 and o.calls == 3 and elsewhere.calls == before
+        errors = [e for e in w.log if e['level'] == 'error']
+        assert len(errors) == 1 and '--callback-url' in errors[0]['message'] and 'exception' not in errors[0] and w.log[-1]['event'] == 'shutdown'
+
+
+@pytest.mark.parametrize('url', ['ftp://127.0.0.1/x', 'file:///etc/hostname', 'http://', 'http://127.0.0.1:99999/', 'http://127.0.0.1:1/a b', 'http://127.0.0.1:1/\n', 'http://user:secret@127.0.0.1:1/',
+    'http://\udc80/', 'http://' + 'a' * 300 + '/', 'http://127.0.0.1:1/é'])
+def test_callback_urls_that_cannot_be(url):
+    "However they came past the command line"
+    with worker(callback_url=url) as w:
+        assert w.end(60) == 1 and len([e for e in w.log if e['level'] == 'error']) == 1 and 'secret' not in ''.join(w.raw)
+
+
+def test_callback_over_tls_is_checked():
+    "A certificate that nobody vouches for is no answer"
+    o = Wild(answer(b'\x15\x03\x03\x00\x02\x02\x28'))
+    with worker(callback_url=o.url.replace('http:', 'https:'), callback_s=2) as w: assert w.end(60) == 1 and o.calls == 3
+
+
+@pytest.mark.parametrize('name', ['silent', 'drip'])
+def test_end_during_a_callback(name):
+    "Whoever is told to end does not wait for an orchestrator"
+    o = Wild(FAULTS[name])
+    with worker(callback_url=o.url, callback_s=600) as w:
+        while not o.calls: time.sleep(.01)
+        w.signal()
+        assert w.end(60) == 0 and not any(e['level'] == 'error' for e in w.log)
+
+
+def test_callback_with_an_endless_answer():
+    "The status says it all"
+    def talk(c):
+        c.sendall(b'HTTP/1.1 204 fine\r\n\r\n')
+        while True: c.sendall(b'x' * 65536)
+    o = Wild(talk)
+    with worker(callback_url=o.url) as w:
+        while not o.calls: time.sleep(.01)
+        assert w.execute(prompt='a').all()[-1]['type'] == 'end' and o.calls == 1
