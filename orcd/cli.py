@@ -349,11 +349,12 @@ def mib(n): return f'{n / 2**20:,.1f} MiB'
 VRAM = Annotated[Optional[int], typer.Option('--vram-mb', metavar='MIB', min=1, help='VRAM to fit into; what the GPU has free, if there is one')]
 
 def gpu_now():
-    "(bytes of VRAM that are free, is it a Hopper GPU?) of GPU 0; (None, False) where there is none"
-    if cuda_problem(): return None, False
+    "(bytes of VRAM that are free, is it a Hopper GPU?, `k_gemv.card`) of GPU 0; (None, False, None) where there is none"
+    if cuda_problem(): return None, False, None
     from cupy.cuda import runtime
+    from orcd.k_gemv import card
     from orcd.k_hopper import wide
-    return runtime.memGetInfo()[0], wide(0)
+    return runtime.memGetInfo()[0], wide(0), card(0)
 
 @app.command()
 def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
@@ -371,9 +372,9 @@ def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
         say(f'  context {c.context_length}, KV cache {c.kv_bytes_per_token / 1024:.1f} KiB a token')
         for kind, n, size in by_type(g): say(f'  {kind:8} {n:5} tensors {mib(size):>14}')
         for line in words(g): say(f'  {line}')
-        free, hopper = gpu_now()
+        free, hopper, limits = gpu_now()
         if free is not None: say(f'GPU 0 has {mib(free)} of VRAM free beside the CUDA context')
-        p = engine.plan(g, context_length, free=vram_mb << 20 if vram_mb else free, wide=hopper)
+        p = engine.plan(g, context_length, free=vram_mb << 20 if vram_mb else free, wide=hopper, card=limits)
         say(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
         for what in 'weights', 'kv_cache', 'workspace', 'kernels': say(f'  {what:10} {mib(getattr(p, what, engine.CODE)):>14}')
 

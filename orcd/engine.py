@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCRATCH_LIMIT', 'CODE', 'CHUNKS', 'CAPTURED', 'RING', 'TOGETHER', 'GATES', 'DEPTH', 'PASS', 'Plan', 'kinds',
            'layer_kinds', 'dry_run', 'workspace', 'workspace_bytes', 'largest', 'matrices_of', 'row_tops', 'plan',
-           'cuda_errors', 'is_float_array', 'products', 'cut', 'decode_files', 'kernel_files', 'CudaEngine', 'cover']
+           'cuda_errors', 'is_float_array', 'products', 'cut', 'decode_launches', 'check_kernels', 'decode_files',
+           'kernel_files', 'CudaEngine', 'cover']
 
 # %% ../nbs/32_engine.ipynb #83bd849a
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from fastcore.basics import patch
 from . import k_attention, k_elementwise, k_gemm, k_gemv, k_hopper, k_sampler, nvrtc
 from .arch import open_model
 from .blocks import GGMLType
-from .errors import Cancelled, CUDAError, InsufficientVRAM, OutOfVRAM, RequestError
+from .errors import Cancelled, CUDAError, InsufficientVRAM, KernelError, ModelError, OutOfVRAM, RequestError
 from .ops import CudaOps, cache_bytes, cache_shape
 from .sampling import SamplingParams
 from .loader import Copy, Loader, PinnedBuffer
@@ -133,9 +134,11 @@ def plan(
     free:int=None,      # bytes of VRAM to fit into; None: any amount
     model:tuple=None,   # (family, config, bound) of the file, if known
     wide:bool=False,    # for a Hopper GPU?
+    card:tuple=None,    # `k_gemv.card` of the device; without one a Hopper GPU's
 )->Plan:
-    "What the model takes, exactly. Raises `InsufficientVRAM` with the numbers and the largest context that would fit."
+    "What the model takes, exactly. Raises `ModelError` when no kernel runs it, `InsufficientVRAM` with the numbers and the largest context that would fit."
     family, config, bound = model or open_model(g)
+    check_kernels(config, bound, *(card or k_gemv.HOPPER))
     if n_ctx and n_ctx > config.context_length:
         raise RequestError(f'context length {n_ctx}: {config.name or config.arch} was trained for {config.context_length}')
     weights = sum(aligned(nvrtc.padded_bytes(t.shape, t.type)) for t in bound.unique)
@@ -201,6 +204,36 @@ def cut(
     if not rows or any(n % nvrtc.TILE for n in rows): return tensors
     return [SimpleNamespace(type=tensors[0].type, shape=(n, tensors[0].shape[1])) for n in rows]
 
+def decode_launches(
+    config,
+    bound, # `arch.bind`
+):         # iterator of (matrices, mode, rows, experts that a token reads): what `k_gemv.layout` takes
+    "The products of a decode step as they are launched"
+    for roles, tensors in ((), [bound.model['output']]), *products(config, bound):
+        ts, k, mode = cut(roles, tensors, config), config.n_expert_used if len(tensors[0].shape) == 3 else 1, 'gemv'
+        if k_gemv.fuses(*ts):
+            if len(ts) == 2: mode = 'gated'
+            elif roles == ('ffn_down_exps',) and k <= k_gemv.MAX_TERMS: mode = 'mix'
+        for group in k_gemv.launches([t.type for t in ts]): yield [ts[i] for i in group], mode, 1 if mode == 'mix' else k, k
+
+def check_kernels(
+    config,
+    bound,       # `arch.bind`
+    shared:int,  # bytes of shared memory that a block may have
+    rings:bool,  # has the card bulk copies?
+):
+    "Raises `ModelError` for a model that no kernel runs, with the limit that stands in the way"
+    try:
+        k_attention.check_heads('attention', config.head_dim, config.n_head, config.n_head_kv)
+        if config.n_expert: k_gemv.check_choice(config.n_expert, config.n_expert_used)
+        for t in bound.unique: k_gemv.check_size(t)
+        for ts, mode, rows, k in decode_launches(config, bound):
+            if ts[0].type.block_size == 1: continue
+            parts, _, large = k_gemv.layout(ts, mode, rows, k)
+            k_gemv.pieces([t.type for t in ts], ts[0].shape[-1], parts, k if mode == 'mix' else 1, shared, large, rings)
+    except KernelError as e:
+        raise ModelError(f'{config.name or config.arch} cannot run on the GPU: {e}; the reference engine runs it, slowly: --device reference (in Python: device="reference")') from None
+
 def decode_files(
     config,
     bound, # `arch.bind`
@@ -208,14 +241,7 @@ def decode_files(
     "The `.cu` files of a decode step's kernels, with the weight types where they matter"
     files = {(n, ()) for n in ('state', 'elementwise', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.only(bound.model['token_embd'].type)))
-    for roles, tensors in ((), [bound.model['output']]), *products(config, bound):
-        ts, k, mode = cut(roles, tensors, config), config.n_expert_used if len(tensors[0].shape) == 3 else 1, 'gemv'
-        if k_gemv.fuses(*ts):
-            if len(ts) == 2: mode = 'gated'
-            elif roles == ('ffn_down_exps',) and k <= k_gemv.MAX_TERMS: mode = 'mix'
-        for group in k_gemv.launches([t.type for t in ts]):
-            g = [ts[i] for i in group]
-            files.add(k_gemv.code([t.type for t in g], k_gemv.layout(g, mode, 1 if mode == 'mix' else k, k)[2])[:2])
+    for ts, *how in decode_launches(config, bound): files.add(k_gemv.code([t.type for t in ts], k_gemv.layout(ts, *how)[2])[:2])
     return files
 
 def kernel_files(
@@ -261,7 +287,7 @@ class CudaEngine:
                 self.wide, free = k_hopper.wide(device), runtime.memGetInfo()[0]
                 with Loader(device, chunk_bytes, sum(t.n_bytes for t in bound.unique)) as weights: # gets its memory while we go on
                     self.pins = weights.pins
-                    self.plan = p = plan(g, n_ctx, kv_cache_mb, free, model, self.wide)
+                    self.plan = p = plan(g, n_ctx, kv_cache_mb, free, model, self.wide, k_gemv.card(device))
                     self.n_ctx, self.n_kv, self.n_valid, self.length = p.n_ctx, p.n_kv, self.config.n_vocab, 0
                     self.stream, self.fences = Stream(non_blocking=True), [Event(disable_timing=True) for _ in range(2)]
                     g.check_unchanged()

@@ -8,7 +8,7 @@ __all__ = ['route', 'expert_sum', 'expert_gemv', 'Groups', 'group', 'expert_shap
 # %% ../nbs/25_moe.ipynb #0830946d
 from .errors import KernelError
 from .k_gemm import PLAIN, HalfRows
-from .k_gemv import gemvs, matrix, n_rows
+from .k_gemv import check_choice, gemvs, matrix, n_rows
 from .nvrtc import QTensor, kernel, only, stride, vector
 
 # %% ../nbs/25_moe.ipynb #5ecc14cc
@@ -24,7 +24,7 @@ def route(
 ):
     "Choose the k largest logits of each row (ties to the lower id, NaN last) and softmax over them"
     T, n = n_rows(logits), logits.shape[-1]
-    if not 1 <= k <= min(n, 32) or n > 1024: raise KernelError(f'route takes 1 to 32 of at most 1024 experts, got {k} of {n}')
+    check_choice(n, k)
     ld = stride('logits', logits, T, n)
     args = logits, vector('ids', ids, T*k, np.int32), vector('weights', weights, T*k), np.int32(n), np.int32(k), np.int64(ld)
     kernel('route', 'route')((T,), (32,), args, stream=stream, early=True)

@@ -11,7 +11,7 @@ from worker_tools import PATH, ROOT, check, orcd, soak
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as m: return write_model(tmp_path_factory.mktemp('cli') / 'small.gguf', m, context_length=2048)
+    with pytest.MonkeyPatch.context() as m: return write_model(tmp_path_factory.mktemp('cli') / 'small.gguf', m, context_length=2048, head_dim=32)
 
 
 def call(*args, env=None, cwd=None, timeout=60, **kw):

@@ -20,13 +20,13 @@ class Scratch:
 
 def attend(config):
     "Attention of the first position: its own value, less what the sinks take"
-    def run(q, k_cache, v_cache, out, state, workspace, window=0, sinks=None, k=None, v=None, rope=None, stream=None):
+    def run(q, k_cache, v_cache, out, state, workspace, window=0, sinks=None, scale=None, k=None, v=None, rope=None, stream=None):
         H, K, d = config.n_head, config.n_head_kv, config.head_dim
         _, mscale, _, n_rot = rope
         turn = np.where(np.arange(d) < n_rot, mscale, 1)
         q, k, v = (y.a.astype(float).reshape(-1, d) for y in (q, k, v))
         k, v = k.repeat(H//K, 0), v.repeat(H//K, 0)
-        share = 1 if sinks is None else 1/(1 + np.exp(sinks.a - ((q*turn)*(k*turn)).sum(1)/np.sqrt(d)))
+        share = 1 if sinks is None else 1/(1 + np.exp(sinks.a - ((q*turn)*(k*turn)).sum(1)*scale))
         out.a[:] = (v*np.reshape(share, (-1, 1))).reshape(1, -1)
     return run
 
@@ -39,9 +39,10 @@ def plain(args):
     out.a[:] = v @ W.data.a.view(np.float32).reshape(n_out, n_in).T.astype(float) + (0 if bias is None else bias.a)
 
 
-@pytest.mark.parametrize('name', ['qwen2', 'qwen2 Q5_K', 'phi3', 'gpt-oss', 'llama'])
-def test_layers(tmp_path, on_cpu, monkeypatch, name):
-    path = make_model(tmp_path/'m.gguf', n_layer=3, n_vocab=200, **MODELS[name])
+@pytest.mark.parametrize('name, more', [('qwen2', {}), ('qwen2 Q5_K', {}), ('phi3', {}), ('gpt-oss', {}), ('llama', {}), ('gpt-oss', dict(keys={'gpt-oss.attention.scale': .5})),
+    ('llama', dict(biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']))], ids=str)
+def test_layers(tmp_path, on_cpu, monkeypatch, name, more):
+    path = make_model(tmp_path/'m.gguf', n_layer=3, n_vocab=200, **MODELS[name], **more)
     real, launched = k_gemv.kernel, []
     def kernel(file, kernel_name, *defines):
         def launch(grid, block, args, **kw):
