@@ -427,10 +427,13 @@ def complete_name(incomplete:str):
     return [n for n in hub.MODELS if n.startswith(incomplete)]
 
 @app.command()
-def pull(name:Annotated[str, typer.Argument(help='a short name or owner/repo/file.gguf', autocompletion=complete_name)]):
+def pull(
+    name:Annotated[str, typer.Argument(help='a short name or owner/repo/file.gguf', autocompletion=complete_name)],
+    no_verify:Annotated[bool, typer.Option('--no-verify', help='take a file too whose SHA-256 the hub does not state')]=False,
+):
     "Fetch a model from the Hugging Face hub."
     from orcd import hub
-    print(hub.pull(name))
+    print(hub.pull(name, verify=not no_verify))
 
 # %% ../nbs/44_cli.ipynb #45d426e7
 def cuda_problem():
