@@ -32,6 +32,7 @@ def config(keys, tensors):
     if arch == 'gpt-oss':
         common |= dict(intermediate_size=k('expert_feed_forward_length'), num_local_experts=k('expert_count'), num_experts_per_tok=k('expert_used_count'), sliding_window=k('attention.sliding_window'),
             layer_types=['full_attention' if i % 2 else 'sliding_attention' for i in range(k('block_count'))])
+    if arch == 'llama': common |= dict(attention_bias='blk.0.attn_output.bias' in tensors, mlp_bias='blk.0.ffn_down.bias' in tensors)
     if arch == 'phi3': common |= dict(sliding_window=k('attention.sliding_window'))
     return {'qwen2': Qwen2Config, 'qwen3': Qwen3Config, 'llama': LlamaConfig, 'phi3': Phi3Config, 'gpt-oss': GptOssConfig}[arch](**common)
 
@@ -50,7 +51,7 @@ def state(keys, tensors):
         else:
             if arch == 'llama' and role in ('attn_q', 'attn_k'): # neighbours back to halves
                 d = keys['llama.attention.key_length']
-                x = x.reshape(-1, d//2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+                x = x.reshape(-1, d//2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
             out[to + LAYER[role] + '.' + kind] = x
     if arch == 'gpt-oss':
         for i in range(keys['gpt-oss.block_count']):

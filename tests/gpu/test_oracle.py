@@ -79,7 +79,9 @@ def test_logits_and_residuals(case, kind, arch, heads):
     for n in LENGTHS: close(kind, arch, engine.logits(ids[:n]), logits[:n], f'logits of {n} tokens')
 
 
-@pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='qwen2', tied=True), dict(arch='qwen2', yarn=(4., 64)), dict(arch='phi3', window=40),
+@pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='qwen2', tied=True), dict(arch='qwen2', yarn=(4., 64)),
+    dict(arch='llama', yarn=(8., 2048), biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']),
+    dict(arch='qwen3', yarn=(4., 64), keys={'qwen3.rope.scaling.yarn_beta_fast': 8., 'qwen3.rope.scaling.yarn_beta_slow': 2.}), dict(arch='phi3', window=40),
     dict(arch='gpt-oss', window=128), dict(arch='gpt-oss', window=1), dict(arch='qwen2', types='Q4_K', n_ff=512), dict(arch='llama', types={'ffn_down': 'Q6_K', 'attn_v': 'Q5_0', '': 'Q4_K'}),
     dict(arch='phi3', types='Q5_K'), dict(arch='qwen3', types='F16'), dict(arch='gpt-oss', types={'exps': 'Q4_0', '': 'F16'})], ids=str)
 @pytest.mark.parametrize('kind', ENGINES)
