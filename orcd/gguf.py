@@ -232,12 +232,12 @@ def cut_pairs(
     "Strings cut at their first space; one without a space stays whole, in a tuple of one"
     return [tuple(s.split(' ', 1)) for s in strings], max(map(len, map(str.encode, strings)), default=0)
 
-def _cut(joined): return joined.tobytes().decode().split('\0')[1:]
+def _cut(joined, errors='strict'): return joined.tobytes().decode(errors=errors).split('\0')[1:]
 
-def _strings(data, n):
+def _strings(data, n, errors):
     "All strings of an array at once, or None"
     found = _joined(data, n)
-    return found and _cut(found[0])
+    return found and _cut(found[0], errors)
 
 def _pairs(data, n):
     "Both sides of the only space of each string, and the bytes of the longest string; or None"
@@ -254,6 +254,10 @@ def _describes(key):
     "Is this for people alone?"
     return key.startswith('general.') and key != 'general.architecture'
 
+def _errors(key):
+    "What to do with text that is not UTF-8; a token is a sequence of bytes, and keeps them"
+    return 'replace' if _describes(key) else 'surrogateescape' if key == 'tokenizer.ggml.tokens' else 'strict'
+
 @contextmanager
 def _utf8(lazy, key, path):
     try: yield
@@ -261,7 +265,7 @@ def _utf8(lazy, key, path):
 
 def _decode(data, lazy, key, path=None):
     "The value of a lazy entry from its bytes"
-    t, n, errors = lazy.type, lazy.n, 'replace' if _describes(key) else 'strict'
+    t, n, errors = lazy.type, lazy.n, _errors(key)
     with _utf8(lazy, key, path):
         if n is None: return data.decode(errors=errors)
         if t != GGUFType.STRING:
@@ -269,7 +273,7 @@ def _decode(data, lazy, key, path=None):
             if t != GGUFType.BOOL: return a
             if n and a.max() > 1: raise GGUFError(f'{short(key)} holds a boolean that is neither 0 nor 1', path, lazy.start)
             return a.astype(bool)
-        if n >= 1000 and errors == 'strict' and (out := _strings(data, n)): return out
+        if n >= 1000 and (out := _strings(data, n, errors)): return out
         out, i = [], 0
         for _ in range(n):
             j = i + 8

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHABET', 'PRE', 'MAX_TEXT', 'MAX_TOKENS', 'MAX_MERGES', 'MAX_TOKEN', 'MAX_SPECIAL', 'MAX_SPECIALS', 'MAX_FILE',
-           'MAX_STEPS', 'symbol_bytes', 'Pre', 'bpe_model', 'bpe_without', 'ByteBPE', 'library_ids', 'Special',
-           'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops', 'mistyped_ends', 'is_utf8',
+           'MAX_STEPS', 'symbol_bytes', 'Pre', 'no_panic', 'bpe_model', 'bpe_without', 'ByteBPE', 'library_ids',
+           'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops', 'mistyped_ends', 'is_utf8',
            'is_control', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE', 'named_template', 'Tokenizer']
 
 # %% ../nbs/04_tokenizer.ipynb #95381f24
@@ -83,7 +83,7 @@ MAX_FILE = 64 << 20      # bytes of a tokenizer.json
 
 # %% ../nbs/04_tokenizer.ipynb #addbaeb4
 @contextmanager
-def _no_panic(error, message):
+def no_panic(error, message):
     "A panic of the tokenizers library becomes an ordinary error"
     try: yield
     except Exception: raise
@@ -116,7 +116,7 @@ def bpe_model(
     if longest is None: longest = _longest([' '.join(m) for m in merges])
     if longest > 1 + _longest(vocab): raise _wrong_merge(merges, vocab)    # the library would panic
     try:
-        with _no_panic(TokenizerError, 'a panic'): return models.BPE(vocab=vocab, merges=merges, cache_capacity=0, **flags)
+        with no_panic(TokenizerError, 'a panic'): return models.BPE(vocab=vocab, merges=merges, cache_capacity=0, **flags)
     except Exception: raise _wrong_merge(merges, vocab) from None
 
 def bpe_without(
@@ -164,7 +164,7 @@ class ByteBPE:
 
 def library_ids(t, text):
     "Ids of ordinary text from a tokenizer of the library"
-    with _no_panic(RequestError, 'the text cannot be tokenised: the tokenizers library gave up on it'):
+    with no_panic(RequestError, 'the text cannot be tokenised: the tokenizers library gave up on it'):
         return t.encode(text, add_special_tokens=False).ids
 
 # %% ../nbs/04_tokenizer.ipynb #1144be0a
@@ -631,7 +631,7 @@ class JsonBPE:
     def __init__(self,
         path,   # of the file
     ):
-        self.name = Path(path).name
+        self.name = Path(str(path)).name    # of anything: `read_json` says what is wrong with it
         try: self._read(read_json(path))
         except RecursionError: raise TokenizerError(f'{self.name} cannot be used: its steps are nested too deeply') from None
         except TokenizerError as e: raise TokenizerError(str(e) if self.name in str(e) else f'{self.name} cannot be used: {e}') from None

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from orcd.errors import OrcdError, RequestError, TokenizerError
 from orcd.gguf import GGUF
 from orcd.spm import MAX_WORD
-from orcd.tokenizer import ALPHABET, PRE, Tokenizer
+from orcd.tokenizer import ALPHABET, MAX_TEXT, PRE, Finder, Special, Tokenizer, library_ids, no_panic, split_special
 
 NAMES = dict(qwen2='qwen2.5-0.5b-instruct-q4_k_m', phi3='phi-3-mini-4k-instruct-q4', gptoss='gpt-oss-20b-mxfp4')
 SAMPLES = ['', ' ', '  ', '\n\n \t\r\n', 'Hello world', ' Hello', "I'LL say we'll", 'x = 1234567 * 89', 'camelCaseHTTPServer',
@@ -418,6 +418,183 @@ def test_bad_arguments(trained):
     for bad in (-1, tok.vocab_size):
         with pytest.raises(OrcdError): tok.decode([bad])
     assert tok.decode([tok.vocab_size - 1]) == '' and tok.decode([]) == ''
+
+
+# --- what strangers write -------------------------------------------------------------------------
+
+def cpu(f, n=3):
+    "Least CPU time of this thread, in seconds"
+    out = []
+    for _ in range(n):
+        t = time.thread_time(); f()
+        out.append(time.thread_time() - t)
+    return min(out)
+
+
+def linear(f, n):
+    "Is twice the work done in at most 2.5 times the time? Doubled twice, where a square would be 16 and this is 6.25; some tries, for a busy machine"
+    return any(cpu(lambda: f(4*n)) <= 2.5**2*cpu(lambda: f(n)) for _ in range(4))
+
+
+TEXTS = [' ', 'a', 'A', '!', '1', '\n', '\u0301', '早', '\u200d', 'a ', ' \n', '<|im_', "'S", '🌧']
+
+@pytest.mark.parametrize('unit', TEXTS, ids=ascii)
+def test_encoding_takes_linear_time(trained, spm_vocab, tmp_path, unit):
+    "At the largest prompt that the worker takes, with whatever it is filled"
+    hf = spaced('first'); hf.save(str(tmp_path/'tokenizer.json'))
+    for tok in (trained['qwen2'][0], trained['gpt-4o'][0], trained['default'][0], spm_vocab[0], Tokenizer.from_json(tmp_path/'tokenizer.json')):
+        assert linear(lambda n: tok.encode((unit*n)[:n] + 'x'), 1 << 13), tok
+
+
+def test_the_longest_text(trained, spm_vocab):
+    for tok in (trained['qwen2'][0], spm_vocab[0]):
+        with pytest.raises(RequestError, match='1048577 characters'): tok.encode(' '*(MAX_TEXT + 1))
+    assert trained['gpt-4o'][0].decode(trained['gpt-4o'][0].encode(' '*MAX_TEXT)) == ' '*MAX_TEXT
+
+
+class Counted(dict):
+    steps = 0
+    def get(self, *args):
+        Counted.steps += 1
+        return super().get(*args)
+
+
+def test_thousands_of_tokens_with_one_beginning():
+    "Steps are bounded by text times longest token, however many tokens there are, and are few where nothing matches"
+    specials = [Special(i, '<' + 'x'*90 + f'{i:04}>', True) for i in range(2000)]
+    finder = Finder(specials)
+    def count(node): return Counted({c: n if c == '' else count(n) for c, n in node.items()})
+    finder.root = count(finder.root)
+    for text, most in (('a'*30_000, 0), ('<'*30_000, 2*30_000), (('<' + 'x'*90)*330, 100*330)):
+        Counted.steps = 0
+        assert list(split_special(text, finder)) == [text] and Counted.steps <= 2*most
+    mixed = 'a'.join(s.text for s in specials[::7])
+    assert [s.id for s in split_special(mixed, finder) if isinstance(s, Special)] == list(range(0, 2000, 7))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(alphabet='ab[', min_size=1, max_size=4), max_size=6, unique=True), st.text(alphabet='ab[', max_size=30))
+def test_finder_equals_an_expression(texts, text):
+    "Leftmost, then longest: what a regular expression finds that lists the longest first"
+    import re
+    specials = [Special(i, t, True) for i, t in enumerate(texts)]
+    pattern = re.compile('|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) or '(?!)')
+    got = [(s.text, True) if isinstance(s, Special) else (s, False) for s in split_special(text, Finder(specials))]
+    assert ''.join(t for t, _ in got) == text and [t for t, special in got if special] == pattern.findall(text)
+
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(tokens=[*ALPHABET.values(), 'x'*1025]), '1025 characters'), (dict(tokens=[*ALPHABET.values(), 'x'*257]), '257 characters'),
+    (dict(tokens=[*ALPHABET.values(), *[f'{"x"*250}{i:06}' for i in range(1025)]], token_type=[1]*256 + [3]*1025), 'in all'),
+    (dict(merges=['a b'*10_000]), 'a b'), (dict(chat_template=5), 'chat_template must be a string')], ids=lambda x: x if isinstance(x, str) else '')
+def test_large_vocabularies(changes, says):
+    g = meta(**changes)
+    if 'chat_template' in changes: g.metadata['tokenizer.chat_template'] = 5
+    with pytest.raises(TokenizerError, match=says) as e: Tokenizer.from_gguf(g)
+    assert len(str(e.value)) < 300
+
+
+def test_ids_that_nobody_needs():
+    tok = Tokenizer.from_gguf(meta(padding_token_id=2**32 - 1, unknown_token_id=-1, fim_pad_token_id='x'))
+    assert tok.stop_ids == {256} and tok._variables['pad_token'] == ''
+
+
+@pytest.mark.parametrize('model', ['gpt2', 'llama'])
+def test_tokens_that_are_not_utf8(tmp_path, model):
+    "Half a character in a token stops nothing: text never becomes it, and its bytes are what it says"
+    import numpy as np
+    w = gguf.GGUFWriter(str(tmp_path/'m.gguf'), 'qwen2')
+    tokens = [*ALPHABET.values(), '<e>'] if model == 'gpt2' else ['▁', *[f'<0x{b:02X}>' for b in range(256)], '<e>']
+    types = [1]*256 + [3] if model == 'gpt2' else [1] + [6]*256 + [3]
+    half = [b'\xe6\x97', b'\xff', b'\xa9']
+    if model == 'gpt2':
+        tokens.append('ab'); types.append(1); w.add_token_merges(['a b'])
+    w.add_tokenizer_model(model); w.add_tokenizer_pre('gpt-2'); w.add_token_types(types + [1, 3, 1])
+    w.add_token_list([*tokens, *half]); w.add_token_scores([0.]*(len(tokens) + 3)); w.add_eos_token_id(tokens.index('<e>'))
+    w.add_tensor('t', np.zeros(32, np.float32)); w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    with GGUF(tmp_path/'m.gguf') as g: tok = Tokenizer.from_gguf(g)
+    n = len(tokens)
+    assert tok.decode([n, n + 2]) == '早' and tok.decode([n + 1]) == '\ufffd'
+    ids = tok.encode('早 ÿ <e>')
+    assert not {n, n + 1, n + 2} & set(ids) and tok.eos_id in ids and tok.decode(ids) == '早 ÿ <e>'
+
+
+GOOD = dict(model=dict(type='BPE', vocab={'a': 0, 'b': 1, 'ab': 2, '<unk>': 3}, merges=['a b'], unk_token='<unk>'), added_tokens=[dict(id=3, content='<unk>', special=True)])
+NESTED = '{"type": "Sequence", "normalizers": ['*600 + ']}'*600     # json.dumps writes no such thing
+
+def split(r): return dict(pre_tokenizer={'type': 'Split', 'pattern': {'Regex': r}, 'behavior': 'Isolated', 'invert': False})
+def model(**changes): return dict(model=GOOD['model'] | changes)
+
+@pytest.mark.parametrize('changes, says', [
+    (split('(a+)+b'), 'unknown pattern'), (split(r'\s+$'), 'unknown pattern'), (split('(((a{1000}){1000}){1000})'), 'unknown pattern'),
+    (dict(pre_tokenizer={'type': 'Split', 'pattern': {'String': 'a'}, 'behavior': 'Isolated'}), 'unknown pattern'), (dict(pre_tokenizer={'type': 'WhitespaceSplit'}), 'WhitespaceSplit'),
+    (dict(normalizer={'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'aa'}), 'unknown pattern'), (dict(normalizer={'type': 'Precompiled'}), 'Precompiled'),
+    (dict(normalizer={'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁▁'}), 'unknown content'), (dict(normalizer={'type': 'Prepend', 'prepend': '▁'*99}), 'prepend'),
+    (dict(normalizer={'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': '▁'}]*9}), '9 steps'), (json.dumps(GOOD)[:-1] + ', "normalizer": ' + NESTED + '}', 'recursion|nested'),
+    (dict(post_processor={'type': 'BertProcessing'}), 'BertProcessing'), (dict(model=dict(type='Unigram', vocab=[])), 'byte-pair'), (dict(model=None), 'byte-pair'),
+    (model(dropout=.1), 'dropout'), (model(end_of_word_suffix='</w>'), 'end_of_word_suffix'), (model(unk_token='x'), 'unk_token'), (model(unk_token=None), 'text would be lost'),
+    (model(vocab={'a': 0, 'b': 0}), 'id of its own'), (model(vocab={'a': True}), 'id of its own'), (model(vocab={'a': 1 << 40}), 'id of its own'), (model(vocab={'x'*5000: 0}), '5000 characters'),
+    (model(vocab={'\ud800': 0}), 'surrogate'), (model(merges=[['a', 'c']]), "'a c'"), (model(merges=[['a'*4000, 'b']]), 'third one'), (model(merges=['ab']), 'two tokens'),
+    (dict(added_tokens=[dict(id=0, content='x')]), 'both the id 0'), (dict(added_tokens=[dict(id=9, content='x'*300)]), '300 characters'), (dict(added_tokens=[dict(id=9, content='w', single_word=True)]), 'single words'),
+    (dict(added_tokens=[dict(id=10+i, content='x'*250 + f'{i:06}') for i in range(1100)]), 'in all'),
+    ('[' * 100_000, 'no JSON'), ('[]', 'no JSON object'), ('{"a": 1' + '0'*5000 + '}', 'no JSON')], ids=lambda x: x if isinstance(x, str) and len(x) < 50 else '')
+def test_hostile_json(tmp_path, changes, says):
+    "Refused at load, by name, in one short sentence"
+    path = write_json(tmp_path, changes if isinstance(changes, str) else GOOD | changes)
+    with pytest.raises(TokenizerError, match=says) as e: Tokenizer.from_json(path)
+    assert 'tokenizer.json' in str(e.value) and len(str(e.value)) < 400 and '\n' not in str(e.value)
+
+
+def test_files_that_are_none(tmp_path):
+    import os
+    os.mkfifo(tmp_path/'fifo'); (tmp_path/'dir').mkdir()
+    with open(tmp_path/'large', 'wb') as f: f.truncate((64 << 20) + 1)
+    for name, says in (('fifo', 'regular'), ('dir', 'regular'), ('large', '64 MiB'), ('none', 'No such file')):
+        with pytest.raises(TokenizerError, match=says): Tokenizer.from_json(tmp_path/name)
+    for path in (None, 3, '/dev/zero', 'a\0b'):
+        with pytest.raises(TokenizerError): Tokenizer.from_json(path)
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_byte_order_marks(tmp_path, encoding):
+    "A mark at the front of a file is no part of it"
+    def e(d): return json.dumps(d).encode(encoding)
+    config = dict(eos_token={'content': '<e>'}, chat_template='{{ messages[0].content }}')
+    path = write_json(tmp_path/'a', GOOD, tokenizer_config__json=e(config))
+    path.write_bytes(e(GOOD | dict(added_tokens=[*GOOD['added_tokens'], dict(id=4, content='<e>', special=True)])))
+    tok = Tokenizer.from_json(path)
+    assert tok.encode('ab<e>') == [2, 4] and tok.stop_ids == {4} and tok.chat_template == config['chat_template']
+
+
+def test_a_broken_configuration_is_not_overlooked(tmp_path):
+    with pytest.raises(TokenizerError, match='tokenizer_config.json'): Tokenizer.from_json(write_json(tmp_path, GOOD, tokenizer_config__json=b'{"eos_token": '))
+
+
+def test_panics_are_errors(trained, monkeypatch):
+    "A panic in Rust is no Exception. One that the library really has, and one in a request"
+    with pytest.raises(BaseException) as e: models.BPE(vocab={'a': 0, 'b': 1}, merges=[('a'*50, 'b')])
+    if not isinstance(e.value, Exception):
+        with pytest.raises(TokenizerError, match='wrong'), no_panic(TokenizerError, 'wrong'): models.BPE(vocab={'a': 0, 'b': 1}, merges=[('a'*50, 'b')])
+    class Panic(BaseException): __module__ = 'pyo3_runtime'
+    class Library:
+        def encode(self, *args, **kwargs): raise Panic('called `Option::unwrap()` on a `None` value')
+    with pytest.raises(RequestError, match='cannot be tokenised'): library_ids(Library(), 'x')
+    class Other(BaseException): pass
+    with pytest.raises(Other), no_panic(TokenizerError, 'wrong'): raise Other     # an interrupt is an interrupt
+
+
+def test_the_library_remembers_nothing(trained):
+    "Its cache of words would be filled by clients"
+    tok, hf = trained['qwen2']
+    assert tok.backend.bpe.model.cache_capacity == 0 if hasattr(tok.backend.bpe.model, 'cache_capacity') else True
+    rng = random.Random(5)
+    def send(n):
+        for _ in range(n): tok.encode(''.join(map(chr, rng.choices(range(0x4E00, 0x9FA5), k=60))))
+    def rss(): return int(open('/proc/self/statm').read().split()[1])*4096
+    send(2000)
+    before = rss()
+    send(8000)      # ten thousand words of 180 bytes: 40 MB, if they were kept
+    assert rss() - before < 10 << 20
 
 
 # --- the published vocabularies -------------------------------------------------------------------
