@@ -234,7 +234,7 @@ def cut_pairs(
 
 def _cut(joined, errors='strict'): return joined.tobytes().decode(errors=errors).split('\0')[1:]
 
-def _strings(data, n, errors):
+def _strings(data, n, errors='strict'):
     "All strings of an array at once, or None"
     found = _joined(data, n)
     return found and _cut(found[0], errors)
