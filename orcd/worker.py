@@ -274,7 +274,8 @@ async def _router_error(http, e):
 def _num(kind, lo, hi, **kw): return dict(type=[kind, 'null'], minimum=lo, maximum=hi) | kw
 _text = dict(type='string', minLength=1, maxLength=32768)
 _message = dict(type='object', required=['role', 'content'], properties=dict(
-    role=dict(type='string', minLength=1, maxLength=64), content=dict(type='string')))
+    role=dict(type='string', minLength=1, maxLength=64), content=dict(anyOf=[dict(type='string'), dict(type='array', items=dict(type='object', required=['type', 'text'], properties=dict(
+        type=dict(const='text'), text=dict(type='string'))))])))
 _id = dict(type='string', minLength=1, maxLength=256)
 _params = dict(
     max_tokens=_num('integer', 1, 2048), temperature=_num('number', 0, 2), top_k=_num('integer', 0, 10**39), top_p=_num('number', 0, 1),

@@ -67,15 +67,21 @@ class Engine:
     def info(self): return dict(gpu_device=0, sm=90, name='fake', cuda_runtime_version='13.0', resident=True, vram_bytes_used=1234)
 
 
+def said(message):
+    "The text of a message, be it a string or a list of parts"
+    c = message['content']
+    return c if isinstance(c, str) else ''.join(p['text'] for p in c)
+
+
 class Model:
     config, tokenizer, engine = NS(name='fake', quant_kind='Q4_K_M'), Tokenizer(), Engine()
     def generate(self, prompt, *, max_tokens=2048, seed=None, cancelled=None, stop=(), **params):
-        if not isinstance(prompt, str): prompt = prompt[-1]['content']
+        if not isinstance(prompt, str): prompt = said(prompt[-1])
         return Output(prompt, max_tokens, cancelled or (lambda: False), seed)
     def count_stop(self, text): return len(text.split(' '))
     def count(self, prompt):
         "One token a word"
-        n = len(prompt.split(' ')) if isinstance(prompt, str) else sum(len(m['content'].split(' ')) for m in prompt)
+        n = len(prompt.split(' ')) if isinstance(prompt, str) else sum(len(said(m).split(' ')) for m in prompt)
         if n > self.engine.n_ctx: raise request_error([dict(field='prompt', constraint='tokens(1..=4096)', message=f'the prompt has {n} tokens, the context 4096')])
         return n
     def close(self): print('closed', flush=True)

@@ -49,6 +49,15 @@ def test_messages_and_random_seed(w):
     assert [e['t'] for e in events[1:-1]] == [str(events[0]['seed'])] * 2
 
 
+def test_contents_in_parts(w):
+    parts = [dict(type='text', text='a b'), dict(type='text', text=' c')]
+    assert [e['t'] for e in w.execute(messages=[dict(role='user', content=parts)]).all()[1:-1]] == ['a ', 'b ', 'c ']
+    for content in [dict(type='image_url', image_url='x')], [dict(type='text')], [dict(text='a')], ['a'], [], [dict(type='text', text='')], None, 7, [dict(type='text', text='x' * 20_000)] * 2:
+        status, _, body = w.post('/execute', dict(job_id='1', messages=[dict(role='user', content=content)]))
+        assert status == 400 and [e['field'] for e in body['errors']] == ['messages'] and 'value' not in body['errors'][0], content
+    assert w.post('/execute', dict(job_id='1', messages=[dict(role='user', content='a')] * 1025))[0] == 400
+
+
 def test_max_tokens(w): assert w.execute(prompt='a b c d', max_tokens=2).all()[-1] == dict(type='end', tokens_out=2, stop_reason='MAX_TOKENS', decode_time_ms=0)
 
 
