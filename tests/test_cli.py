@@ -5,7 +5,7 @@ import orcd as package
 from orcd.cli import FLAGS, complete_model, run
 from orcd.hub import MODELS, place, remote
 from test_api import write_model
-from worker_tools import PATH, ROOT, check, orcd, soak
+from worker_tools import PATH, PATIENCE, ROOT, check, orcd, soak
 
 
 
@@ -14,7 +14,7 @@ def path(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m: return write_model(tmp_path_factory.mktemp('cli') / 'small.gguf', m, context_length=2048, head_dim=32)
 
 
-def call(*args, env=None, cwd=None, timeout=60, **kw):
+def call(*args, env=None, cwd=None, timeout=4 * PATIENCE, **kw):
     "(exit code, stdout, stderr) of a command"
     r = subprocess.run([sys.executable, '-m', 'orcd.cli', *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT,
         env=dict(os.environ, PYTHONPATH=PATH) | (env or {}), **kw)
@@ -25,14 +25,15 @@ def call(*args, env=None, cwd=None, timeout=60, **kw):
 
 def test_help_is_fast_and_imports_nothing_heavy():
     code = "import sys; from orcd.cli import run; run(['--help']); print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'fastapi', 'uvicorn', 'cupy', 'structlog', 'tokenizers', 'huggingface_hub', 'tqdm'}))"
-    times = []
-    for _ in range(3):
+    def took(code):
         began = time.monotonic()
-        r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
-        times.append(time.monotonic() - began)
-    assert r.stdout.endswith('[]\n'), r.stdout[-200:]
-    assert min(times) < 1
-    for command in 'serve generate chat info bench pull demo doctor'.split(): assert command in r.stdout
+        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout
+        return time.monotonic() - began, out
+    bare, ours = zip(*[(took('pass'), took(code)) for _ in range(5)])
+    out = ours[0][1]
+    assert out.endswith('[]\n'), out[-200:]
+    assert min(ours)[0] < 25 * min(bare)[0]      # some five times what an empty program takes
+    for command in 'serve generate chat info bench pull demo doctor'.split(): assert command in out
 
 
 def test_serve_imports_no_cupy():
@@ -196,7 +197,7 @@ def test_pretty_log(path):
     text = ''
     while 'ready' not in text: text += os.read(leader, 4096).decode()
     p.send_signal(signal.SIGINT)
-    assert p.wait(15) == 0 and '█' in text and '100 %' in text and '{' not in text
+    assert p.wait(PATIENCE) == 0 and '█' in text and '100 %' in text and '{' not in text
     os.close(leader)
 
 
@@ -282,7 +283,7 @@ def test_pulled_names_are_models(path, tmp_path, monkeypatch, capsys):
 
 
 def test_demo():
-    code, out, err = call('demo', '--device', 'reference', timeout=120)
+    code, out, err = call('demo', '--device', 'reference')
     assert code == 0 and 'reference engine' in out and 'exit code 0' in out and err == ''
 
 

@@ -5,7 +5,7 @@ from orcd import worker as worker_module
 from orcd.jobs import Jobs
 from orcd.worker import Server, Settings, Worker, bind, drop_silent, make_app, make_room
 from fake_engine import EOS, fake_model, say
-from worker_tools import Proc, quiet_logs, worker
+from worker_tools import PATIENCE, Proc, quiet_logs, worker
 
 HEAD = b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
 SILENT = [b'', b'GET /hea', HEAD, HEAD + b'Content-Length: 100\r\n\r\n{"job', HEAD + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"job', b'GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n']
@@ -65,7 +65,7 @@ def test_answers_that_nobody_reads_are_no_work():
     with worker(max_connections=8, read_s=60, stall_s=60) as w:
         held = [deaf(w) for _ in range(30)]
         time.sleep(.5)
-        assert w.request('GET', '/health', timeout=30)[0] == 200
+        assert w.request('GET', '/health', timeout=PATIENCE)[0] == 200
         for c in held: c.close()
     with worker(stall_s=.3, read_s=60) as w:
         c = deaf(w)
@@ -110,7 +110,7 @@ def test_a_header_that_never_ends():
         c, began = w.connect(), time.monotonic()
         with pytest.raises(ConnectionError):
             c.sendall(b'GET /health HTTP/1.1\r\nX: ')
-            while time.monotonic() < began + 30:
+            while time.monotonic() < began + PATIENCE:
                 c.sendall(b'a')
                 time.sleep(.05)
 
@@ -149,7 +149,7 @@ class Here:
         self.jobs.thread.start(); self.jobs.loaded.result()
         self.sock = bind('127.0.0.1', 0)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run(settings)))
-        self.thread.start(); self.up.wait(10)
+        self.thread.start(); self.up.wait(PATIENCE)
     async def run(self, settings):
         self.loop, w = asyncio.get_running_loop(), Worker(Settings(model='x', **settings), self.jobs)
         self.server = Server(w, make_app(w))
@@ -165,7 +165,7 @@ class Here:
     def __enter__(self): return self
     def __exit__(self, *_):
         self.server.should_exit = True
-        self.thread.join(10); self.jobs.stop()
+        self.thread.join(PATIENCE); self.jobs.stop()
 
 
 def post(path, body): return b'POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n' % (path, len(body)) + body
@@ -201,7 +201,7 @@ def test_descriptors_run_out_and_come_back():
         began, held = time.monotonic(), [w.connect() for _ in range(40)]
         w.event('descriptors', n=2)
         for c in held: c.close()
-        assert w.request('GET', '/health', timeout=60)[0] == 200 and w.execute(prompt='a').all()[-1]['type'] == 'end'
+        assert w.request('GET', '/health', timeout=PATIENCE)[0] == 200 and w.execute(prompt='a').all()[-1]['type'] == 'end'
         lines = [e for e in w.log if e['level'] in ('warning', 'error')]
         assert {e['event'] for e in lines} == {'descriptors'} and len(lines) <= time.monotonic() - began + 2 and not any('exception' in e for e in lines)
 
@@ -215,10 +215,10 @@ def test_few_descriptors_from_the_start():
         for _ in range(100):
             held.append(w.connect())
             held[-1].sendall(b'GET /hea')
-            assert w.request('GET', '/health', timeout=60)[0] == 200
+            assert w.request('GET', '/health', timeout=PATIENCE)[0] == 200
         assert w.execute(prompt='a b').all()[-1]['tokens_out'] == 2
         assert len([e for e in w.log if e['event'] == 'descriptors']) == 1          # they never ran out
         for c in held: c.close()
     finally:
         w.p.kill()
-        w.p.wait(10)
+        w.p.wait(PATIENCE)

@@ -238,7 +238,7 @@ def at_work(m, call):
     t = threading.Thread(target=run, daemon=True); t.start()
     while not m.engine.busy.locked(): time.sleep(.001)
     try: yield gate, out
-    finally: gate.set(); t.join(30)
+    finally: gate.set(); t.join(60)
     assert not t.is_alive()
 
 
@@ -277,7 +277,7 @@ def test_closing_beside_a_call(call, way):
         if call == 'logits':
             assert engine.closed == 0 and closer.is_alive()
             gate.set()
-        closer.join(30)
+        closer.join(60)
         assert engine.closed == 1 and m.engine is None
     if call == 'generate': assert isinstance(out[0], RequestError) and 'closed' in str(out[0]) and g.stop_reason == 'ERROR' and engine.finished <= 1
     else: assert out[0].shape == (2, N_VOCAB)
@@ -325,7 +325,7 @@ def test_threads_at_random(deeds):
         except BaseException as e: seen.append(e)
     threads = [threading.Thread(target=run, args=(d,)) for d in deeds]
     for t in threads: t.start()
-    for t in threads: t.join(30)
+    for t in threads: t.join(60)
     assert all(x is True for x in seen), seen
     m.close()
     assert engine.closed == 1

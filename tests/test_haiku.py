@@ -83,10 +83,10 @@ def test_chat_and_tokenizer(name):
     assert not t.stop_ids & set(ids[-3:]) or name == 'phi3'
 
 
-def sixty(worker, tag, temperature):
-    "Minute -> (text, tokens, why it stopped); three of four as a chat, one as a plain sentence"
+def sixty(worker, tag, temperature, step=1):
+    "Minute -> (text, tokens, why it stopped), for every `step`th; three of four as a chat, one as a plain sentence"
     out = {}
-    for i, minute in enumerate(H.MINUTES):
+    for i, minute in list(enumerate(H.MINUTES))[::step]:
         text = f'Write a haiku about GPU computing that contains the word "{minute}"'
         ask = dict(prompt=text) if i % 4 == 3 else dict(messages=[dict(role='user', content=text)])
         events = worker.execute(f'{tag}-{i}', max_tokens=96, temperature=temperature, seed=i, **ask).all()
@@ -101,7 +101,8 @@ def haiku_of_a_worker(name, *device):
             first = sixty(worker, f'first {temperature}', temperature)
             bad = {m: (text, stop, H.check(text, m)) for m, (text, _, stop) in first.items() if H.check(text, m) or stop != 'EOS'}
             assert len(bad) <= 3, bad                                                            # 95 % of 60
-        assert sixty(worker, 'again', .7) == first
+        again = sixty(worker, 'again', .7, 5)
+        assert again == {m: first[m] for m in again}
         worker.post('/shutdown')
         assert worker.end() == 0
     finally: worker.p.kill()
