@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% ../nbs/33_generation.ipynb #4cfa710c
-from .errors import Cancelled, ChatTemplateError, DeviceError, ModelError, OrcdError, RequestError
+from .errors import Cancelled, ChatTemplateError, DeviceError, ModelError, OrcdError, RequestError, for_output
 from .chat import check_messages
 from .sampling import SamplingParams, check_params, random_seed, request_error
 
@@ -216,8 +216,8 @@ def _display(self):
     from IPython import get_ipython
     from IPython.display import HTML, display
     if type(get_ipython()).__name__ != 'ZMQInteractiveShell':
-        print(self.text, end='')
-        for token in self: print(token.text, end='', flush=True)
+        print(for_output(self.text, sys.stdout), end='')
+        for token in self: print(for_output(token.text, sys.stdout), end='', flush=True)
         return print()
     def shown(): return HTML(f'<pre style="white-space: pre-wrap">{html.escape(self.text)}</pre>')
     handle, last = display(shown(), display_id=True), time.monotonic()
