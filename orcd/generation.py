@@ -498,7 +498,6 @@ def load(
 )->Model:
     "Load a model. Raises an `OrcdError` that says what is wrong; nothing stays allocated then."
     from orcd.gguf import GGUF
-    from orcd.tokenizer import Tokenizer
     _check_load(context_length=context_length, kv_cache_mb=kv_cache_mb, chunk_bytes=chunk_bytes)
     device_number(device)
     file = find_model(path)
@@ -508,7 +507,7 @@ def load(
     try:
         make = _engine(device)
         with ThreadPoolExecutor(1, 'orcd-tokenizer') as pool:
-            tokenizer = pool.submit(Tokenizer.from_gguf, g)
+            tokenizer = pool.submit(_tokenizer, g)
             engine = make(g, context_length, kv_cache_mb, chunk_bytes, progress)
         return Model(engine, tokenizer.result(), g)
     except BaseException:
@@ -520,3 +519,9 @@ def _check_load(**sizes):
     bad = [k for k, v in sizes.items() if v is not None and (isinstance(v, bool) or not isinstance(v, numbers.Integral) or v < 1)]
     rule = 'must be a whole number of at least 1'
     if bad: raise request_error([dict(field=k, constraint='range(1..)', message=f'{k} {rule}', value=str(sizes[k])[:40]) for k in bad])
+
+def _tokenizer(g):
+    from orcd.tokenizer import Tokenizer
+    t = Tokenizer.from_gguf(g)
+    if t is not None: t.warm_chat()     # compiles the chat template beside the load
+    return t

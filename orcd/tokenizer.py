@@ -6,10 +6,10 @@
 __all__ = ['ALPHABET', 'PRE', 'MAX_TEXT', 'MAX_TOKENS', 'MAX_MERGES', 'MAX_TOKEN', 'MAX_SPECIAL', 'MAX_SPECIALS', 'MAX_FILE',
            'MAX_STEPS', 'symbol_bytes', 'Pre', 'no_panic', 'bpe_model', 'bpe_without', 'ByteBPE', 'library_ids',
            'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops', 'mistyped_ends', 'is_utf8',
-           'is_control', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE', 'named_template', 'Tokenizer']
+           'is_control', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE', 'Tokenizer']
 
 # %% ../nbs/04_tokenizer.ipynb #95381f24
-import codecs, json, operator, re, stat, warnings
+import codecs, json, operator, re, stat, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,8 @@ import numpy as np, tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 # %% ../nbs/04_tokenizer.ipynb #f0e95373
-from .chat import CHATML, ChatTemplate, Harmony, PlainReply, check_messages, escape, merge_dropped
+from .chat import CHATML, ChatTemplate, Harmony, Hider, PlainReply, check_messages, choose_template, merge_dropped, named_templates
+from .chat import MAX_SOURCE, find_form, shape
 from .errors import ChatTemplateError, RequestError, TokenizerError
 from .gguf import Metadata, cut_pairs, short
 from .spm import CONTROL, NORMAL, SPACE, SPM, UNKNOWN, UNUSED, USER_DEFINED
@@ -289,13 +290,15 @@ class _Base:
     def __init__(self, backend, kind, specials, vocab_size, n_valid, stop_ids, bos_id=None, eos_id=None, add_bos=False,
         chat_template=None, variables=None):
         self.backend, self.kind, self.vocab_size, self.n_valid, self.stop_ids = backend, kind, vocab_size, n_valid, frozenset(stop_ids)
-        self.bos_id, self.eos_id, self.add_bos, self.chat_template = bos_id, eos_id, bool(add_bos and bos_id is not None), chat_template
+        self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, bool(add_bos and bos_id is not None)
+        self.chat_templates = chat_template if isinstance(chat_template, dict) else {'default': chat_template} if chat_template else {}
+        self.chat_template = self.chat_templates.get('default')
         self.special = {s.text: s for s in specials}
         self.special_by_id = {s.id: s for s in specials}
         self.space_prefix, self.only_first = getattr(backend, 'space_prefix', False), getattr(backend, 'only_first', False)
         check_specials(specials)
         self._find_all, self._find_user = Finder(specials), Finder([s for s in specials if not s.control])
-        self._variables = variables or {}
+        self._variables, self._made, self._lock = variables or {}, {}, threading.Lock()
 
     def _ids(self, text, parse_special, back=None):
         ids, first = [], True
@@ -351,31 +354,58 @@ class _Chat(_Base):
     @cached_property
     def harmony(self): return _channels <= set(self.special)      # replies in channels, as gpt-oss writes them
 
+    @property
+    def template(self): return self._prepared()[0]
+
+    def _prepared(self, name=None, tools=None):
+        "(ChatTemplate, its Form, Hider), made when they are first asked for; an error is kept as well"
+        with self._lock:
+            if not self._sources: raise ChatTemplateError('the model has no chat template: give a plain prompt instead of messages')
+            name = choose_template(self._sources, name, tools)
+            if name not in self._made: self._made[name] = self._make(self._sources[name])
+        made = self._made[name]
+        if isinstance(made, ChatTemplateError): raise ChatTemplateError(str(made))
+        return made
+
     @cached_property
-    def template(self):
-        source = self.chat_template
-        if not source:
-            if not {'<|im_start|>', '<|im_end|>'} <= set(self.special):
-                raise ChatTemplateError('the model has no chat template: give a plain prompt instead of messages')
-            source = CHATML
-        return ChatTemplate(source, self._variables)
+    def _sources(self):
+        if self.chat_templates or not {'<|im_start|>', '<|im_end|>'} <= set(self.special): return self.chat_templates
+        return {'default': CHATML}
+
+    def _make(self, source):
+        try:
+            template = ChatTemplate(source, self._variables)
+            return template, find_form(template), Hider([s.text for s in self.special.values() if s.control], template.source)
+        except ChatTemplateError as e:
+            if e.kind == 'start': raise      # there is no child process now: maybe later
+            return e
+
+    def warm_chat(self):
+        "Compile the default template in a thread of its own, so that the first chat need not wait; what is wrong with it is said then"
+        def work():
+            try: self._prepared()
+            except ChatTemplateError as e: warnings.warn(f'messages will be refused, prompts are not affected: {e}')
+        if self._sources: threading.Thread(target=work, name='orcd-template', daemon=True).start()
 
     def _prepare(self, messages, variables):
-        return merge_dropped(self.template, check_messages(messages), **variables)
+        "(template, messages as it understands them, Hider)"
+        template, form, hide = self._prepared(variables.pop('chat_template', None), variables.get('tools'))
+        return template, shape(merge_dropped(template, check_messages(messages), form, **variables), form.parts), hide
 
     def chat(self,
         messages,                    # list of {'role', 'content'}
         add_generation_prompt=True,  # end with the opening of the assistant's turn
-        **variables,                 # for the template: tools, reasoning_effort, now, …
+        **variables,                 # for the template: tools, reasoning_effort, …; now; chat_template: the name of another one
     ) -> str:
         "The prompt that the model's chat template makes of `messages`"
-        return self.template.render(self._prepare(messages, variables), add_generation_prompt, **variables)
+        template, messages, _ = self._prepare(messages, variables)
+        return template.render(messages, add_generation_prompt, **variables)
 
     def encode_chat(self, messages, add_generation_prompt=True, **variables) -> list:
         "Token ids of a chat; control tokens come from the template alone, never from inside a message"
-        controls = [s.text for s in self.special.values() if s.control]
-        messages, back = escape(self._prepare(messages, variables), controls, self.template.source)
-        return self._begin(self._ids(self.template.render(messages, add_generation_prompt, **variables), True, back))
+        template, messages, hide = self._prepare(messages, variables)
+        messages, variables, back = hide(messages, variables)
+        return self._begin(self._ids(template.render(messages, add_generation_prompt, **variables), True, back))
 
     def parse_reply(self,
         after=(),   # ids of the prompt
@@ -412,11 +442,6 @@ def _flag(m, key, default):
     v = m.get(_g + key)
     if v is not None and not isinstance(v, bool): raise TokenizerError(f'{_g}{key} is {v!r}: must be true or false')
     return default if v is None else v
-
-def _template(m):
-    v = m.get('tokenizer.chat_template')
-    if v is not None and not isinstance(v, str): raise TokenizerError('tokenizer.chat_template must be a string')
-    return v
 
 def is_utf8(text):
     "False for what `surrogateescape` made of other bytes"
@@ -503,7 +528,7 @@ def _gguf_parts(m):
     backend, bos = _backends[model](m, tokens, types, hidden, merges)
     ids = _special_ids(m, n)
     return dict(backend=backend, kind='gguf-bpe', specials=specials, vocab_size=n, n_valid=n_valid, bos_id=ids['bos'], eos_id=ids['eos'],
-        stop_ids=_stop_ids({s.text: s.id for s in specials}, ids), add_bos=_flag(m, 'add_bos_token', bos), chat_template=_template(m),
+        stop_ids=_stop_ids({s.text: s.id for s in specials}, ids), add_bos=_flag(m, 'add_bos_token', bos), chat_template=named_templates(m),
         variables={k: '' if ids[g] is None else tokens[ids[g]] for k, g in _token_variables.items()})
 
 # %% ../nbs/04_tokenizer.ipynb #c26a8ef8
@@ -695,18 +720,18 @@ def _beside(path, name):
 
 def _name(v): return v.get('content') if isinstance(v, dict) else v
 
-def named_template(listed):
-    "A chat template, or the default one of a list"
-    if isinstance(listed, list):
-        named = [t for t in listed if isinstance(t, dict)]
-        listed = next((t.get('template') for t in named if t.get('name') == 'default'), None)
-    return listed if isinstance(listed, str) else None
+def _read_template(path):
+    "A template from a file; what cannot be read is no text, and is refused when it is needed"
+    try: return read_file(path, 4*MAX_SOURCE).decode('utf-8-sig')
+    except (TokenizerError, UnicodeDecodeError): return b''
 
-def _template_beside(path, config):
-    own = Path(path).expanduser().parent/'chat_template.jinja'
-    if not own.exists(): return named_template(config.get('chat_template'))
-    try: return read_file(own, 1 << 20).decode('utf-8-sig')
-    except UnicodeDecodeError: raise TokenizerError(f'{own.name} is not UTF-8') from None
+def _templates_beside(path, config):
+    "name -> source of the templates that belong to a tokenizer.json: files of their own, else the list or the text in its configuration"
+    listed, folder = config.get('chat_template'), Path(path).expanduser().parent
+    named = {'default': listed} if isinstance(listed, str) else {}
+    if isinstance(listed, list): named = {t['name']: t.get('template') for t in listed if isinstance(t, dict) and isinstance(t.get('name'), str)}
+    files = {f.stem: f for f in sorted((folder / 'additional_chat_templates').glob('*.jinja'))} | {'default': folder / 'chat_template.jinja'}
+    return named | {name: _read_template(f) for name, f in files.items() if f.exists()}
 
 def _json_parts(path, n=None): # n: rows of the vocabulary, where they are known
     backend = JsonBPE(path)
@@ -717,7 +742,7 @@ def _json_parts(path, n=None): # n: rows of the vocabulary, where they are known
     return dict(backend=backend, kind='hf-json', specials=backend.specials, vocab_size=n, n_valid=n, add_bos=bool(backend.leading),
         bos_id=backend.leading[0] if backend.leading else ids['bos'], eos_id=ids['eos'],
         stop_ids=find_stops(names, [ids['eos']] if ids['eos'] is not None else []),
-        chat_template=_template_beside(path, config),
+        chat_template=_templates_beside(path, config),
         variables={k: _name(v) for k, v in config.items() if k.endswith('_token') and isinstance(_name(v), str)})
 
 def _compare(backend, tokens, n_valid):
@@ -755,7 +780,7 @@ class Tokenizer(_Chat):
         return parts | more | dict(vocab_size=n,
             add_bos=_flag(m, 'add_bos_token', parts['add_bos']),
             stop_ids=_stop_ids(names, ids),
-            chat_template=_template(m) or parts['chat_template'],
+            chat_template=named_templates(m) or parts['chat_template'],
             variables=parts['variables'] | {k + '_token': tokens[ids[k]] for k in ('bos', 'eos') if ids[k] is not None})
 
     @classmethod

@@ -5,7 +5,7 @@ import pytest
 
 PKG = Path(__file__).resolve().parent.parent / 'orcd'
 # from the file format to the command line; a module may import only from the lines above its own
-LAYERS = """errors blocks gguf quants hub spm chat tokenizer sampling config arch arch_qwen2 arch_phi3 arch_gptoss arch_llama arch_qwen3 reference
+LAYERS = """errors blocks gguf quants hub spm sandbox chat tokenizer sampling config arch arch_qwen2 arch_phi3 arch_gptoss arch_llama arch_qwen3 reference
 magic nvrtc planes k_elementwise k_gemv k_gemm k_moe k_hopper k_attention k_sampler vram loader ops engine generation view haiku train start
 protocol logs jobs worker cli""".split()
 # `arch.resolve` fills its registry from the families below it when it is called
