@@ -32,6 +32,11 @@ def gone(pid):
     return False
 
 
+def memory_peak(pid):
+    "MiB that a process took at the most"
+    return int(re.search(r'VmHWM:\s+(\d+) kB', Path(f'/proc/{pid}/status').read_text())[1]) >> 10
+
+
 # --- bombs ----------------------------------------------------------------------------------------
 
 DOUBLE = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}"
@@ -155,7 +160,7 @@ def explode():
     "In a process of its own, where a child may compute for 0.1 s: all bombs, in two threads; MiB at the most, in this process and in a child"
     chat.CPU_SECONDS = .1
     with ThreadPoolExecutor(2) as threads: said = list(threads.map(outcome, [*BOMBS.values(), *MORE]))
-    peak = [resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peak = [memory_peak('self'), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10]
     print(json.dumps(dict(said=said, peak=peak, left=[len(chat._pool.free), len(chat._pool.busy)])))
 
 
@@ -180,8 +185,7 @@ def test_memory_limit(pool):
     limits = {line[:26].strip(): line[26:].split()[0] for line in Path(f'/proc/{pid}/limits').read_text().splitlines()[1:]}
     assert int(limits['Max address space']) < sandbox.MEMORY + (200 << 20)
     assert {limits[k] for k in ('Max open files', 'Max file size', 'Max processes', 'Max core file size')} == {'0'}
-    peak = int(re.search(r'VmHWM:\s+(\d+) kB', Path(f'/proc/{pid}/status').read_text())[1]) >> 10
-    assert peak < 100, f'{peak} MiB before anything was rendered'
+    assert memory_peak(pid) < 100      # before anything was rendered
 
 
 @pytest.mark.parametrize('name', sorted(sandbox.environment().filters))
