@@ -154,9 +154,10 @@ def _cached(path):
     "Machine code that was stored and is what it was, or None"
     try:
         with open(path, 'rb', buffering=0, opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as f:
-            data = f.read() if _is_ours(os.fstat(f.fileno())) else b''
+            st = os.fstat(f.fileno())
+            if st.st_size < 4 or not _is_ours(st): return None
+            data, end = f.read(st.st_size - 4), f.read()
     except OSError: return None
-    data, end = data[:-4], data[-4:]
     return data if data and end == _sum(path, data) else None
 
 def _store(path, data):
