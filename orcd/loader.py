@@ -337,9 +337,10 @@ def _queue(self, reads, parts, ends):
 def _slowly(self, fd, parts, ends):
     "One read after the other"
     buffer, slots = self.pinned[0].result()
+    path = os.path.realpath(f'/proc/self/fd/{fd}') # for the message
     for part, end in zip(parts, ends):
         if self.given_up: raise KernelError('the load was given up')
-        buffer.view[slots[0] - buffer.ptr:][:part.n_bytes] = read_at(fd, part.offset, part.n_bytes, None)
+        buffer.view[slots[0] - buffer.ptr:][:part.n_bytes] = read_at(fd, part.offset, part.n_bytes, path)
         self._send(part, slots[0])
         self.stream.synchronize()
         self._count(end*self.total // ends[-1])

@@ -1,5 +1,5 @@
 "What the engine loads and launches, and that it gives everything back, on a GPU that is only played"
-import sys
+import os, sys
 import pytest
 from conftest import PUBLISHED
 from make_models import MODELS, make_model
@@ -99,6 +99,25 @@ def test_vram_that_another_program_took(made, monkeypatch):
         monkeypatch.setattr(engine, 'plan', late)
         with pytest.raises(OutOfVRAM, match='kv_cache') as kept: engine.CudaEngine(g)
         assert kept.tb and list(gpu.alive) == [0] and not gpu.pinned
+
+
+@pytest.mark.parametrize('how', ['cut', 'cut and long again', 'written'])
+def test_a_file_that_changes_while_it_is_loaded(made, monkeypatch, how):
+    "after it was looked at: an error that names it, and everything comes back"
+    import orcd
+    from orcd import engine
+    from orcd.errors import GGUFError
+    with orcd.GGUF(made) as g, played(monkeypatch) as gpu:
+        allocate = engine.CudaEngine._allocate
+        def meanwhile(*a):
+            if how == 'written': made.write_bytes(made.read_bytes()[:-1] + b'x'); os.utime(made, ns=(1, 1))
+            else:
+                os.truncate(made, g.data_offset + 1000)
+                if 'long' in how: os.truncate(made, g.file_size); os.utime(made, ns=(1, 1))
+            return allocate(*a)
+        monkeypatch.setattr(engine.CudaEngine, '_allocate', meanwhile)
+        with pytest.raises(GGUFError, match=f'{made}: .*(shrank|written to)'): engine.CudaEngine(g)
+        assert not gpu.alive and not gpu.pinned
 
 
 @pytest.mark.parametrize('file', ['repack', 'sampler', 'gemm_wgmma'])
