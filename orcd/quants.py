@@ -9,7 +9,7 @@ __all__ = ['pack_nibbles', 'pack_fifth_bit', 'pack_scales_mins', 'quantize', 'de
 import numpy as np
 
 # %% ../nbs/03_quants.ipynb #752309c5
-from .blocks import GGMLType, E2M1, dequantize, ggml_type, half_scale
+from .blocks import GGMLType, E2M1, as_array, dequantize, ggml_type, half_scale
 from .errors import GGUFError
 
 # %% ../nbs/03_quants.ipynb #ba4fdf4a
@@ -270,15 +270,19 @@ def _q6_k(x):
     return _make(GGMLType.Q6_K, len(x), ql=ql.reshape(-1, 128), qh=qh.reshape(-1, 64), scales=k.astype(np.int8).view(np.uint8), d=d)
 
 # %% ../nbs/03_quants.ipynb #57c94c0a
+# The largest weight of a type whose numbers or scales are not in half precision; from the one above it on, rounding to BF16 would give infinity
+_limits = {GGMLType.F32: np.finfo(np.float32).max, GGMLType.MXFP4: np.finfo(np.float32).max, GGMLType.BF16: np.uint32(0x7f7f7fff).view(np.float32)}
+
 def quantize(
     x,    # float array (rows, n), or (..., n)
     type, # a `GGMLType`, its id or its name
 ):        # uint8 (rows, bytes per row)
     "Encode weights as blocks. `n` must be a whole number of blocks."
-    if np.ndim(x) < 1: raise GGUFError('quantize wants rows of weights, got a scalar')
-    t, x = ggml_type(type), np.ascontiguousarray(x, np.float32)
-    n_bytes = t.row_bytes(x.shape[-1])
-    limit = np.finfo(np.float16 if t not in (GGMLType.F32, GGMLType.BF16, GGMLType.MXFP4) else np.float32).max
+    t, x = ggml_type(type), as_array(x)
+    if x.ndim < 1: raise GGUFError('quantize wants rows of weights, got a scalar')
+    if not np.can_cast(x.dtype, np.float32, 'same_kind'): raise GGUFError(f'weights are real numbers, not {x.dtype}')
+    with np.errstate(over='ignore'): x = np.ascontiguousarray(x, np.float32) # what is too large for it becomes infinite, and is refused
+    n_bytes, limit = t.row_bytes(x.shape[-1]), _limits.get(t, np.finfo(np.float16).max)
     if not (abs(x) <= limit).all(): raise GGUFError(f'weights for {t} must be finite and at most {limit:.6g} in magnitude')
     flat, step = x.reshape(-1, t.block_size), max(1, (1 << 19)//t.block_size)
     out = np.empty(len(flat), t.dtype)

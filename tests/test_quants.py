@@ -131,7 +131,7 @@ def test_dequantize_checks():
     out = np.full((4, 64), np.nan, np.float32)
     assert dequantize(good, 'Q4_0', out=out) is out and not out.any()
     for bad in (out[:2], out.astype(np.float64), out[:, ::-1], np.zeros((64, 4), np.float32).T):
-        with pytest.raises(GGUFError, match='out must be float32'): dequantize(good, 'Q4_0', out=bad)
+        with pytest.raises(GGUFError, match='out must be a float32 array'): dequantize(good, 'Q4_0', out=bad)
     assert dequantize(good[:0], 'Q4_0').shape == (0, 64) and dequantize(good[:, :0], 'Q4_0').shape == (4, 0)
     strided = np.random.default_rng(0).integers(0, 256, (4, 72), dtype=np.uint8)[:, ::2]
     assert same_bits(dequantize(strided, 'Q4_0'), dequantize(strided.copy(), 'Q4_0'))
@@ -146,8 +146,8 @@ def test_quantize_like_gguf_py(t, weights):
 
 
 def test_bf16_rounds_to_even():
-    x = np.array([[0x3f808000, 0x3f818000, 0x3f808001, 0x7f7fffff, 0x80000001, 0]], np.uint32).view(np.float32)
-    assert quantize(x, 'BF16').view(np.uint16).tolist() == [[0x3f80, 0x3f82, 0x3f81, 0x7f80, 0x8000, 0]]
+    x = np.array([[0x3f808000, 0x3f818000, 0x3f808001, 0x7f7f7fff, 0x80000001, 0]], np.uint32).view(np.float32)
+    assert quantize(x, 'BF16').view(np.uint16).tolist() == [[0x3f80, 0x3f82, 0x3f81, 0x7f7f, 0x8000, 0]]
 
 
 @pytest.mark.parametrize('t', QUANTS, ids=ids)
@@ -269,3 +269,55 @@ def test_like_libggml(t, weights):
         assert same_bits(y, dequantize(q, t))
     if t.name in EXACT: assert np.array_equal(ours, other)
     assert rmse(weights, dequantize(ours, t)) <= 1.001*rmse(weights, dequantize(other, t))
+
+
+# --- what is no array of weights, or of blocks
+
+ONES = np.ones((2, 256), np.float32)
+REFUSED = dict(
+    scalar=lambda: quantize(3., 'F32'), ragged=lambda: quantize([[1.], [1., 2.]], 'F32'), text=lambda: quantize(['1.5'], 'F32'), complex=lambda: quantize(ONES*1j, 'Q8_0'),
+    objects=lambda: quantize(ONES.astype(object), 'Q8_0'), times=lambda: quantize(np.zeros((1, 32), 'm8[s]'), 'Q8_0'), half_a_block=lambda: quantize(ONES[:, :48], 'Q4_0'),
+    nan=lambda: quantize(ONES*np.nan, 'F32'), infinite=lambda: quantize(ONES*np.inf, 'F16'), beyond_half=lambda: quantize(ONES*65536, 'Q4_K'), beyond_single=lambda: quantize(ONES.astype(float)*1e300, 'F32'),
+    beyond_bf16=lambda: quantize([[3.3962e38]], 'BF16'), nothing=lambda: quantize(None, 'F32'), whole_numbers_as_blocks=lambda: dequantize([[0]*34], 'Q8_0'),
+    blocks_cut=lambda: dequantize(np.zeros((2, 33), np.uint8), 'Q8_0'), one_number=lambda: dequantize(np.uint8(3), 'Q8_0'), ragged_blocks=lambda: dequantize([[1], [1, 2]], 'Q8_0'),
+    out_is_a_list=lambda: dequantize(np.zeros((1, 4), np.uint8), 'F32', out=[0.]), out_of_another_shape=lambda: dequantize(np.zeros((1, 4), np.uint8), 'F32', out=np.zeros(1, np.float32)),
+    true=lambda: ggml_type(True), real=lambda: ggml_type(2.), a_list=lambda: ggml_type([2]), none=lambda: ggml_type(None), long=lambda: ggml_type('Q' * 10_000), negative=lambda: ggml_type(-1),
+    negative_row=lambda: ggml_type('Q4_0').row_bytes(-32))
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refused(case):
+    with pytest.raises(GGUFError) as e: REFUSED[case]()
+    assert '\n' not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_out_that_cannot_be_written_to():
+    blocks = quantize(ONES[:, :4], 'F32')
+    locked = np.zeros((2, 4), np.float32)
+    locked.flags.writeable = False
+    for out in locked, blocks.view(np.float32), np.zeros((2, 8), np.float32)[:, ::2], np.zeros((2, 4), '>f4'):
+        with pytest.raises(GGUFError, match='out must be'): dequantize(blocks, 'F32', out=out)
+
+
+@pytest.mark.parametrize('t', list(GGMLType))
+def test_nothing_is_nothing(t):
+    "Arrays without rows, or with rows without weights"
+    for shape in (0, 256), (3, 0), (2, 0, 256), (0,):
+        b = quantize(np.zeros(shape, np.float32), t)
+        assert b.dtype == np.uint8 and b.shape == (*shape[:-1], t.row_bytes(shape[-1])) and dequantize(b, t).shape == shape
+
+
+@pytest.mark.parametrize('t', list(GGMLType))
+def test_however_it_lies_in_memory(t):
+    "Columns first, every second row, backwards, double precision, whole numbers: the same blocks"
+    x = np.random.default_rng(0).integers(-9, 9, (4, 512)).astype(np.float32)
+    want = quantize(x, t)
+    for y in np.asfortranarray(x), np.repeat(x, 2, 0)[::2], x[::-1][::-1], x.astype(float), x.astype(int), x.astype('>f4'), x.reshape(2, 2, 512): assert np.array_equal(quantize(y, t).reshape(want.shape), want)
+    shown = dequantize(want, t)
+    for b in np.asfortranarray(want), np.repeat(want, 2, 0)[::2], want[::-1][::-1]: assert np.array_equal(dequantize(b, t), shown)
+
+
+def test_the_largest_bf16():
+    "Rounding may not leave the numbers that there are"
+    top = np.uint32([0x7f7f7fff]).view(np.float32)
+    assert dequantize(quantize(top, 'BF16'), 'BF16').view(np.uint32).tolist() == [0x7f7f0000]
