@@ -81,6 +81,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'orcd.blocks._q6_k': ('blocks.html#_q6_k', 'orcd/blocks.py'),
                              'orcd.blocks._q8_0': ('blocks.html#_q8_0', 'orcd/blocks.py'),
                              'orcd.blocks._super_block': ('blocks.html#_super_block', 'orcd/blocks.py'),
+                             'orcd.blocks.as_array': ('blocks.html#as_array', 'orcd/blocks.py'),
                              'orcd.blocks.dequantize': ('blocks.html#dequantize', 'orcd/blocks.py'),
                              'orcd.blocks.fifth_bit': ('blocks.html#fifth_bit', 'orcd/blocks.py'),
                              'orcd.blocks.ggml_type': ('blocks.html#ggml_type', 'orcd/blocks.py'),
