@@ -255,7 +255,7 @@ def pull(
     with _on_disk(target.parent): target.parent.mkdir(parents=True, exist_ok=True)
     f = _locked(part, target, (lambda s: print(s, file=sys.stderr)) if progress else None)
     if f is None: return target
-    with f:
+    with f, _on_disk(part):
         have = f.seek(0, os.SEEK_END)
         if have > r.size or not (r.sha256 or r.tag): have = f.truncate(0) # nothing says that this is the same file
         _check_space(r, target, have)

@@ -371,6 +371,12 @@ def test_a_disk_that_gets_full(fake, monkeypatch):
     assert hub.pull('toy', progress=False, endpoint=fake.url).read_bytes() == DATA and fake.gets[-1] == 150_000
 
 
+def test_a_disk_that_cannot_be_read(fake, monkeypatch):
+    def broken(*_): raise OSError(errno.EIO, 'Input/output error')
+    monkeypatch.setattr(hub, 'sha256', broken)
+    with pytest.raises(HubError, match='toy.gguf.*part: Input/output error'): hub.pull('toy', progress=False, endpoint=fake.url)
+
+
 def test_a_disk_that_fails_at_the_end(fake, monkeypatch):
     def broken(fd): raise OSError(errno.EIO, 'Input/output error')
     monkeypatch.setattr(os, 'fsync', broken)
