@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'START_SECONDS', 'WALL_SECONDS', 'CPU_SECONDS', 'MAX_INPUT', 'MAX_SOURCE', 'ROLES', 'Renderer', 'Pool',
-           'ChatTemplate', 'check_messages', 'texts', 'text_of', 'shape', 'arriving', 'Form', 'find_form',
-           'merge_dropped', 'Hider', 'named_templates', 'choose_template', 'drop_oldest', 'Harmony', 'PlainReply']
+           'ChatTemplate', 'check_messages', 'text_of', 'shape', 'arriving', 'Form', 'find_form', 'merge_dropped',
+           'texts', 'Hider', 'named_templates', 'choose_template', 'drop_oldest', 'Harmony', 'PlainReply']
 
 # %% ../nbs/06_chat.ipynb #f87cad6e
 import atexit, json, os, re, signal, socket, struct, sys, threading, unicodedata
@@ -99,7 +99,7 @@ class Renderer:
         except TimeoutExpired: self.process.kill()
         return self.process.wait()
 
-# %% ../nbs/06_chat.ipynb #530cc231
+# %% ../nbs/06_chat.ipynb #cce7edfb
 class Pool:
     "Children that wait for work"
     def __init__(self,
@@ -114,6 +114,7 @@ class Pool:
 
     def _take(self):
         with self.change:
+            if not self.size: raise _error('this process is at its end, no chat template is rendered any more', 'start')
             while not self.free and len(self.busy) >= self.size: self.change.wait()
             while self.free:
                 r = self.free.pop()
@@ -141,6 +142,8 @@ class Pool:
             self._give(r, good)
 
     def close(self):
+        "At the end of this process"
+        self.size = 0
         for r in self.free + self.busy: r.close()
 
     def forget(self):
@@ -152,7 +155,7 @@ _pool = Pool()
 atexit.register(_pool.close)
 os.register_at_fork(after_in_child=_pool.forget)
 
-# %% ../nbs/06_chat.ipynb #b8d3aba5
+# %% ../nbs/06_chat.ipynb #c2053e9b
 def _plain(text, most=300):
     "One line of printable characters"
     text = ''.join(' ' if unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp') else c for c in text[:4*most])
@@ -170,7 +173,7 @@ def _talk(template, body):
             if letter == '?': letter, text = r.ask(template.request(body, source=True))
         except EOFError:
             ended = r.close(1)
-            if not r.ready: raise _error(f'the process that renders chat templates does not start (exit code {ended})', 'start') from None
+            if not r.ready or not _pool.size: raise _error(f'the process that renders chat templates does not start (exit code {ended})', 'start') from None
             raise _error(f'the chat template was stopped: it takes more than {CPU_SECONDS:g} s' if ended == -signal.SIGPROF else
                 f'the chat template was stopped: it ends the process that renders it ({ended})', 'limit') from None
         if letter == 'l': r.close()
@@ -230,16 +233,12 @@ ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 _SYSTEM = ROLES[:2]
 
 def check_messages(
-    messages,               # a list of {'role', 'content', …}
-    most:int=None,          # characters of all texts together
+    messages,   # a list of {'role', 'content', …}
 ) -> list:
     "A clean copy of `messages`, or RequestError that says which one is wrong"
     if not isinstance(messages, (list, tuple)) or not messages:
         raise RequestError('messages must be a non-empty list of {"role", "content"}')
-    checked = [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
-    if most is not None and (n := sum(map(len, texts(checked)))) > most:
-        raise RequestError(f'messages hold {n} characters, at most {most} are allowed')
-    return checked
+    return [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
 
 def _message(m, where):
     if not isinstance(m, dict): raise RequestError(f'{where} must be an object with "role" and "content"')
@@ -266,15 +265,6 @@ def _part(p, where):
     if p.get('type') != 'text': raise RequestError(f'{where} is of type {_plain(ascii(p.get("type")), 40)}, only "text" is understood')
     if not isinstance(p.get('text'), str): raise RequestError(f'{where}.text must be a string')
     return dict(type='text', text=p['text'])
-
-def texts(value):
-    "All strings in a value of lists and dicts, keys too"
-    todo = [value]
-    while todo:
-        v = todo.pop()
-        if isinstance(v, str): yield v
-        elif isinstance(v, dict): todo += [*v.keys(), *v.values()]
-        elif isinstance(v, (list, tuple)): todo += v
 
 # %% ../nbs/06_chat.ipynb #d797e7f3
 def text_of(content) -> str:
@@ -382,6 +372,15 @@ def _cut(sorted_texts, ends):
         i = bisect_left(sorted_texts, s)
         if s in sorted_texts[i:i+1]: i += 1
         if i < len(sorted_texts) and sorted_texts[i].startswith(s): yield len(s)
+
+def texts(value):
+    "All strings in a value of lists and dicts, keys too"
+    todo = [value]
+    while todo:
+        v = todo.pop()
+        if isinstance(v, str): yield v
+        elif isinstance(v, dict): todo += [*v.keys(), *v.values()]
+        elif isinstance(v, (list, tuple)): todo += v
 
 class Hider:
     "Hides control tokens that are written in messages"

@@ -384,7 +384,8 @@ class _Chat(_Base):
         "Compile the default template in a thread of its own, so that the first chat need not wait; what is wrong with it is said then"
         def work():
             try: self._prepared()
-            except ChatTemplateError as e: warnings.warn(f'messages will be refused, prompts are not affected: {e}')
+            except ChatTemplateError as e:
+                if getattr(e, 'kind', '') != 'start': warnings.warn(f'messages will be refused, prompts are not affected: {e}')
         if self._sources: threading.Thread(target=work, name='orcd-template', daemon=True).start()
 
     def _prepare(self, messages, variables):

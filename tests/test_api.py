@@ -1,5 +1,5 @@
 "`orcd.load` and what it returns, as an importing program uses them: real files, the reference engine, no scripts"
-import subprocess, sys
+import subprocess, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 import gguf
@@ -280,3 +280,15 @@ def test_demo(demo):
     assert g.stop_reason == 'EOS' and len(g.text.strip().splitlines()) == 3
     g = demo.generate(prompt, temperature=0, max_tokens=64, stop='\n').run()
     assert g.stop_reason == 'STOP_SEQUENCE' and '\n' not in g.text
+
+
+def test_broken_template(tmp_path, monkeypatch):
+    "It is said at load and in answer to messages; prompts do not need it"
+    file = write_model(tmp_path / 'broken.gguf', monkeypatch, template='{% for m in messages %}', context_length=96)
+    with pytest.warns(UserWarning, match='messages will be refused, prompts are not affected: the chat template fails'):
+        with orcd.load(file, device='reference', progress=False) as m:
+            assert len(list(m.generate('the rain', max_tokens=3))) <= 3
+            with pytest.raises(orcd.OrcdError, match='the chat template fails') as e: m.generate([dict(role='user', content='the rain')])
+            assert e.value.code == 'INVALID_REQUEST' and e.value.errors[0]['field'] == 'messages'
+            for t in threading.enumerate():
+                if t.name == 'orcd-template': t.join()
