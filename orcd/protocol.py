@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from itertools import islice
 
 # %% ../nbs/40_protocol.ipynb #c44d242f
-from .chat import check_messages
+from .chat import check_messages, text_of
 from .errors import UNSAFE, OrcdError, RequestError
 from .sampling import RULES, check_params
 
@@ -156,9 +156,7 @@ def _wrong_messages(messages):
     if isinstance(messages, list) and len(messages) > MAX_MESSAGES: return f'at most {MAX_MESSAGES} messages, not {len(messages)}'
     try: messages = check_messages(messages)
     except RequestError as e: return str(e)
-    if any(len(m['role']) > 64 for m in messages): return 'a role has at most 64 characters'
-    parts = [p for m in messages for p in ([m['content']] if isinstance(m['content'], str) else [p['text'] for p in m['content']])]
-    if not 1 <= sum(map(len, parts)) <= MAX_PROMPT: return f'the contents must have 1 to {MAX_PROMPT} characters in all'
+    if not 1 <= sum(len(text_of(m['content'])) for m in messages) <= MAX_PROMPT: return f'the contents must have 1 to {MAX_PROMPT} characters in all'
 
 # %% ../nbs/40_protocol.ipynb #3979105d
 @dataclass(frozen=True)

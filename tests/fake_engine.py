@@ -16,6 +16,7 @@ halves of a character."""
 import codecs, threading, time
 from types import SimpleNamespace
 import numpy as np
+from orcd.chat import text_of
 from orcd.errors import Cancelled, OrcdError
 
 PIECES = [b'Ha', b'ik', b'u ', b'\n\n', b'END', b'ND', b'EN', '雨'.encode()[:2], '雨'.encode()[2:], '🌧'.encode()[:1], '🌧'.encode()[1:3], '🌧'.encode()[3:], b' the', b'stop']
@@ -48,7 +49,7 @@ class FakeTokenizer:
     def chat(self, messages, add_generation_prompt=True): return ''.join(f"{m['role']}: {m['content']}\n" for m in messages)
     def encode_chat(self, messages, add_generation_prompt=True):
         out = []
-        for m in messages: out += [IM_START, *m['role'].encode(), 10, *m['content'].encode(), IM_END]
+        for m in messages: out += [IM_START, *m['role'].encode(), 10, *text_of(m['content']).encode(), IM_END]
         return out + [IM_START] * add_generation_prompt
 
 

@@ -3,6 +3,7 @@ import contextlib, functools, gc, math, re, threading, time, weakref
 import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
+from orcd.chat import text_of
 from orcd.errors import Cancelled, CUDAError, OrcdError, OutOfVRAM, RequestError
 from orcd.generation import Generation, Model, StopMatcher, TextStream, Token, prefix_table
 from doubling import doubling
@@ -351,7 +352,7 @@ class Counting(FakeTokenizer):
     "Says what it was asked to tokenise; its longest token has 3 bytes"
     def __init__(self): self.seen = []
     def encode(self, text, **kw): self.seen.append(len(text)); return [1] * (len(text) // 3)
-    def encode_chat(self, messages, **kw): return self.encode(''.join(m['content'] for m in messages))
+    def encode_chat(self, messages, **kw): return self.encode(''.join(text_of(m['content']) for m in messages))
     def token_bytes(self, i): return b'abc' if i == 7 else b'a'
 
 
