@@ -228,8 +228,9 @@ def _main(self):
     try: self._live()
     except BaseException as e:
         self.model = None
-        if not self.loaded.done(): self.loaded.set_exception(e)
-        else: self._lost(e)
+        if self.loaded.done(): return self._lost(e)
+        ordinary = isinstance(e, Exception) and not isinstance(e, StopIteration)     # what asyncio passes on
+        self.loaded.set_exception(e if ordinary else OrcdError(f'{type(e).__name__}: {e}'))
 
 def _live(self):
     self.model = self.load()
