@@ -7,7 +7,7 @@ __all__ = ['BUSY', 'CLOSED', 'prefix_table', 'StopMatcher', 'TextStream', 'Token
            'logits', 'device_number', 'find_model', 'progress_bar', 'load']
 
 # %% ../nbs/33_generation.ipynb #c6d5c6c0
-import html, numbers, sys, threading, time
+import html, numbers, os, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -429,16 +429,9 @@ def find_model(
     model, # a path, 'demo', or the name of a pulled model
 )->Path:
     "The file that `model` means"
-    path = Path(model)
-    if path.exists(): return path
-    if str(model) == 'demo': return _demo()
+    if not isinstance(model, (str, os.PathLike)): raise _broken('path', 'type(path)', f'a model is a path or a name, not {type(model).__name__}')
     from orcd import hub
-    return hub.find(str(model))    # or an error that says how to get it
-
-def _demo():
-    path = Path(__file__).parent / 'models' / 'haiku-qwen2-q4_k_m.gguf'
-    if not path.exists(): raise ModelError(f'{path.name}, the demo model, is missing from this installation; reinstall the package')
-    return path
+    return hub.model_file(model)   # or an error that says how to get it
 
 # %% ../nbs/33_generation.ipynb #efcbda4a
 def _in_jupyter():

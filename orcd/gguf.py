@@ -445,7 +445,7 @@ class _Header:
         path, # str or Path
     ):
         self._file = self._map = None
-        self.path = str(path)
+        self.path = os.path.expanduser(str(path))
         self._file = _open(self.path)
         try: self._parse()
         except BaseException:

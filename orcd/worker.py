@@ -649,15 +649,15 @@ class Process:
     def fatal(self, error):
         "From any thread: the process has to be replaced"
         self.exit_code = 1
-        log.error('error', code=public_error(error).code, message=str(error), fatal=True)
         self.soon(self.worker.shutdown.set)
+        log.error('error', code=public_error(error).code, message=str(error), fatal=True)
 
     def told(self, name):
         "A signal was heard, in a thread that does nothing else"
         self.heard += 1
         if not self.jobs.loaded.done(): self.jobs.stopping = True
         self.hasten()
-        log.info('signal', signal=name)
+        if self.heard <= 2: log.info('signal', signal=name)
         self.soon(self.on_signal)
 
     def on_signal(self):
