@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'MIN_TOKEN', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature', 'TopK', 'TopP', 'MinP', 'Penalty',
-           'Seed', 'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'path', 'device', 'seconds', 'url', 'yes',
-           'Flag', 'settle', 'read_text', 'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path',
-           'complete_model', 'from_flags', 'worker_settings', 'is_terminal', 'head_start', 'serve', 'open_model',
-           'stream', 'read_stdin', 'has_chat', 'generate', 'summary', 'fitting', 'chat', 'by_type', 'mib', 'gpu_now',
-           'info', 'words', 'bench', 'floor', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks',
-           'doctor', 'flush_output', 'run', 'main', 'worker_main']
+           'Seed', 'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'path', 'address', 'device', 'seconds', 'url',
+           'yes', 'Flag', 'settle', 'read_text', 'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path',
+           'complete_model', 'from_flags', 'worker_settings', 'head_start', 'serve', 'open_model', 'stream', 'as_text',
+           'has_chat', 'generate', 'summary', 'fitting', 'chat', 'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench',
+           'floor', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks', 'doctor', 'flush_output',
+           'run', 'main', 'worker_main']
 
 # %% ../nbs/44_cli.ipynb #ca78b11e
 import sys
@@ -59,6 +59,11 @@ def text(t):
 
 def path(t): "A path; `~` is the user's home"; return os.path.expanduser(text(t))
 
+def address(t):
+    "A name or an address; IPv6 may stand in brackets, as in URLs"
+    t = text(t)
+    return t[1:-1] if t[0] == '[' and t[-1] == ']' else t
+
 def device(t):
     "0, 1, … (also cuda:0), or `reference`"
     if t == 'reference': return t
@@ -66,7 +71,7 @@ def device(t):
     except ValueError: raise ValueError('the index of a GPU, or reference') from None
 
 def seconds(t):
-    try: x = float(t)
+    try: x = float(t) if t.isascii() and '_' not in t else -1
     except ValueError: x = -1
     if not 0 < x <= 86400: raise ValueError('seconds, more than 0 and at most 86400')
     return x
@@ -96,7 +101,7 @@ FLAGS = [
     Flag('model', text, '', 'a GGUF file, the name of a pulled model, or demo'),
     Flag('gpu-device', device, 0, 'index of the GPU; reference: the NumPy engine on the CPU, not for production'),
     Flag('port', whole(0, 65535), 8080, '0: a free one, named in the log line `ready`'),
-    Flag('host', text, '127.0.0.1', 'address to listen on; other than loopback needs --token-file or --insecure'),
+    Flag('host', address, '127.0.0.1', 'address to listen on; other than loopback needs --token-file or --insecure'),
     Flag('worker-id', text, '', 'a UUID; generated when absent'),
     Flag('model-ref', text, '', "name for logs and /health; the file's name when absent"),
     Flag('max-tokens-in', whole(1), None, 'longest prompt in tokens'),
@@ -158,13 +163,17 @@ def read_text(
 def read_settings(
     path:str=None, # --settings; else ./settings.ini when it is there
 )->dict:
-    "The section [worker] of a settings file"
+    "The section [worker] of a settings file; other sections are an error, except in a ./settings.ini that has no such section and is not ours"
     from configparser import ConfigParser, Error
-    if path is None and not os.path.lexists('settings.ini'): return {}
+    named = path is not None
+    if not named and not os.path.lexists('settings.ini'): return {}
     path, ini = os.path.expanduser(path or 'settings.ini'), ConfigParser(interpolation=None)
     try: ini.read_string(read_text(path, '--settings', 'utf-8').removeprefix('\ufeff'), path)
     except Error as e: raise UsageError(f'--settings: {" ".join(str(e).split())}') from None
-    return {k: v for k, v in ini['worker'].items() if k not in ini.defaults()} if 'worker' in ini else {}
+    if not named and 'worker' not in ini: return {}           # of some other program
+    strange = [*ini.defaults()][:1] or [s for s in ini.sections() if s != 'worker']
+    if strange: raise UsageError(f'--settings: {path[:200]}: {strange[0]!r} is not in the section [worker], the only one that is read')
+    return dict(ini['worker']) if 'worker' in ini else {}
 
 # %% ../nbs/44_cli.ipynb #d7a78bf6
 def is_loopback(
@@ -198,7 +207,7 @@ def guard(
     if is_loopback(host): return
     if not (token or insecure):
         raise UsageError(f'--host: {host} can be reached from other machines; give --token-file, or --insecure if that is meant')
-    found = [f'--{f}' for f in ('host', 'token-file', 'insecure') if f in unnamed]
+    found = [f'--{f}' for f in ('host', 'token-file' if token else 'insecure') if f in unnamed]
     if found:
         raise UsageError(f'--host: {host} can be reached from other machines, and ./settings.ini, which nobody named, decides {", ".join(found)}; '
             'if that is meant: --settings settings.ini')
@@ -258,10 +267,8 @@ def worker_settings(
     file = s.pop('token_file')
     token = None if file is None else read_token(file)
     guard(s['host'], token, s.pop('insecure'), unnamed)
-    if s['log_format'] == 'auto': s['log_format'] = 'pretty' if is_terminal(sys.stderr) else 'json'
+    if s['log_format'] == 'auto': s['log_format'] = 'pretty' if sys.stderr.isatty() else 'json'
     return s | dict(token=token)
-
-def is_terminal(f): "Also of a stream that was closed before we began"; return f is not None and f.isatty()
 
 def head_start(
     file:Path, # the model
@@ -318,7 +325,7 @@ def open_model(name, device_text, context=None):
     except ValueError as e: raise UsageError(f'--device: {device_text!r} is not {e}') from None
     from orcd.generation import load
     d = d if d == 'reference' else f'cuda:{d}'
-    return load(str(model_path(name)), device=d, context_length=context, progress=is_terminal(sys.stderr))
+    return load(str(model_path(name)), device=d, context_length=context, progress=sys.stderr.isatty())
 
 def stream(out):
     "Print a generation as it comes; returns its text"
@@ -326,10 +333,13 @@ def stream(out):
     return out.text
 
 # %% ../nbs/44_cli.ipynb #8ec79aab
-def read_stdin():
-    "The text on stdin"
-    try: return sys.stdin.read()
-    except UnicodeDecodeError as e: raise UsageError(f'PROMPT: what comes from stdin is not {e.encoding.upper()} text (byte {e.start})') from None
+def as_text(
+    t:str,    # from the command line or stdin
+    what:str, # names it
+)->str:
+    "The same text; bytes that the terminal's encoding could not read are read as UTF-8, or it is a `UsageError`"
+    try: return t.encode('utf-8', 'surrogateescape').decode()
+    except UnicodeError: raise UsageError(f'{what}: not UTF-8 text') from None
 
 def has_chat(model): return bool(getattr(model.tokenizer, 'chat_template', None))
 
@@ -340,14 +350,15 @@ def generate(model:Model, prompt:Annotated[str, typer.Argument(help='- reads it 
     stop:Annotated[Optional[list[str]], typer.Option('--stop', metavar='TEXT', help='end before this text; may be repeated')]=None,
     raw:Annotated[bool, typer.Option('--raw', help='continue the text as it is, without the chat template')]=False):
     "Write one answer."
-    if prompt == '-': prompt = read_stdin()
+    prompt = as_text(sys.stdin.read() if prompt == '-' else prompt, 'PROMPT')
+    stop = [as_text(s, '--stop') for s in stop or ()]
     with open_model(model, device, context_length) as m:
         ask = prompt if raw or not has_chat(m) else [dict(role='user', content=prompt)]
         out = m.generate(ask, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, seed=seed, stop=stop or ())
+            repetition_penalty=repetition_penalty, seed=seed, stop=stop)
         stream(out)
         print()
-        if is_terminal(sys.stderr): print(summary(out), file=sys.stderr)
+        if sys.stderr.isatty(): print(summary(out), file=sys.stderr)
 
 def summary(out):
     "One line about a finished generation"
@@ -371,6 +382,8 @@ def _fits(model, messages, room):
     except RequestError: return False
 
 # %% ../nbs/44_cli.ipynb #4f8047da
+def _aside(message): print(printable(f'({" ".join(str(message).split())})'), file=sys.stderr)
+
 @app.command()
 def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k:TopK=0, top_p:TopP=1.0, min_p:MinP=0.0,
     repetition_penalty:Penalty=1.0, seed:Seed=None, device:Device='0', context_length:Context=None,
@@ -378,22 +391,21 @@ def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k
     "Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."
     with open_model(model, device, context_length) as m:
         if not has_chat(m): raise UsageError(f'MODEL: {model} has no chat template; orcd generate continues a text')
-        messages = [dict(role='system', content=system)] if system else []
+        messages = [dict(role='system', content=as_text(system, '--system'))] if system else []
         while True:
-            try: said = input('> ' if is_terminal(sys.stdin) else '')
+            try: said = input('> ' if sys.stdin.isatty() else '')
             except (EOFError, KeyboardInterrupt): return print()
-            except UnicodeDecodeError as e: said = None
-            if said is None: print(f'(that line is not {sys.stdin.encoding.upper()} text)', file=sys.stderr)
-            if not (said or '').strip(): continue
-            asked, dropped = fitting(m, [*messages, dict(role='user', content=said)], max_tokens)
-            if dropped: print(f'(the context of {m.engine.n_ctx} tokens is full: forgetting the oldest {"turn" if dropped == 1 else f"{dropped} turns"})', file=sys.stderr)
+            if not said.strip(): continue
             try:
+                said = as_text(said, 'this line')
+                asked, dropped = fitting(m, [*messages, dict(role='user', content=said)], max_tokens)
                 out = m.generate(asked, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                     repetition_penalty=repetition_penalty, seed=seed)
-            except RequestError as e:
+            except (RequestError, UsageError) as e:
                 if any(x['field'] not in ('prompt', 'messages') for x in getattr(e, 'errors', ())): raise      # a flag
-                print(f'({" ".join(str(e).split())})', file=sys.stderr)
+                _aside(e)
                 continue
+            if dropped: _aside(f'the context of {m.engine.n_ctx} tokens is full: forgetting the oldest {"turn" if dropped == 1 else f"{dropped} turns"}')
             try: stream(out)
             except KeyboardInterrupt: pass
             print()
@@ -649,8 +661,17 @@ def _say(message): print(printable(f'orcd: {" ".join(str(message).split())}'), f
 
 def flush_output():
     "What is still on its way to stdout; nothing when nobody reads it any more"
-    try: sys.stdout and sys.stdout.flush()
+    try: sys.stdout.flush()
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+def _is_broken_pipe(e):
+    "Also what typer makes of it"
+    return isinstance(e.__context__ if isinstance(e, SystemExit) else e, BrokenPipeError)
+
+def _refused(e):
+    "What the system refused, in words"
+    if isinstance(e, MemoryError): return 'this machine has too little memory'
+    return ': '.join(str(x) for x in (e.strerror, e.filename) if x) or e
 
 def run(
     args=None, # without the program's name; default: the command line
@@ -668,12 +689,12 @@ def run(
         _say(e.format_message() or 'see orcd --help')
         return 2
     except (KeyboardInterrupt, typer.Abort): return 130
-    except BrokenPipeError:
-        flush_output()          # nobody reads it any more: nothing to say
-        return 0
-    except (OSError, MemoryError) as e:
-        if os.environ.get('ORCD_DEBUG'): raise
-        _say(str(e) or 'this machine has too little memory')
+    except (OSError, MemoryError, SystemExit) as e:
+        if _is_broken_pipe(e):                                # nobody reads our output any more: nothing to say
+            flush_output()
+            return 0
+        if isinstance(e, SystemExit) or os.environ.get('ORCD_DEBUG'): raise
+        _say(_refused(e))
         return 1
     except Exception as e:
         if os.environ.get('ORCD_DEBUG'): raise
@@ -690,7 +711,7 @@ def main(
     code = run(args)
     if start.signals:          # a worker: it has ended in order, and a thread that still waits for something may not keep the process
         flush_output()
-        sys.stderr and sys.stderr.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

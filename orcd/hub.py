@@ -118,7 +118,7 @@ def model_file(
     "The file that is meant; `ModelError` says what is wrong with the name"
     path = Path(os.path.expanduser(name))
     if str(name) == 'demo': path = Path(__file__).parent/'models'/'haiku-qwen2-q4_k_m.gguf'
-    elif not is_there(path): return find(str(name))
+    elif not str(name) or not is_there(path): return find(str(name))
     if is_there(path): return path
     raise ModelError(f'{path.name}, the demo model, is missing from this installation; reinstall the package')
 

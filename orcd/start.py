@@ -13,11 +13,13 @@ def open_standard_files():
     "Descriptors 0, 1 and 2 are open afterwards, on /dev/null if they were closed"
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2: pass    # the lowest free number is given
     os.close(fd)
+    for fd, (name, mode) in enumerate([('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')]):
+        if getattr(sys, name) is None: setattr(sys, name, open(fd, mode, closefd=False))    # Python noticed, and several packages cannot live with it
 
 def forgive_terminals():
-    "What a terminal's encoding cannot show is written as an escape; no text ends in the middle for it"
-    for f in sys.stdout, sys.stderr:
-        if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
+    "What a terminal's encoding cannot show is written as an escape; bytes that it cannot read are kept as they are. No text ends in the middle for it"
+    for f, errors in (sys.stdin, 'surrogateescape'), (sys.stdout, 'backslashreplace'), (sys.stderr, 'backslashreplace'):
+        if hasattr(f, 'reconfigure'): f.reconfigure(errors=errors)
 
 # %% ../nbs/39_start.ipynb #a39c0009
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP

@@ -613,9 +613,13 @@ def _loader(settings, load, jobs):
         began = time.monotonic()
         check()
         model = load(settings, progress)
-        progress(1, 1)                       # a loader that reported nothing
-        if model.tokenizer is None: raise ModelError('the file has no vocabulary, so it cannot be served as text')
-        info = model.engine.info()
+        try:
+            progress(1, 1)                   # a loader that reported nothing
+            if model.tokenizer is None: raise ModelError('the file has no vocabulary, so it cannot be served as text')
+            info = model.engine.info()
+        except BaseException:
+            model.close()
+            raise
         log.info('model_load_complete', seconds=round(time.monotonic() - began, 3),
             vram_bytes_used=info.get('vram_bytes_used'), resident=info.get('resident'))
         return model

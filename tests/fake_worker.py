@@ -49,6 +49,7 @@ class Output:
             elif name == 'jump':
                 real, by = time.time, float(os.environ['FAKE_CLOCK'])
                 time.time = lambda: real() + by
+            elif name == 'forget': Engine.info = None           # the next question about memory fails, after the job
             elif name == 'oom': raise OutOfVRAM('no room for the KV cache of this job')
             elif name == 'sticky': raise CUDAError('an illegal memory access was encountered', sticky=True)
             elif name == 'cuda': raise CUDAError('launch failure')
@@ -89,12 +90,15 @@ class Model:
 
 def load(settings, progress):
     script = os.environ.get('FAKE_LOAD', '')
+    if script == 'stuck': time.sleep(1e6)           # a dead disk
     if script == 'vram': raise InsufficientVRAM('needs more', 10**12, 10**9, 512)
     n = 4000 if script == 'slow' else 8
     for i in range(n + 1):
         progress(i, n)
         if script == 'slow': time.sleep(.05)
-    return Model()
+    model = Model()
+    if script == 'facts': model.engine = NS()            # what cannot be asked about itself
+    return model
 
 
 if __name__ == '__main__':

@@ -51,7 +51,7 @@ def test_alias(path):
 
 
 BAD = [('--port', '65536'), ('--port', 'http'), ('--port', '-1'), ('--gpu-device', '-1'), ('--device', 'gpu'), ('--max-tokens-in', '0'), ('--max-tokens-out', '2049'),
-    ('--max-tokens-out', '0'), ('--inference-timeout-sec', '0'), ('--inference-timeout-sec', 'nan'), ('--inference-timeout-sec', 'inf'), ('--kv-cache-size-mb', '0'),
+    ('--max-tokens-out', '0'), ('--inference-timeout-sec', '0'), ('--inference-timeout-sec', 'nan'), ('--inference-timeout-sec', 'inf'), ('--inference-timeout-sec', '1_0'), ('--inference-timeout-sec', '٣'), ('--kv-cache-size-mb', '0'),
     ('--context-length', '-5'), ('--context-length', '1.5'), ('--chunk-bytes', '1'), ('--callback-url', 'localhost:80'), ('--queue-depth', 'many'), ('--log-format', 'xml'),
     ('--token-file', '/nowhere/token'), ('--settings', '/nowhere/settings.ini'), ('--host', '0.0.0.0'), ('--port', '٣'), ('--model-ref', ''), ('--worker-id', 'a\nb')]
 
@@ -181,11 +181,11 @@ def test_settings_from_file_environment_and_flags(path, tmp_path):
 
 
 def test_token_file(path, tmp_path):
-    (tmp_path / 'token').write_text('abc-123\n')
+    (tmp_path / 'token').write_text('abc-123-456-789-0\n')
     with orcd('serve', '--model', str(path), '--device', 'reference', '--port', '0', '--host', '0.0.0.0', '--token-file', str(tmp_path / 'token'), wait=False) as w:
         w.address = f"127.0.0.1:{w.event('ready')['uri'].rsplit(':', 1)[1]}"
         assert w.post('/shutdown')[0] == 401 and w.health()['state'] == 'ready'
-        assert w.post('/shutdown', headers={'Authorization': 'Bearer abc-123'})[0] == 202 and w.end() == 0
+        assert w.post('/shutdown', headers={'Authorization': 'Bearer abc-123-456-789-0'})[0] == 202 and w.end() == 0
 
 
 def test_pretty_log(path):
