@@ -117,16 +117,9 @@ def compile_text(
 
 # %% ../nbs/19_nvrtc.ipynb #a7f19ee9
 def cache_dir():
-<<<<<<< HEAD
     "Where machine code is kept, or None"
     root = cache_root()
     return root and root/'kernels'
-=======
-    "Where machine code is kept"
-    own, caches = os.environ.get('ORCD_CACHE_DIR'), os.environ.get('XDG_CACHE_HOME')
-    folder = Path(os.path.expanduser(own or os.path.join(caches or '~/.cache', 'orcd')))
-    return (folder if not str(folder).startswith('~') else Path(os.devnull))/'kernels' # a user without a home keeps nothing
->>>>>>> 84b2522 (Names of models are looked up in one place, with ~ and without a home directory)
 
 @lru_cache(1)
 def _compilers():
