@@ -311,7 +311,7 @@ def test_a_start_is_hasty_only_while_it_lasts(monkeypatch):
     seen, patience = [], sys.getswitchinterval()
     def load_model(settings, progress): seen.append(sys.getswitchinterval()); raise ModelError('no model')
     monkeypatch.setattr(worker, 'load_model', load_model)
-    monkeypatch.setattr(worker, 'serve', lambda settings, load: load(settings, None))
+    monkeypatch.setattr(worker, 'serve', lambda settings, load, signals: load(settings, None))
     monkeypatch.setitem(sys.modules, 'rich', sys.modules.get('rich'))       # so that it is put back
     monkeypatch.setenv('PYDANTIC_DISABLE_PLUGINS', '__all__')
     try: assert run(['serve', '--model', 'demo', '--device', 'reference']) == ModelError.exit_code
