@@ -372,10 +372,9 @@ def fitting(
     room:int,       # tokens that the answer may want
 )->tuple:           # (messages, how many of the oldest turns are missing)
     "A conversation without its oldest turns, as far as its prompt would be too long"
-    head = messages[:1] if messages[0]['role'] == 'system' else []
-    turns, dropped = messages[len(head):], 0
-    while len(turns) > 1 and not _fits(model, head + turns, room): turns, dropped = turns[2:], dropped + 1
-    return head + turns, dropped
+    from orcd.chat import drop_oldest
+    kept = drop_oldest(messages, lambda some: _fits(model, some, room))
+    return kept, sum(m['role'] == 'user' for m in messages) - sum(m['role'] == 'user' for m in kept)
 
 def _fits(model, messages, room):
     try: return model.count(messages) + min(room, model.engine.n_ctx // 4) <= model.engine.n_ctx
@@ -459,9 +458,12 @@ def words(g):
     from orcd.tokenizer import Tokenizer
     t = Tokenizer.from_gguf(g)
     if t is None: return ['no tokenizer: prompts are token ids']
-    chat = g.metadata.get('tokenizer.chat_template')
+    chat = t.chat_template
+    size = f'of {len(chat)} characters' if isinstance(chat, str) else 'none' if chat is None else 'that is no text'
+    others = [name for name in t.chat_templates if name != 'default']
     stops = ', '.join(f'{i} {t.decode([i])}' for i in sorted(t.stop_ids))
-    return [f'tokenizer {t.kind}, {t.n_valid} of {t.vocab_size} ids in use', f'chat template {f"of {len(chat)} characters" if chat else "none"}', f'stop tokens {stops}']
+    return [f'tokenizer {t.kind}, {t.n_valid} of {t.vocab_size} ids in use',
+        f'chat template {size}' + (f', others: {", ".join(others)}' if others else ''), f'stop tokens {stops}']
 
 # %% ../nbs/44_cli.ipynb #b56c49a9
 @app.command()

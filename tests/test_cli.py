@@ -317,3 +317,15 @@ def test_a_start_is_hasty_only_while_it_lasts(monkeypatch):
     try: assert run(['serve', '--model', 'demo', '--device', 'reference']) == ModelError.exit_code
     finally: gc.enable()
     assert len(seen) == 1 and seen[0] < patience == sys.getswitchinterval()
+
+
+@pytest.mark.parametrize('template, metadata, says', [
+    ('abc', {}, 'chat template of 3 characters'), (None, {}, 'chat template none'), (7, {}, 'chat template that is no text'),
+    ('abc', {'tokenizer.chat_template.tool_use': 'x'}, 'chat template of 3 characters, others: tool_use')])
+def test_info_on_templates(monkeypatch, template, metadata, says):
+    from orcd.cli import words
+    from orcd.tokenizer import Tokenizer
+    from test_chat import byte_tokenizer
+    tok = byte_tokenizer(['<e>'], template, metadata)
+    monkeypatch.setattr(Tokenizer, 'from_gguf', lambda g: tok)
+    assert words(None)[1] == says
