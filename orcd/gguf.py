@@ -533,7 +533,7 @@ class GGUF(_Header):
         t = self._tensor(name)
         self._check_file()
         try: self._map = self._map or mmap.mmap(self._file.fileno(), self.file_size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as e: raise GGUFError(f'cannot be mapped: {e}', self.path) from None
+        except (OSError, ValueError) as e: raise GGUFError(f'mmap fails: {e}', self.path) from None
         return np.frombuffer(self._map, np.uint8, t.n_bytes, t.offset).reshape(t.rows, t.row_bytes)
 
     def dequantize(self,

@@ -148,7 +148,7 @@ FUNCTION_WORDS = 'a an the and of in how who no not still but so then we I my yo
 FUNCTION_WORDS += ' / only nothing somewhere minute minutes without before after morning'
 
 # %% ../nbs/50_haiku.ipynb #3ad9f799
-_hiss = re.compile(r'(s|x|z|ch|sh|[csz]e|ge)$')
+_hiss = re.compile(r'(s|x|z|ch|sh|cache|[csz]e|ge)$')
 
 def with_s(
     word:str, # a regular noun or verb
