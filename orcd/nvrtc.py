@@ -52,7 +52,7 @@ def with_includes(
     return found
 
 # %% ../nbs/19_nvrtc.ipynb #31bce302
-OPTIONS = ('-std=c++17', '--ptxas-options=-v')
+OPTIONS = '-std=c++17', '--ptxas-options=-v', *os.environ.get('ORCD_NVRTC_OPTIONS', '').split() # more, such as -DDELAYS=2048
 
 @lru_cache(1)
 def _nvrtc():

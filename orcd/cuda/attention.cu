@@ -239,6 +239,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
     __threadfence();
     __syncthreads();
     int* ticket = tickets + kv * gridDim.z + blockIdx.z;
+    delay();
     if (tid == 0) last = atomicAdd(ticket, 1) == min(splits, (int)gridDim.x) - 1;
     __syncthreads();
     if (!last) return;

@@ -107,6 +107,7 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
     int block, int blocks, int parts, int depth, int span, bool oai, int row, int per, const float* logits, const int* ids, int n_expert, int n_used, bool settled) {
     extern __shared__ __align__(16) u8 shared[];
     constexpr int MAX_TERMS = MODE == MIX ? 4 : MODE == GATED ? 2 : 1;
+    constexpr bool ASK_FIRST = T == MXFP4;      // for the next piece, before the last products of this one; after them the wait for its loads is over anyway
     const int terms = MODE == MIX ? n_used : MAX_TERMS;
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), part = warp % parts, n_blocks = padded_blocks(n_in), vectors = MODE == MIX ? terms : 1;
     // shared memory: zeros, sums of squares, two sets of sums (warps x terms x 16 rows), vectors, rings
@@ -194,8 +195,9 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
                     for (; unit < stop; unit++) {
                         Share<T> b;
                         b.load(piece, p.left(unit), lane);
-                        if (unit + 1 == stop) { __syncwarp(); ask(); }
+                        if (ASK_FIRST && unit + 1 == stop) { ring.done(); ask(); }
                         multiply(acc, b, masks, own, zero, scale, lane);
+                        if (!ASK_FIRST && unit + 1 == stop) { ring.done(); ask(); }
                         piece += UNIT; own += 512 * Share<T>::GROUPS; scale += 4 * Share<T>::GROUPS;
                     }
                 }

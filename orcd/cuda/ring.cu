@@ -19,10 +19,17 @@ struct Ring {
         __syncwarp();
 #endif
     }
-    // Ask for the next piece. The warp must be done with the piece it takes the place of.
+    // This lane has read what it wants of the piece that `get` gave last, and so have the others when this returns
+    __device__ __forceinline__ void done() {
+#if __CUDA_ARCH__ >= 900
+        fence_async();
+        __syncwarp();
+#endif
+    }
+    // Ask for the next piece. It takes the place of one that all lanes are `done` with.
     __device__ __forceinline__ void ask(const u8* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
-        if (lane == 0) { arrive_expecting(full + put, bytes); bulk_copy(pieces + put * size, from, bytes, full + put); }
+        if (lane == 0) { arrive_expecting(full + put, bytes); bulk_copy_once(pieces + put * size, from, bytes, full + put); }
         put = put + 1 == depth ? 0 : put + 1;
 #endif
     }

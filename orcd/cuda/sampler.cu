@@ -74,6 +74,7 @@ __device__ bool last_block(Header* h) {
     __shared__ bool last;
     __threadfence();
     __syncthreads();
+    delay();
     if (threadIdx.x == 0) {
         last = atomicAdd(&h->ticket, 1) == gridDim.x - 1;
         if (last) h->ticket = 0;

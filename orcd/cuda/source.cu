@@ -1,6 +1,7 @@
 // Where a product takes its vector from: as it is, or through the small operation before the product, which costs no launch of its own then
 #ifndef ORCD_SOURCE
 #define ORCD_SOURCE
+#include "delays.cu"
 #include "blocks.cu"
 #include "reduce.cu"
 
@@ -8,12 +9,16 @@
 // this one's results it reads after it has waited for its end.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
+    delay();
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    delay();
 #endif
 }
 __device__ __forceinline__ void wait_for_last() {
 #if __CUDA_ARCH__ >= 900
+    delay();
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    delay();
 #endif
 }
 
