@@ -68,12 +68,14 @@ class Beside:
 
 class Draws:
     "A prompt and some tokens after it: the bits of every logit of the prompt's end, of the cache, of the last step's logits and of the tokens"
-    def __init__(self, engine, prompt, tokens):
+    def __init__(self, engine, prompt, tokens, prompt_every=1):
         import cupy as cp
         from orcd.sampling import SamplingParams
-        self.e, self.tokens, self.cp = engine, tokens, cp
+        self.e, self.tokens, self.cp, self.every, self.n = engine, tokens, cp, prompt_every, 0
         self.ids = np.random.default_rng(1).integers(0, min(30000, engine.n_valid), prompt).tolist()
         self.params = SamplingParams(temperature=.9, seed=7)
+        window = min([w for w in engine.config.windows if w], default=prompt + tokens)
+        assert prompt_every == 1 or prompt + tokens <= window, f'a window of {window} forgets the prompt: run it before every draw, or a shorter one'
         arrays = [a for kv in engine.cache for a in kv]
         low, high = min(a.data.ptr for a in arrays), max(a.data.ptr + a.nbytes for a in arrays)
         memory = cp.cuda.UnownedMemory(low, high - low, engine)
@@ -85,9 +87,13 @@ class Draws:
         self.hash = hashlib.sha256(b''.join(a.get().tobytes() for a in self.want)).hexdigest()[:16]
 
     def draw(self):
-        e = self.e
-        e.prefill(self.ids)
-        with e.stream: self.head = e.row.copy()
+        e, self.n = self.e, self.n + 1
+        if self.n % self.every == 0 or self.n == 1:
+            e.prefill(self.ids)
+            with e.stream: self.head = e.row.copy()
+        else:                                   # the prompt's rows of the cache are still there
+            with e.stream: e.row[:] = self.head
+            e._set_state(len(self.ids) - 1)
         e._begin(self.params)
         e._draw()
         for _ in range(self.tokens - 1): e.graph.launch(e.stream)
@@ -125,6 +131,7 @@ def plant(changes):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('file'); p.add_argument('--draws', type=int, default=100); p.add_argument('--tokens', type=int, default=16); p.add_argument('--prompt', type=int, default=200)
+    p.add_argument('--prompt-every', type=int, default=1, help='run the prompt again before every so many draws')
     p.add_argument('--beside', default='', help='of lds, sts, alu, memory, gemm'); p.add_argument('--seconds', type=float, default=1e9, help='stop after so long')
     p.add_argument('--until', type=int, default=1 << 30, help='stop after so many that differ')
     p.add_argument('--change', nargs=3, action='append', default=[], metavar=('FILE', 'OLD', 'NEW'))
@@ -134,7 +141,7 @@ def main():
     from orcd.engine import CudaEngine
     with orcd.GGUF(a.file) as g: engine = CudaEngine(g, n_ctx=a.prompt + a.tokens)
     with engine:
-        d = Draws(engine, a.prompt, a.tokens)
+        d = Draws(engine, a.prompt, a.tokens, a.prompt_every)
         differ, first, began, n = 0, None, time.monotonic(), 0
         with Beside([x for x in a.beside.split(',') if x]):
             while n < a.draws and differ < a.until and time.monotonic() - began < a.seconds:
