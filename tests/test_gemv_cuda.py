@@ -30,7 +30,7 @@ struct Warp : Group { uint32_t a[32][4], b[32][2], slot[32]; };
 static Fiber fibers[256], *now;
 static Warp warps[8];
 static Group block;
-static long turns, asleep[8];
+static long turns, asleep[16];
 static ucontext_t scheduler;
 static Index blockIdx, blockDim = {256, 1, 1};
 static std::function<void()> body;
@@ -41,7 +41,7 @@ static void meet(Group& g, int n) {
     const unsigned turn = g.turn;
     if (++g.arrived == n) {
         g.arrived = 0; g.turn++;
-        if (n == 256) for (int w = 0; w < 8; w++) if (rand() & 1) asleep[w] = turns + 1500;     // after a barrier some warps go on late
+        if (n == 256) for (int w = 0; w < 16; w++) if (rand() & 1) asleep[w] = turns + 1500;     // after a barrier some warps go on late
     }
     else while (g.turn == turn) swapcontext(&now->context, &scheduler);
 }
@@ -85,14 +85,14 @@ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
     }
     __syncwarp();
 }
+static std::vector<std::pair<unsigned long long*, int>> reading;       // barriers of pieces that a thread has waited for, without a fence since
+static bool overtaken;                                  // a copy into a piece that a thread may still be reading: nothing but the thread's fence orders the two
 // A barrier's word: its phase, and whether bytes are still to come
 typedef unsigned long long u64;
-static std::vector<std::pair<u64*, int>> reading;       // barriers of pieces that a thread has waited for, without a fence since
 static void barrier_init(u64* b, int) { *b = 0; }
 static void barriers_ready() {}
 static void fence_async() { reading.erase(std::remove_if(reading.begin(), reading.end(), [](auto& r) { return r.second == now->index.x; }), reading.end()); }
 static void arrive_expecting(u64* b, int bytes) { *b |= (u64)bytes << 1; }
-static bool overtaken;                                  // a copy into a piece that a thread may still be reading: nothing but the thread's fence orders the two
 static void bulk_copy_once(void* to, const void* from, int bytes, u64* b) {
     if (((uintptr_t)to | (uintptr_t)from | bytes) & 15 || *b >> 1 != (u64)bytes) abort();
     for (auto& r : reading) overtaken |= r.first == b;

@@ -99,7 +99,7 @@ def library(tmp_path_factory):
             fibers = re.sub(r'struct float2.*\nstruct float4.*\n', '', fibers)                     # `HALVES` has them, and the halves
             fibers = re.sub(r'static uint32_t to_half_bits[^}]*\}\n', '', fibers)
             fibers = re.sub(r'static uint32_t two_halves.*\n', '', fibers)
-            fibers = fibers.replace('turn < 30000', 'turn < 200000').replace('left = true; now', 'left = true; if (f.index.x > 127 && turn % 4) continue; now') # one warpgroup is ahead of the others
+            fibers = fibers.replace('if (turns < asleep', 'if (f.index.x > 127 && turns % 4 || turns < asleep') # one warpgroup is ahead of the others
             fibers = fibers.replace('alignas(16) unsigned char shared[256 << 10]', 'alignas(1024) unsigned short shared[128 << 10]').replace('256', str(threads)).replace('warps[8]', 'warps[16]')
             text = '\n'.join(f'#define {d.replace("=", " ")}' for d in (*defines, '__CUDA_ARCH_FEAT_SM90_ALL=1')) + THREADS + HALVES + fibers + MORE + whole + RUN + f'RUN({name})'
             made[defines, change] = compiled(text, folder/f'{len(made)}.cpp')
