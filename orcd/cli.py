@@ -163,7 +163,7 @@ def read_text(
 def read_settings(
     path:str=None, # --settings; else ./settings.ini when it is there
 )->dict:
-    "The section [worker] of a settings file; other sections are an error, except in a ./settings.ini that has no such section and is not ours"
+    "The section [worker] of a settings file. Other sections are an error, but a ./settings.ini without this one is not ours"
     from configparser import ConfigParser, Error
     named = path is not None
     if not named and not os.path.lexists('settings.ini'): return {}
@@ -194,7 +194,8 @@ def read_token(
     if not t or not t.isprintable() or ' ' in t:
         raise UsageError(f'--token-file: {path} must hold one line of printable ASCII without spaces')
     if len(t) < MIN_TOKEN:
-        raise UsageError(f'--token-file: the token in {path} has {len(t)} characters, at least {MIN_TOKEN} are needed; openssl rand -hex 32 makes a good one')
+        raise UsageError(f'--token-file: the token in {path} has {len(t)} characters, at least {MIN_TOKEN} are needed; '
+            'openssl rand -hex 32 makes a good one')
     return t
 
 def guard(
@@ -209,8 +210,8 @@ def guard(
         raise UsageError(f'--host: {host} can be reached from other machines; give --token-file, or --insecure if that is meant')
     found = [f'--{f}' for f in ('host', 'token-file' if token else 'insecure') if f in unnamed]
     if found:
-        raise UsageError(f'--host: {host} can be reached from other machines, and ./settings.ini, which nobody named, decides {", ".join(found)}; '
-            'if that is meant: --settings settings.ini')
+        raise UsageError(f'--host: {host} can be reached from other machines, and ./settings.ini, which nobody named, '
+            f'decides {", ".join(found)}; if that is meant: --settings settings.ini')
 
 # %% ../nbs/44_cli.ipynb #a45defdc
 def model_path(
@@ -262,7 +263,8 @@ def worker_settings(
     "Flags, environment and file -> fields of `worker.Settings`; `UsageError` before anything is imported or started"
     ini = read_settings(settings)
     s = settle(given, os.environ, ini)
-    unnamed = {k for k in ini if settings is None and given.get(k) is None and not os.environ.get(f"ORCD_{k.upper().replace('-', '_')}", '').strip()}
+    unnamed = set()
+    if settings is None: unnamed = {k for k in ini if _first(k, given, os.environ, {}) is None}
     if not s['model']: raise UsageError('--model: a GGUF file, a pulled name or demo is required')
     file = s.pop('token_file')
     token = None if file is None else read_token(file)
@@ -404,7 +406,8 @@ def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k
                 if any(x['field'] not in ('prompt', 'messages') for x in getattr(e, 'errors', ())): raise      # a flag
                 _aside(e)
                 continue
-            if dropped: _aside(f'the context of {m.engine.n_ctx} tokens is full: forgetting the oldest {"turn" if dropped == 1 else f"{dropped} turns"}')
+            turns = 'turn' if dropped == 1 else f'{dropped} turns'
+            if dropped: _aside(f'the context of {m.engine.n_ctx} tokens is full: forgetting the oldest {turns}')
             try: stream(out)
             except KeyboardInterrupt: pass
             print()

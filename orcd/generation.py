@@ -261,7 +261,7 @@ def _within(self): return self._lock.locked() and self._holder == threading.get_
 
 def _alone(self, call, wait=False):
     "What `call()` returns, with the engine to itself. Another call that is under way is waited for, or it is an error."
-    if wait and self._within(): return None    # from inside a call, by `cancelled` or a signal's handler: that call ends before its next token
+    if wait and self._within(): return None    # from inside a call, by `cancelled` or a signal's handler: it ends before its next token
     if self._lock.locked() and not wait: raise RequestError(BUSY)
     try:
         with self._lock:                       # not `acquire`: Ctrl-C could come between it and `try`, and leave the model locked
@@ -429,7 +429,8 @@ def find_model(
     model, # a path, 'demo', or the name of a pulled model
 )->Path:
     "The file that `model` means"
-    if not isinstance(model, (str, os.PathLike)): raise _broken('path', 'type(path)', f'a model is a path or a name, not {type(model).__name__}')
+    if not isinstance(model, (str, os.PathLike)):
+        raise _broken('path', 'type(path)', f'a model is a path or a name, not {type(model).__name__}')
     from orcd import hub
     return hub.model_file(model)   # or an error that says how to get it
 

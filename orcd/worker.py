@@ -107,7 +107,7 @@ async def _call(self, scope, receive, send):
         watcher.cancel()
 
 def _look(self, now, frozen):
-    "Called now and then: a client that is gone or does not read loses its job and its connection. It could not read while the process was frozen."
+    "Called now and then: a client that is gone or does not read loses its job and its connection. Frozen time does not count."
     if self.sending_since is not None: self.sending_since += frozen
     stalled = self.sending_since is not None and now - self.sending_since > self.settings.stall_s
     if not stalled and not self.hung_up(): return
@@ -560,8 +560,8 @@ class StartError(OrcdError):
     "The worker cannot start, for a reason that is not the model's"
     code, retriable = 'MODEL_LOAD_FAILED', False         # of the contract's codes the one for a start
 
-_why = {errno.EADDRINUSE: 'is in use by another program; give another one, or 0 for a free one', errno.EADDRNOTAVAIL: 'is no address of this machine',
-    errno.EACCES: 'may not be opened by this user; give one above 1023'}
+_why = {errno.EADDRINUSE: 'is in use by another program; give another one, or 0 for a free one',
+    errno.EADDRNOTAVAIL: 'is no address of this machine', errno.EACCES: 'may not be opened by this user; give one above 1023'}
 
 def bind(
     host:str, # address or name
@@ -884,6 +884,6 @@ def serve(
         code = asyncio.run(process.run())
         process.over.set()
     write.flush()
-    lost = process.jobs.thread.is_alive() or process.jobs.fatal     # a blocked load, a hanging kernel or a dead CUDA context cannot be cleaned up
+    lost = process.jobs.thread.is_alive() or process.jobs.fatal     # a hanging load or kernel, a dead CUDA context: not to be cleaned up
     if lost: os._exit(code)
     return code
