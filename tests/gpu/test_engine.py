@@ -65,9 +65,10 @@ def test_against_reference(name, hopper, model_file, monkeypatch):
     from orcd import k_hopper
     if hopper and not k_hopper.wide(): pytest.skip('another GPU')
     monkeypatch.setattr(k_hopper, 'wide', lambda device=None: hopper)
-    with orcd.GGUF(path) as g: plain, rounded = ReferenceEngine(g), Rounded(g, wide=hopper)
+    g = orcd.GGUF(path) # the NumPy engines read from it as they go along
+    plain, rounded = ReferenceEngine(g), Rounded(g, wide=hopper)
     moe, n_layer = name == 'gpt-oss', plain.config.n_layer
-    with cuda(path) as engine:
+    with g, cuda(path) as engine:
         for n in (1, 2, 33, 300):
             with recorded(n_layer) as took: got = engine.residuals(ids[:n])
             with recorded(n_layer) as again: got_logits = engine.logits(ids[:n])
