@@ -329,3 +329,11 @@ def test_info_on_templates(monkeypatch, template, metadata, says):
     tok = byte_tokenizer(['<e>'], template, metadata)
     monkeypatch.setattr(Tokenizer, 'from_gguf', lambda g: tok)
     assert words(None)[1] == says
+
+
+def test_as_a_module():
+    "`python -m orcd` is the command"
+    import subprocess, sys
+    r = subprocess.run([sys.executable, '-m', 'orcd', 'info', 'demo'], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0 and 'qwen2' in r.stdout, r.stderr
+    assert subprocess.run([sys.executable, '-m', 'orcd', 'info', 'nothing-of-this-name'], capture_output=True, timeout=120).returncode
