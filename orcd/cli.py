@@ -141,7 +141,9 @@ def settle(
     for f in FLAGS:
         found = _first(f.name, given, env, ini)
         try: out[f.name.replace('-', '_')] = f.parse(found[0].strip()) if found else f.default
-        except ValueError as e: raise UsageError(f"--{f.name}: {found[0][:100]!r} is not {e}{found[1]}") from None
+        except ValueError as e:
+            _, secret, shown = found[0].rpartition('@') if f.parse is url else ('', '', found[0])    # a URL's password is not for the log
+            raise UsageError(f"--{f.name}: {'***' * bool(secret) + secret + shown[:100]!r} is not {e}{found[1]}") from None
     return out
 
 # %% ../nbs/44_cli.ipynb #f2e2590a

@@ -564,8 +564,9 @@ def decode(self:CudaEngine,
                 ids, logprobs = k_sampler.unpack_ring(self.drawn[step % RING:step % RING + 1])
                 yield int(ids[0]), float(logprobs[0])
     finally:
-        if self.stream is not None:
-            with cuda_errors('decode'): self.stream.synchronize()
+        stream = self.stream             # read once: another thread may be closing the engine
+        if stream is not None:
+            with cuda_errors('decode'): stream.synchronize()
 
 # %% ../nbs/32_engine.ipynb #8ec2c76e
 @patch

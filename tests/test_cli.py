@@ -337,3 +337,11 @@ def test_as_a_module():
     r = subprocess.run([sys.executable, '-m', 'orcd', 'info', 'demo'], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0 and 'qwen2' in r.stdout, r.stderr
     assert subprocess.run([sys.executable, '-m', 'orcd', 'info', 'nothing-of-this-name'], capture_output=True, timeout=120).returncode
+
+
+def test_a_password_is_not_repeated():
+    "The usage error for a callback's URL with a user name and a password names neither"
+    from orcd.cli import UsageError, settle
+    for bad in 'http://someone:hunter2@host/x', 'someone:hunter2@host':
+        with pytest.raises(UsageError) as e: settle({'callback-url': bad}, {}, {})
+        assert 'hunter2' not in str(e.value) and 'host' in str(e.value) and '--callback-url' in str(e.value)
