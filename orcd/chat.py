@@ -435,7 +435,7 @@ def named_templates(
     "The chat templates of a file"
     named = {k.removeprefix(_key + '.'): metadata[k] for k in metadata if k.startswith(_key + '.')}
     if _key in metadata: named['default'] = metadata[_key]
-    return {name: source for name, source in named.items() if source not in (None, '')}
+    return {name: source for name, source in named.items() if not (source is None or isinstance(source, str) and not source)}
 
 def choose_template(
     templates:dict,   # as from `named_templates`, not empty

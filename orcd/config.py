@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['required', 'ANY', 'NEUTRAL', 'FILE_TYPE', 'short', 'Hyper', 'RopeConfig', 'read_rope', 'check_yarn', 'ModelConfig',
-           'is_neutral', 'refuse_unknown', 'read_config', 'vocab_rows', 'quant_kind']
+           'is_neutral', 'refuse_unknown', 'read_config', 'model_name', 'vocab_rows', 'quant_kind']
 
 # %% ../nbs/08_config.ipynb #fed14443
 import math
@@ -238,7 +238,7 @@ def read_config(
     if head_dim % 2: raise ModelError(f'{h.arch}.attention.key_length is {head_dim}; it must be even')
     value_length = h.int('attention.value_length', head_dim, 2, 1024)
     if value_length != head_dim: raise ModelError(f'{h.arch}.attention.value_length is {value_length}; only key_length, {head_dim}, is supported')
-    config = ModelConfig(h.arch, str(h.metadata.get('general.name') or h.arch), n_layer, n_embd, n_head, n_head_kv, head_dim,
+    config = ModelConfig(h.arch, model_name(h), n_layer, n_embd, n_head, n_head_kv, head_dim,
         n_ff=h.int('feed_forward_length', layers=n_layer), n_vocab=vocab_rows(g, h), context_length=h.int('context_length', hi=1 << 24),
         rms_eps=h.float('attention.layer_norm_rms_epsilon', lo=1e-12, hi=.1), rope=read_rope(h, head_dim, style, yarn_truncate),
         windows=tuple(window if windowed(i) else 0 for i in range(n_layer)), quant_kind=quant_kind(g),
@@ -247,6 +247,11 @@ def read_config(
     return config
 
 # %% ../nbs/08_config.ipynb #76081a7f
+def model_name(h):
+    "What the file calls itself, at most 80 characters; the architecture where it has no name"
+    name = h.metadata.get('general.name')
+    return name[:80] if isinstance(name, str) and name else h.arch
+
 def vocab_rows(g, h):
     "Rows of the embedding; checked against what the metadata says of the vocabulary"
     t = g.tensors.get('token_embd.weight')

@@ -489,6 +489,7 @@ def load(
     kv_cache_mb:int=None,    # budget of the KV cache
     progress=True,           # a bar; or a function (done_bytes, total_bytes); or False
     chunk_bytes:int=1<<20,   # bytes of one copy to the device
+    text:bool=False,         # refuse a file without a vocabulary, whose prompts are token ids
 )->Model:
     "Load a model. Raises an `OrcdError` that says what is wrong; nothing stays allocated then."
     from orcd.gguf import GGUF
@@ -501,8 +502,8 @@ def load(
     try:
         make = _engine(device)
         with ThreadPoolExecutor(1, 'orcd-tokenizer') as pool:
-            tokenizer = pool.submit(_tokenizer, g)
-            engine = make(g, context_length, kv_cache_mb, chunk_bytes, progress)
+            checked, tokenizer = pool.submit(_check_tokenizer, g, text), pool.submit(_tokenizer, g)
+            engine = make(g, context_length, kv_cache_mb, chunk_bytes, _watch(checked, tokenizer, progress))
         return Model(engine, tokenizer.result(), g)
     except BaseException:
         if engine is not None: engine.close()
@@ -513,6 +514,18 @@ def _check_load(**sizes):
     bad = [k for k, v in sizes.items() if v is not None and (isinstance(v, bool) or not isinstance(v, numbers.Integral) or v < 1)]
     rule = 'must be a whole number of at least 1'
     if bad: raise request_error([dict(field=k, constraint='range(1..)', message=f'{k} {rule}', value=str(sizes[k])[:40]) for k in bad])
+
+def _watch(checked, tokenizer, progress):
+    "`progress` that raises what is wrong with the tokenizer: before the first byte if it is known at once, else as soon as it is"
+    def told(done, total):
+        checked.result()
+        if tokenizer.done(): tokenizer.result()
+        if progress: progress(done, total)
+    return told
+
+def _check_tokenizer(g, text):
+    from orcd.tokenizer import check
+    if not check(g) and text: raise ModelError('the file has no vocabulary, so it cannot be served as text')
 
 def _tokenizer(g):
     from orcd.tokenizer import Tokenizer

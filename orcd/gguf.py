@@ -369,6 +369,14 @@ def _place(c, tensors, alignment):
     return {t.name: TensorInfo(t.name, t.type, t.dims, start + t.offset) for t in tensors}, start, c.size > start
 
 # %% ../nbs/02_gguf.ipynb #ecbb4d88
+_words = 'general.architecture', 'tokenizer.ggml.model', 'tokenizer.ggml.pre'
+
+def _check_words(c, values, types):
+    "Is a name by which the reader chooses a text?"
+    for key in _words:
+        t, element, _ = types.get(key, (GGUFType.STRING, None, None))
+        if t != GGUFType.STRING: c.fail(f'{key} must be a string, not {t if element is None else f"array of {element}"}', c.where[key])
+
 def _check_vocabulary(c, values, types):
     "Do the arrays of the vocabulary fit together?"
     prefix, n = 'tokenizer.ggml.', types.get('tokenizer.ggml.tokens', (None,)*3)[2]
@@ -458,7 +466,7 @@ class _Header:
         c = _Cursor(self._file.fileno(), self.file_size, self.path)
         n_tensors, n_pairs = _preamble(c)
         values, types = _metadata(c, n_pairs)
-        for check in (_check_split, _check_vocabulary): check(c, values, types)
+        for check in (_check_split, _check_words, _check_vocabulary): check(c, values, types)
         self.metadata, self.alignment = Metadata(values, types, self._read, self.path), _alignment(c, values, types)
         tensors = [_tensor(c, i, self.alignment) for i in range(n_tensors)]
         if twice := [n for n, k in Counter(t.name for t in tensors).items() if k > 1]: c.fail(f'the tensor {twice[0]} appears twice')

@@ -6,7 +6,8 @@
 __all__ = ['ALPHABET', 'PRE', 'MAX_TEXT', 'MAX_TOKENS', 'MAX_MERGES', 'MAX_TOKEN', 'MAX_SPECIAL', 'MAX_SPECIALS', 'MAX_FILE',
            'MAX_STEPS', 'symbol_bytes', 'Pre', 'no_panic', 'bpe_model', 'bpe_without', 'ByteBPE', 'library_ids',
            'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops', 'mistyped_ends', 'is_utf8',
-           'is_control', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE', 'Tokenizer']
+           'is_control', 'check_gguf', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE', 'check',
+           'Tokenizer']
 
 # %% ../nbs/04_tokenizer.ipynb #95381f24
 import codecs, json, operator, re, stat, threading, warnings
@@ -439,6 +440,11 @@ def _id(m, key, n):
     if i is not None and not _is_id(i, n): raise TokenizerError(f'{_g}{key} is {i!r}: not an id of a vocabulary of {n}')
     return i
 
+def _word(m, key):
+    v = m.get(_g + key)
+    if v is not None and not isinstance(v, str): raise TokenizerError(f'{_g}{key} must be a string, not {type(v).__name__}')
+    return v
+
 def _flag(m, key, default):
     v = m.get(_g + key)
     if v is not None and not isinstance(v, bool): raise TokenizerError(f'{_g}{key} is {v!r}: must be true or false')
@@ -485,19 +491,21 @@ def _specials(tokens, types, n_valid, rstrip):
 
 # %% ../nbs/04_tokenizer.ipynb #7805ad0d
 def _pre(m):
-    pre = m.get(_g + 'pre')
-    if pre is None:
-        warnings.warn(f'the file has no {_g}pre: taking "default", as llama.cpp does; a newer conversion of the model may give better text')
-        pre = 'default'
-    if pre not in PRE: raise TokenizerError(f'unknown {_g}pre {short(pre)!r}; known: {", ".join(sorted(PRE))}')
-    return PRE[pre]
+    "The `Pre` that the file names; None when it names none"
+    pre = _word(m, 'pre')
+    if pre is not None and pre not in PRE: raise TokenizerError(f'unknown {_g}pre {short(pre)!r}; known: {", ".join(sorted(PRE))}')
+    return PRE.get(pre)
+
+def _default_pre():
+    warnings.warn(f'the file has no {_g}pre: taking "default", as llama.cpp does; a newer conversion of the model may give better text')
+    return PRE['default']
 
 def _merges(m):
     "(pairs, bytes of the longest)"
     return m.pairs(_g + 'merges') if isinstance(m, Metadata) and _g + 'merges' in m else cut_pairs(_array(m, 'merges'))
 
 def _gpt2_backend(m, tokens, types, control, merges):
-    pre = _pre(m)
+    pre = _pre(m) or _default_pre()
     return ByteBPE(tokens, merges[0], pre, control, merges[1]), pre.bos
 
 def _llama_backend(m, tokens, types, control, merges):
@@ -515,10 +523,30 @@ def _special_ids(m, n):
 
 def _stop_ids(names, ids): return find_stops(names, [i for k in ('eos', 'eot', 'eom', 'fim_pad', 'fim_rep', 'fim_sep') if (i := ids[k]) is not None])
 
+def _model(m):
+    model = _word(m, 'model')
+    if model not in _backends: raise TokenizerError(f'unknown {_g}model {short(model)!r}; known: {", ".join(_backends)}, no_vocab')
+    return model
+
+def _kind_of(m, key): return m.kind(key)[0] if isinstance(m, Metadata) else m.get(key)
+
+def check_gguf(
+    m,             # metadata of a GGUF file
+    json_path=None,  # the tokenizer.json that is used instead, if there is one
+)->bool:           # False when it has no vocabulary
+    "What can be said of a tokenizer in a moment, before one is made: `TokenizerError` names what is missing or unknown"
+    if _word(m, 'model') == 'no_vocab': return False
+    _flag(m, 'add_bos_token', None)
+    needed, model = ['tokens'], None if json_path else _model(m)
+    if model == 'gpt2': needed += ['merges']; _pre(m)
+    if model == 'llama': needed += ['scores']; _flag(m, 'add_space_prefix', None)
+    for key in needed:
+        if _kind_of(m, _g + key) is None: raise TokenizerError(f'the file has no {_g}{key}')
+    return True
+
 def _gguf_parts(m):
     "Everything that a Tokenizer is made of, from GGUF metadata"
-    model = m.get(_g + 'model')
-    if model not in _backends: raise TokenizerError(f'unknown {_g}model {short(model)!r}; known: {", ".join(_backends)}, no_vocab')
+    model = _model(m)
     tokens = _tokens(m)
     n, types = len(tokens), _types(m, len(tokens))
     merges = _merges(m) if model == 'gpt2' else ((), 0)
@@ -746,6 +774,18 @@ def _json_parts(path, n=None): # n: rows of the vocabulary, where they are known
         chat_template=_templates_beside(path, config),
         variables={k: _name(v) for k, v in config.items() if k.endswith('_token') and isinstance(_name(v), str)})
 
+def _json_beside(g):
+    "The tokenizer.json beside a gpt-oss file; None"
+    if not getattr(g, 'path', None) or g.metadata.get('general.architecture') != 'gpt-oss': return None
+    path = Path(g.path).parent / 'tokenizer.json'
+    return path if path.is_file() else None
+
+def check(
+    g,   # an orcd.GGUF
+)->bool: # False when it has no vocabulary
+    "`check_gguf` of a file"
+    return check_gguf(g.metadata, _json_beside(g))
+
 def _compare(backend, tokens, n_valid):
     "The JSON file and the GGUF file must be about the same vocabulary"
     for i in [*range(0, n_valid, 97), *[s.id for s in backend.specials if s.id < n_valid]]:
@@ -761,12 +801,9 @@ class Tokenizer(_Chat):
         json_path=None,   # a tokenizer.json to use instead; None: the one beside a gpt-oss file, if there is one
     ):
         "The tokenizer of a GGUF file; None when the file has no vocabulary"
-        m = g.metadata
-        if m.get(_g + 'model') == 'no_vocab': return None
-        beside = Path(g.path).parent / 'tokenizer.json' if getattr(g, 'path', None) and m.get('general.architecture') == 'gpt-oss' else None
-        if json_path is None and beside is not None and beside.is_file(): json_path = beside
-        if json_path is None: return cls(**_gguf_parts(m))
-        return cls(**cls._both(m, json_path))
+        m, json_path = g.metadata, json_path or _json_beside(g)
+        if not check_gguf(m, json_path): return None
+        return cls(**_gguf_parts(m) if json_path is None else cls._both(m, json_path))
 
     @staticmethod
     def _both(m, path):

@@ -630,7 +630,7 @@ def load_model(settings, progress):
     from orcd.generation import load
     device = settings.gpu_device if settings.gpu_device == 'reference' else f'cuda:{settings.gpu_device}'
     return load(settings.model, device=device, context_length=settings.context_length, kv_cache_mb=settings.kv_cache_size_mb,
-        chunk_bytes=settings.chunk_bytes, progress=progress)
+        chunk_bytes=settings.chunk_bytes, progress=progress, text=True)
 
 # %% ../nbs/43_worker.ipynb #b5bfb8c9
 class Process:

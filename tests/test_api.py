@@ -1,5 +1,5 @@
 "`orcd.load` and what it returns, as an importing program uses them: real files, the reference engine, no scripts"
-import subprocess, sys, threading
+import subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import gguf
@@ -245,6 +245,51 @@ def test_a_failed_load_closes_the_file(path, monkeypatch):
     monkeypatch.setattr(orcd.reference, 'ReferenceEngine', Broken)
     with pytest.raises(MemoryError): orcd.load(path, device='reference', progress=False)
     assert closed
+
+
+class Copying:
+    "Stands for an engine that copies weights: a percent a call of `progress`, a moment for each"
+    def __init__(self, monkeypatch):
+        self.copied = 0
+        monkeypatch.setattr('orcd.generation._engine', lambda device: self.make)
+
+    def make(self, g, n_ctx, kv_cache_mb, chunk_bytes, progress):
+        progress(0, 10_000)
+        for self.copied in range(1, 10_001):
+            time.sleep(.001)
+            progress(self.copied, 10_000)
+        raise AssertionError('everything was copied')
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'tokenizer.ggml.pre': 'klingon'}, "unknown tokenizer.ggml.pre 'klingon'"), ({'tokenizer.ggml.model': 'runes'}, "unknown tokenizer.ggml.model 'runes'"),
+    ({'tokenizer.ggml.merges': None}, 'no tokenizer.ggml.merges'), ({'tokenizer.ggml.tokens': None}, 'no tokenizer.ggml.tokens'),
+    ({'tokenizer.ggml.add_bos_token': 3}, 'add_bos_token is 3'), ({'tokenizer.ggml.model': 'no_vocab'}, 'no vocabulary')], ids=str)
+def test_a_bad_tokenizer_is_refused_before_weights_are_copied(path, monkeypatch, change, message):
+    import orcd.gguf
+    class Changed(orcd.gguf.GGUF):
+        def _parse(self):
+            super()._parse()
+            for k, v in change.items():
+                self.metadata._values[k], self.metadata._types[k] = v, (None, None, None)
+                if v is None: del self.metadata._values[k]
+    monkeypatch.setattr(orcd.gguf, 'GGUF', Changed)
+    engine = Copying(monkeypatch)
+    with pytest.raises(OrcdError, match=message) as e: orcd.load(path, progress=False, text=True)
+    assert engine.copied == 0 and e.value.code == 'MODEL_LOAD_FAILED'
+
+
+def test_a_bad_tokenizer_ends_the_copying(path, monkeypatch):
+    "What only making it brings to light, here when a tenth is copied"
+    import orcd.tokenizer
+    engine, tenth = Copying(monkeypatch), threading.Event()
+    def make(g):
+        tenth.wait(60)
+        raise orcd.errors.TokenizerError('the merge is wrong')
+    monkeypatch.setattr(orcd.tokenizer.Tokenizer, 'from_gguf', make)
+    told = lambda done, total: tenth.set() if done == 1000 else None
+    with pytest.raises(orcd.errors.TokenizerError, match='the merge is wrong'): orcd.load(path, progress=told)
+    assert 1000 <= engine.copied < 10_000
 
 
 def test_loads_without_cupy_and_fastapi(path):

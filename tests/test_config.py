@@ -2,6 +2,7 @@
 import lzma, math
 import numpy as np
 import pytest
+import make_models
 from make_models import ARCHES, make_model
 from orcd import arch
 from orcd.config import RopeConfig
@@ -194,3 +195,14 @@ def test_layers_that_differ(tmp_path, key):
 
 def test_control_characters(tmp_path):
     assert '\x1b' not in broken(tmp_path, keys={'qwen2.colour': '\x1b[31m\n'})
+
+
+@pytest.mark.parametrize('name', [[1, 2], [1.], ['a', 'b'], 7, True, '', 'x'*1000, 'named'])
+def test_a_name_is_for_people(tmp_path, name):
+    "Whatever `general.name` is, it stands in no way; it is shown where it is a text, cut where it is long"
+    class Writer(make_models.gguf.GGUFWriter):
+        def add_name(self, _): pass
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(make_models.gguf, 'GGUFWriter', Writer)
+        with GGUF(make_model(tmp_path/'m.gguf', keys={'general.name': name})) as g: c = arch.resolve(g)[1]
+    assert c.name == (name[:80] if isinstance(name, str) and name else 'qwen2')

@@ -5,7 +5,7 @@ import gguf, pytest, tokenizers
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from orcd.errors import OrcdError, RequestError, TokenizerError
+from orcd.errors import ChatTemplateError, OrcdError, RequestError, TokenizerError
 from orcd.gguf import GGUF
 from orcd.spm import MAX_WORD
 from orcd.tokenizer import ALPHABET, MAX_TEXT, PRE, Finder, Special, Tokenizer, library_ids, no_panic, split_special
@@ -566,6 +566,23 @@ def test_byte_order_marks(tmp_path, encoding):
 
 def test_a_broken_configuration_is_not_overlooked(tmp_path):
     with pytest.raises(TokenizerError, match='tokenizer_config.json'): Tokenizer.from_json(write_json(tmp_path, GOOD, tokenizer_config__json=b'{"eos_token": '))
+
+
+@pytest.mark.parametrize('wrong', [[1, 2], ['gpt2'], 7, True], ids=str)
+def test_words_are_words(trained, wrong):
+    "What is no text where a name is wanted; templates that are no text are refused when they are needed"
+    import numpy as np
+    from orcd.chat import named_templates
+    tokens, types, merges = bpe_arrays(trained['qwen2'][1])
+    good = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'qwen2', 'tokenizer.ggml.tokens': tokens, 'tokenizer.ggml.token_type': types,
+        'tokenizer.ggml.merges': merges}
+    for value in (wrong, np.array(wrong)):
+        for key in 'model', 'pre':
+            with pytest.raises(TokenizerError, match=f'tokenizer.ggml.{key} must be a string'):
+                Tokenizer.from_gguf(SimpleNamespace(metadata=good | {f'tokenizer.ggml.{key}': value}))
+        t = Tokenizer.from_gguf(SimpleNamespace(metadata=good | {'tokenizer.chat_template': value, 'tokenizer.chat_template.x': value}))
+        assert t.encode('the rain') == trained['qwen2'][0].encode('the rain') and set(named_templates({'tokenizer.chat_template': value})) == {'default'}
+        with pytest.raises(ChatTemplateError): t.chat([dict(role='user', content='hi')])
 
 
 def test_panics_are_errors(trained, monkeypatch):
