@@ -5,6 +5,8 @@
 prints one line of JSON: {"draws": ..., "differ": ..., "hash": ..., "first": ...}. With ORCD_NVRTC_OPTIONS=-DDELAYS=2048 the kernels wait at random where they meet;
 --change FILE OLD NEW (any number of times) replaces text in a kernel's source, to plant a mistake. Exit code 1 when a draw differed."""
 import argparse, hashlib, json, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import lru_cache
 import numpy as np
 
@@ -133,23 +135,39 @@ def main():
     p.add_argument('file'); p.add_argument('--draws', type=int, default=100); p.add_argument('--tokens', type=int, default=16); p.add_argument('--prompt', type=int, default=200)
     p.add_argument('--prompt-every', type=int, default=1, help='run the prompt again before every so many draws')
     p.add_argument('--beside', default='', help='of lds, sts, alu, memory, gemm'); p.add_argument('--seconds', type=float, default=1e9, help='stop after so long')
+    p.add_argument('--engines', type=int, default=1, help='so many at once on the same GPU, each with weights of its own')
     p.add_argument('--until', type=int, default=1 << 30, help='stop after so many that differ')
     p.add_argument('--change', nargs=3, action='append', default=[], metavar=('FILE', 'OLD', 'NEW'))
     a = p.parse_args()
     plant(a.change)
     import orcd
     from orcd.engine import CudaEngine
-    with orcd.GGUF(a.file) as g: engine = CudaEngine(g, n_ctx=a.prompt + a.tokens)
-    with engine:
-        d = Draws(engine, a.prompt, a.tokens, a.prompt_every)
-        differ, first, began, n = 0, None, time.monotonic(), 0
-        with Beside([x for x in a.beside.split(',') if x]):
-            while n < a.draws and differ < a.until and time.monotonic() - began < a.seconds:
-                n += 1
-                if d.same(): continue
-                differ, first = differ + 1, first or d.where()
-        engine.stream.synchronize()
-        print(json.dumps(dict(draws=n, differ=differ, hash=d.hash, first=first, tokens=a.tokens, beside=a.beside, seconds=round(time.monotonic() - began, 1))), flush=True)
+    began, found, lock, engines = time.monotonic(), dict(draws=0, differ=0, first=None), threading.Lock(), []
+
+    def more():
+        "Is there another draw to make? Counts it."
+        with lock:
+            go = found['draws'] < a.draws and found['differ'] < a.until and time.monotonic() - began < a.seconds
+            found['draws'] += go
+            return go
+
+    def work(d):
+        while more():
+            if d.same(): continue
+            where = d.where()
+            with lock: found.update(differ=found['differ'] + 1, first=found['first'] or where)
+
+    with ExitStack() as stack:
+        for _ in range(a.engines):
+            with orcd.GGUF(a.file) as g: engines.append(stack.enter_context(CudaEngine(g, n_ctx=a.prompt + a.tokens)))
+        all_draws = [Draws(e, a.prompt, a.tokens, a.prompt_every) for e in engines]
+        hashes = sorted({d.hash for d in all_draws})
+        began = time.monotonic()
+        with Beside([x for x in a.beside.split(',') if x]), ThreadPoolExecutor(a.engines) as threads:
+            for job in [threads.submit(work, d) for d in all_draws]: job.result()
+        for e in engines: e.stream.synchronize()
+        differ = found['differ'] + len(hashes) - 1
+        print(json.dumps(found | dict(differ=differ, hash=','.join(hashes), tokens=a.tokens, beside=a.beside, engines=a.engines, seconds=round(time.monotonic() - began, 1))), flush=True)
     sys.exit(bool(differ))
 
 
