@@ -84,7 +84,8 @@ class SPM:
         "Token ids of `text`"
         text = text.replace(' ', SPACE)
         if first and text and self.space_prefix: text = SPACE + text
-        return [i for w in self.words.findall(text) for i in self.word_ids(w)]
+        ids = [i for w in self.words.findall(text) for i in self.word_ids(w)]
+        return ids if self.byte_ids else [i for i, before in zip(ids, [None, *ids]) if i != self.unknown or i != before]   # a run of unknown characters is one token
 
     def token_bytes(self, i):
         "What token `i` stands for"

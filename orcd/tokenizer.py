@@ -475,6 +475,7 @@ _padding = re.compile(r'\[PAD\d+\]')
 def _n_valid(tokens, types):
     n = len(tokens)
     while n and (types[n-1] == UNUSED or _padding.fullmatch(tokens[n-1]) and types[n-1] in (UNKNOWN, UNUSED)): n -= 1
+    if not n: raise TokenizerError('all tokens of the vocabulary are padding: there is nothing to generate')
     return n
 
 def is_control(text, said):
@@ -509,7 +510,7 @@ def _gpt2_backend(m, tokens, types, control, merges):
     return ByteBPE(tokens, merges[0], pre, control, merges[1]), pre.bos
 
 def _llama_backend(m, tokens, types, control, merges):
-    types[control] = CONTROL
+    types[[i for i in control if types[i] != UNKNOWN]] = CONTROL
     return SPM(tokens, _array(m, 'scores', len(tokens)), types, _flag(m, 'add_space_prefix', True)), True
 
 _backends = dict(gpt2=_gpt2_backend, llama=_llama_backend)
@@ -539,7 +540,9 @@ def check_gguf(
     _flag(m, 'add_bos_token', None)
     needed, model = ['tokens'], None if json_path else _model(m)
     if model == 'gpt2': needed += ['merges']; _pre(m)
-    if model == 'llama': needed += ['scores']; _flag(m, 'add_space_prefix', None)
+    if model == 'llama':
+        needed += ['scores']; _flag(m, 'add_space_prefix', None)
+        if _flag(m, 'treat_whitespace_as_suffix', False): raise TokenizerError(f'{_g}treat_whitespace_as_suffix is true: such vocabularies are not supported')
     for key in needed:
         if _kind_of(m, _g + key) is None: raise TokenizerError(f'the file has no {_g}{key}')
     return True

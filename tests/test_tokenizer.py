@@ -179,12 +179,14 @@ def test_spm_round_trip(spm_vocab, s):
     assert tok.decode(tok.encode(s), skip_special=True) == s      # with BOS
 
 
-def test_spm_equals_sentencepiece(tmp_path):
+@pytest.mark.parametrize('byte_fallback', [True, False])
+def test_spm_equals_sentencepiece(tmp_path, byte_fallback):
+    "Without bytes a run of characters that are not in the vocabulary becomes one unknown token"
     spm = pytest.importorskip('sentencepiece', reason='needs the package sentencepiece')
     import io
     model = io.BytesIO()
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, model_type='bpe', vocab_size=360,
-        byte_fallback=True, character_coverage=.99,
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, model_type='bpe', vocab_size=360 if byte_fallback else 110,
+        byte_fallback=byte_fallback, character_coverage=.99,
         normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=True, minloglevel=2)
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
     n = sp.get_piece_size()
@@ -195,11 +197,23 @@ def test_spm_equals_sentencepiece(tmp_path):
         'tokenizer.ggml.bos_token_id': sp.bos_id(), 'tokenizer.ggml.eos_token_id': sp.eos_id()})
     tok = Tokenizer.from_gguf(g)
     rng = random.Random(3)
-    noise = [''.join(rng.choices(string.ascii_letters + '   \n.,!é早🌧', k=rng.randint(1, 60))) for _ in range(500)]
+    noise, heard = [''.join(rng.choices(string.ascii_letters + '   \n.,!é早🌧', k=rng.randint(1, 60))) for _ in range(500)], set()
     for s in SAMPLES + corpus(60) + noise:
         ids = tok.encode(s, add_special=False, parse_special=False)
         assert ids == sp.encode(s), s
-        assert tok.decode(ids) == sp.decode(ids) == s
+        if byte_fallback or sp.unk_id() not in ids: assert tok.decode(ids) == sp.decode(ids) == s
+        heard.update(ids)
+    assert byte_fallback != (sp.unk_id() in heard)
+
+
+def test_vocabularies_that_are_refused():
+    "Nothing but padding: an engine would draw from nothing. A space behind words: text would come apart elsewhere"
+    def made(types, **more):
+        return Tokenizer.from_gguf(SimpleNamespace(path=None, metadata={'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.tokens': ['▁', 'a'], 'tokenizer.ggml.scores': [0., 1.],
+            'tokenizer.ggml.token_type': types} | {f'tokenizer.ggml.{k}': v for k, v in more.items()}))
+    assert made([1, 1], treat_whitespace_as_suffix=False).encode('a a') == [0, 1, 0, 1]
+    with pytest.raises(TokenizerError, match='all tokens .* are padding'): made([5, 5])
+    with pytest.raises(TokenizerError, match='treat_whitespace_as_suffix is true'): made([1, 1], treat_whitespace_as_suffix=True)
 
 
 def test_phi3_rules(spm_vocab):
