@@ -150,13 +150,17 @@ def test_cancel(w, phase, times):
 
 
 def test_health_while_busy(w):
-    "A job does not make answers slower: the median of many is that of an idle worker, within what a machine's other work does"
-    idle = median(answer_time(w) for _ in range(50))
-    s = w.execute('h', prompt=LONG['prefill'])
-    s.next()
-    assert median(answer_time(w) for _ in range(50)) < 10 * idle
-    w.post('/cancel/h')
-    list(s.frames())
+    "A job does not make answers slower: the median of many is that of the same worker without one, asked in turns, since other work on the machine comes and goes"
+    idle, busy = [], []
+    for _ in range(10):
+        idle += [answer_time(w) for _ in range(5)]
+        s = w.execute('h', prompt=LONG['prefill'])
+        s.next()
+        busy += [answer_time(w) for _ in range(5)]
+        w.post('/cancel/h')
+        list(s.frames())
+        w.wait_state('ready')
+    assert median(busy) < 10 * median(idle)
 
 
 # --- the end of the process

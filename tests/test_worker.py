@@ -210,9 +210,12 @@ def test_openapi(w):
 def test_heartbeat_while_nothing_is_sent():
     with worker(heartbeat_s=.1) as w:
         began = time.monotonic()
-        s = w.execute(prompt='prefill:0.6 a')
-        s.all()
-        assert 2 <= s.comments <= (time.monotonic() - began) / .1
+        s = w.execute('slow', prompt='prefill:200')
+        s.next()
+        heard = [line for line in (s.r.readline() for _ in range(6)) if line != b'\n']      # as long as it takes
+        assert len(heard) == 3 <= (time.monotonic() - began) / .1 and all(line.startswith(b':') for line in heard)
+        w.post('/cancel/slow')
+        assert list(s.frames())[-1]['code'] == 'CANCELLED'
 
 
 def test_timeout():
