@@ -1,7 +1,7 @@
 "How tests are spread over processes, what is said about those that did not run, fixtures every test may use"
 import os
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')      # there is a process for every core already; NumPy reads it when it is imported
-import re, subprocess, sys
+import re, shutil, subprocess, sys
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -82,6 +82,7 @@ def once(factory, name, make):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             part = folder.with_suffix('.part')
+            shutil.rmtree(part, ignore_errors=True)     # of an attempt that failed
             part.mkdir()
             make(part)
             part.rename(folder)

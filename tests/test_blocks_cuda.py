@@ -1,6 +1,7 @@
 "The device code that sorts and unpacks blocks, compiled for the CPU with g++: bit-equal to the reference decoder, and a mistake is seen"
-import ctypes, re, shutil, subprocess
+import ctypes, hashlib, re, shutil, subprocess
 import numpy as np, pytest
+from conftest import once
 from orcd.blocks import GGMLType, dequantize
 from orcd import planes
 from orcd.errors import KernelError
@@ -56,26 +57,32 @@ MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
     exponent=('e ? e << 23', 'e ? (e + 1) << 23'))
 
 
-def compiled(text, path):
-    "A library of C++, which shares no variables with others of this process"
-    path.write_text(text)
-    lib = path.with_suffix('.so')
-    subprocess.run(['g++', '-std=c++17', '-O1', '-ffp-contract=off', '-fno-gnu-unique', '-w', '-shared', '-fPIC', '-o', lib, path], check=True)
-    return ctypes.CDLL(str(lib))
+HEADERS = 'algorithm cassert cmath csetjmp cstdint cstdlib cstring functional vector ucontext.h'
+
+
+def compiled(factory, text):
+    "A library of C++, made once a run. The headers, which take as long to read as all else, are read once"
+    def cc(folder, *args): subprocess.run(['g++', '-std=c++17', '-O1', '-ffp-contract=off', '-fno-gnu-unique', '-w', '-fPIC', *args], check=True, cwd=folder)
+    def headers(folder):
+        (folder/'all.h').write_text(''.join(f'#include <{name}>\n' for name in HEADERS.split()))
+        cc(folder, '-x', 'c++-header', '-o', 'all.h.gch', 'all.h')
+    def make(folder):
+        (folder/'x.cpp').write_text(text)
+        cc(folder, '-include', once(factory, 'headers-of-c', headers)/'all.h', '-shared', '-o', 'x.so', 'x.cpp')
+    return ctypes.CDLL(str(once(factory, f'c-{hashlib.sha256(text.encode()).hexdigest()[:24]}', make)/'x.so'))
 
 
 @pytest.fixture(scope='module')
 def build(tmp_path_factory):
     "Compile blocks.cu (with one mistake) into a shared library"
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
-    folder = tmp_path_factory.mktemp('blocks')
     def make(mutation=None):
         source = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks')) + read_source('many') + re.sub('#include .*', '', read_source('repack'))      # two lines of PTX; the shim has the same in C
         if mutation:
             old, new = MUTATIONS[mutation]
             assert source.count(old) == 1
             source = source.replace(old, new)
-        return compiled(SHIM + source + CALLS, folder/f'{mutation}.cpp')
+        return compiled(tmp_path_factory, SHIM + source + CALLS)
     return make
 
 

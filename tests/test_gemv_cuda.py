@@ -16,6 +16,7 @@ THREADS = re.sub(r'static struct \{ int x, z; \}.*\n', '', SHIM.replace('#define
 TYPES = [t for t in GGMLType if t.block_size > 1]
 FIBERS = r'''
 #include <cmath>
+#include <csetjmp>
 #include <functional>
 #include <ucontext.h>
 #define __CUDA_ARCH__ 900
@@ -25,25 +26,34 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct Index { int x, y, z; };
 struct Group { int arrived; unsigned turn; };
-struct Fiber { ucontext_t context; Index index; bool done; };
+struct Fiber { ucontext_t context; jmp_buf at; Index index; bool begun, done; };
 struct Warp : Group { uint32_t a[32][4], b[32][2], slot[32]; };
 static Fiber fibers[256], *now;
 static Warp warps[8];
 static Group block;
-static long turns, asleep[16];
-static ucontext_t scheduler;
+static long turns, moved, asleep[16];        // `moved`: the turn in which something happened
+static jmp_buf scheduler;
 static Index blockIdx, blockDim = {256, 1, 1};
 static std::function<void()> body;
 static char stacks[256][1 << 16];
 alignas(16) unsigned char shared[256 << 10];
 #define threadIdx now->index
+// Long jumps between lanes, since a change of contexts would ask the operating system every time
+static __attribute__((noinline)) void leave() { if (!_setjmp(now->at)) _longjmp(scheduler, 1); }
+static __attribute__((noinline)) void go_on(Fiber& f) {
+    now = &f;
+    if (_setjmp(scheduler)) return;
+    if (f.begun) _longjmp(f.at, 1);
+    f.begun = true; setcontext(&f.context);
+}
+template<class F> static void leave_until(F f) { while (!f()) leave(); moved = turns; }
 static void meet(Group& g, int n) {
     const unsigned turn = g.turn;
     if (++g.arrived == n) {
         g.arrived = 0; g.turn++;
         if (n == 256) for (int w = 0; w < 16; w++) if (rand() & 1) asleep[w] = turns + 1500;     // after a barrier some warps go on late
     }
-    else while (g.turn == turn) swapcontext(&now->context, &scheduler);
+    leave_until([&] { return g.turn != turn; });
 }
 static Warp& warp_of() { return warps[now->index.x / 32]; }
 static int lane_of() { return now->index.x & 31; }
@@ -100,29 +110,29 @@ static void bulk_copy_once(void* to, const void* from, int bytes, u64* b) {
     *b = ~*b & 1;
 }
 static void wait(u64* b, int phase) {
-    while ((*b & 1) == (u64)phase) swapcontext(&now->context, &scheduler);
+    leave_until([&] { return (*b & 1) != (u64)phase; });
     reading.push_back({b, now->index.x});
 }
 static void let_next_start() {}
 static void wait_for_last() {}
-static void entry() { body(); now->done = true; swapcontext(&now->context, &scheduler); }
+static void entry() { body(); now->done = true; moved = turns; leave(); }
 static int run_block() {        // 0; 1 when nobody gets on; 2 when a copy overtook a read
     block = {}; reading.clear(); overtaken = false;
     memset(warps, 0, sizeof warps);
     memset(shared, 0xFF, sizeof shared);
     for (int i = 0; i < 256; i++) {
-        fibers[i].index = {i, 0, 0}; fibers[i].done = false;
+        fibers[i].index = {i, 0, 0}; fibers[i].begun = fibers[i].done = false;
         getcontext(&fibers[i].context);
-        fibers[i].context.uc_stack.ss_sp = stacks[i]; fibers[i].context.uc_stack.ss_size = sizeof stacks[i]; fibers[i].context.uc_link = &scheduler;
+        fibers[i].context.uc_stack.ss_sp = stacks[i]; fibers[i].context.uc_stack.ss_size = sizeof stacks[i]; fibers[i].context.uc_link = nullptr;
         makecontext(&fibers[i].context, entry, 0);
     }
     memset(asleep, 0, sizeof asleep);
-    for (turns = 0; turns < 200000; turns++) {
+    for (turns = moved = 0; turns < moved + 5000; turns++) {         // nobody is late for longer
         bool left = false;
         for (auto& f : fibers) if (!f.done) {
             left = true;
             if (turns < asleep[f.index.x / 32]) continue;
-            now = &f; swapcontext(&scheduler, &f.context);
+            go_on(f);
         }
         if (!left) return overtaken ? 2 : 0;
     }
@@ -143,7 +153,7 @@ RUN = r'''
 def library(tmp_path_factory):
     "gemv.cu of one type, or of two, for the CPU"
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
-    folder, made = tmp_path_factory.mktemp('gemv'), {}
+    made = {}
     text = lambda name: re.sub(r'#include .*', '', read_source(name))
 
     def build(defines, change=('', ''), arch=900):
@@ -159,7 +169,7 @@ def library(tmp_path_factory):
             if change[0]: assert whole.count(change[0]) == 1, 'the source has changed'; whole = whole.replace(*change)
             run = 'RUN(gemv_mixed)' if names == ['mixed'] else f'ALL({names[0]})'
             text_of = '\n'.join(f'#define {d.replace("=", " ")}' for d in defines) + THREADS + FIBERS.replace('900', str(arch)) + whole + RUN + run
-            made[defines, change, arch] = compiled(text_of, folder/f'{len(made)}.cpp')
+            made[defines, change, arch] = compiled(tmp_path_factory, text_of)
         return made[defines, change, arch]
     return build
 

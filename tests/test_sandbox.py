@@ -8,6 +8,7 @@ import pytest
 from orcd import chat, sandbox
 from orcd.chat import CHATML, ChatTemplate, Pool, Renderer
 from orcd.errors import ChatTemplateError
+from worker_tools import gone
 
 TALK = [dict(role='user', content='Where is the rain?')]
 PROMPT = '<|im_start|>user\nWhere is the rain?<|im_end|>\n<|im_start|>assistant\n'
@@ -20,16 +21,6 @@ def pool(monkeypatch):
     monkeypatch.setattr(chat, '_pool', p)
     yield p
     p.close()
-
-
-def gone(pid):
-    "Wait until a process is no more, or a zombie that nobody has asked for"
-    for _ in range(1200):
-        try: state = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError): return True
-        if state in 'ZX': return True
-        time.sleep(.05)
-    return False
 
 
 def memory_peak(pid):

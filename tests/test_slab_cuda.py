@@ -81,10 +81,10 @@ def device_source():
 def build(tmp_path_factory):
     "Compile (with one mistake) into a shared library"
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
-    folder, source = tmp_path_factory.mktemp('slab'), SHIM.replace('#include <cstring>', '#include <cstring>\n#include <algorithm>') + HALVES + device_source() + CALLS
+    source = SHIM.replace('#include <cstring>', '#include <cstring>\n#include <algorithm>') + HALVES + device_source() + CALLS
     def make(old='', new=''):
         assert not old or source.count(old) == 1, 'the source has changed'
-        return compiled(source.replace(old, new) if old else source, folder/f'{new.strip(".f *") or "slab"}.cpp')
+        return compiled(tmp_path_factory, source.replace(old, new) if old else source)
     return make
 
 

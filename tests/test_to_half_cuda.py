@@ -23,7 +23,7 @@ REDUCE = 'static float warp_max(float v) { for (int d = 16; d; d >>= 1) v = fmax
 @pytest.fixture(scope='module')
 def library(tmp_path_factory):
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
-    folder, made = tmp_path_factory.mktemp('to_half'), {}
+    made = {}
     def build(threads, change=('', '')):
         if (threads, change) not in made:
             source = read_source('source')
@@ -33,7 +33,7 @@ def library(tmp_path_factory):
             # here `shared` is one per block: a static one does, since blocks run one after the other
             fibers = FIBERS.replace('#define __shared__', '#define __shared__ static').replace('alignas(16) unsigned char', 'alignas(16) static unsigned char').replace('256', str(threads))
             text = THREADS + fibers + 'typedef uint32_t u32; typedef uint16_t u16;\n' + REDUCE + factor + kernel.replace(*change) + RUN
-            made[threads, change] = compiled(text, folder/f'{len(made)}.cpp')
+            made[threads, change] = compiled(tmp_path_factory, text)
         return made[threads, change]
     return build
 

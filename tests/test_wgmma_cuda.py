@@ -30,7 +30,7 @@ static void bulk_copy(void* to, const void* from, int bytes, u64* b) {
     memcpy(to, from, bytes);
     of(b).bytes -= bytes; settle(b);
 }
-static void wait(u64* b, int phase) { while ((int)of(b).phase == phase) swapcontext(&now->context, &scheduler); }
+static void wait(u64* b, int phase) { leave_until([&] { return (int)of(b).phase != phase; }); }
 static void let_next_start() {}
 static void wait_for_last() {}
 static uint32_t address_of(const void* p) { return (unsigned char*)p - (unsigned char*)shared; }
@@ -90,7 +90,7 @@ def source():
 @pytest.fixture(scope='module')
 def library(tmp_path_factory):
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
-    folder, made = tmp_path_factory.mktemp('wgmma'), {}
+    made = {}
     def build(name, defines, threads, change):
         if (defines, change) not in made:
             whole = source()
@@ -102,7 +102,7 @@ def library(tmp_path_factory):
             fibers = fibers.replace('if (turns < asleep', 'if (f.index.x > 127 && turns % 4 || turns < asleep') # one warpgroup is ahead of the others
             fibers = fibers.replace('alignas(16) unsigned char shared[256 << 10]', 'alignas(1024) unsigned short shared[128 << 10]').replace('256', str(threads)).replace('warps[8]', 'warps[16]')
             text = '\n'.join(f'#define {d.replace("=", " ")}' for d in (*defines, '__CUDA_ARCH_FEAT_SM90_ALL=1')) + THREADS + HALVES + fibers + MORE + whole + RUN + f'RUN({name})'
-            made[defines, change] = compiled(text, folder/f'{len(made)}.cpp')
+            made[defines, change] = compiled(tmp_path_factory, text)
         return made[defines, change]
     return build
 

@@ -169,6 +169,16 @@ def orcd(*args, env=None, wait=False):
         p.p.wait(PATIENCE)
 
 
+def gone(pid):
+    "Wait until a process is no more, or a zombie that nobody has asked for"
+    for _ in range(1200):
+        try: state = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError): return True
+        if state in 'ZX': return True
+        time.sleep(.05)
+    return False
+
+
 def rss(pid): "Memory of a process that no file backs, in bytes"; return int(next(l for l in open(f'/proc/{pid}/status') if l.startswith('RssAnon')).split()[1]) * 1024
 
 
