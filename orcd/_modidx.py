@@ -391,6 +391,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'orcd.gguf': { 'orcd.gguf.GGUF': ('gguf.html#gguf', 'orcd/gguf.py'),
                            'orcd.gguf.GGUF._tensor': ('gguf.html#gguf._tensor', 'orcd/gguf.py'),
                            'orcd.gguf.GGUF.blocks': ('gguf.html#gguf.blocks', 'orcd/gguf.py'),
+                           'orcd.gguf.GGUF.check_data': ('gguf.html#gguf.check_data', 'orcd/gguf.py'),
                            'orcd.gguf.GGUF.check_unchanged': ('gguf.html#gguf.check_unchanged', 'orcd/gguf.py'),
                            'orcd.gguf.GGUF.dequantize': ('gguf.html#gguf.dequantize', 'orcd/gguf.py'),
                            'orcd.gguf.GGUF.read': ('gguf.html#gguf.read', 'orcd/gguf.py'),

@@ -500,6 +500,7 @@ def load(
     g = GGUF(file)
     engine = None
     try:
+        g.check_data()
         make = _engine(device)
         with ThreadPoolExecutor(1, 'orcd-tokenizer') as pool:
             checked, tokenizer = pool.submit(_check_tokenizer, g, text), pool.submit(_tokenizer, g)

@@ -519,8 +519,12 @@ class GGUF(_Header):
     def _tensor(self, name):
         if name not in self.tensors:
             raise GGUFError(f'there is no tensor {short(name)!r}; the file has {len(self.tensors)} tensors', self.path)
-        if not self.has_data: raise GGUFError(f'the file is a header without tensor data; {name} cannot be read', self.path)
+        self.check_data(f'; {name} cannot be read')
         return self.tensors[name]
+
+    def check_data(self, what=': there is nothing to load, download it again'):
+        "Raise `GGUFError` when the file is a header alone"
+        if not self.has_data: raise GGUFError(f'the file is a header without tensor data{what}', self.path)
 
     def read(self,
         name:str,    # of a tensor

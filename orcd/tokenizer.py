@@ -655,17 +655,20 @@ def _pairs(merges):
 
 def is_pair(m): return len(m) == 2 and isinstance(m[0], str) and isinstance(m[1], str)
 
-def _added(tokens, vocab):
-    "`Special` tokens of the file"
+def _added(tokens, vocab, nfc):
+    "`Special` tokens of the file; `nfc`: its normaliser composes accents"
     if not isinstance(tokens, list): raise TokenizerError('its added_tokens must be a list')
-    texts = {i: t for t, i in vocab.items()}
+    texts, seen = {i: t for t, i in vocab.items()}, set()
     for a in tokens:
         if not isinstance(a, dict) or not isinstance(t := a.get('content'), str) or not _is_id(a.get('id'), MAX_TOKENS) or not is_utf8(t):
             raise TokenizerError(f'the added token {short(json.dumps(a))} must have a text and an id below {MAX_TOKENS}')
         i = vocab.get(t, a['id'])
         if texts.setdefault(i, t) != t: raise TokenizerError(f'the tokens {short(t)!r} and {short(texts[i])!r} have both the id {i}')
         if a.get('single_word'): raise TokenizerError(f'the added token {short(t)!r} is one for single words, which are not known here')
-        if t: yield Special(i, t, is_control(t, bool(a.get('special'))), bool(a.get('lstrip')), bool(a.get('rstrip')))
+        if nfc and a.get('normalized') and not t.isascii():
+            raise TokenizerError(f'the added token {short(t)!r} is looked for in normalised text, which is not known here')
+        if t and t not in seen: yield Special(i, t, is_control(t, bool(a.get('special'))), bool(a.get('lstrip')), bool(a.get('rstrip')))
+        seen.add(t)     # as in the library: of two with one text the first counts
 
 def _leading(d):
     "Ids that the file puts before every text"
@@ -699,12 +702,14 @@ class JsonBPE:
         if odd := next((k for k in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix') if m.get(k)), None):
             raise TokenizerError(f'its model has a {odd}, which is not known here')
         vocab, pairs = dict(_strings(m.get('vocab'), 'vocabulary')), _pairs(m.get('merges'))
-        self.specials = list(_added(d.get('added_tokens') or [], vocab))
+        nfc = any(s['type'] == 'NFC' for s in known_steps(d.get('normalizer'), 'normalizer'))
+        self.specials = list(_added(d.get('added_tokens') or [], vocab, nfc))
         there = {s.text for s in self.specials}
         self.specials += [Special(vocab[t], t, True) for t in sorted(mistyped_ends([t for t in vocab if t not in there], pairs))]
         check_specials(self.specials)
         self.texts = {i: t for t, i in vocab.items()} | {s.id: s.text for s in self.specials}
         self.leading, unknown = _leading(d.get('post_processor')), m.get('unk_token')
+        if wrong := [i for i in self.leading if i not in self.texts]: raise TokenizerError(f'its TemplateProcessing begins with id {wrong[0]}, which no token has')
         self._build(d, vocab, pairs, unknown, {k: bool(m.get(k)) for k in ('fuse_unk', 'byte_fallback', 'ignore_merges')})
         self._look(d, vocab, unknown)
 

@@ -211,6 +211,9 @@ def test_failures_name_the_cure(path, tmp_path, monkeypatch):
     for kw in (dict(kv_cache_mb=0), dict(chunk_bytes=0), dict(kv_cache_mb=1.5)): fails(RequestError, 'at least 1', path, **kw)
     cut = tmp_path / 'cut.gguf'; cut.write_bytes(path.read_bytes()[:-1000])
     fails(OrcdError, 'cut.gguf', cut)
+    with orcd.GGUF(path) as g: cut.write_bytes(path.read_bytes()[:g.data_offset])
+    fails(GGUFError, 'cut.gguf.*header without tensor data', cut)
+    fails(GGUFError, 'header without tensor data', cut, device='cuda:0')     # before anything is asked of a GPU
     file = make_models.make_model(tmp_path / 'l.gguf', 'llama', leave_out=['blk.1.ffn_up.weight'])
     fails(ModelError, 'blk.1.ffn_up.weight', file)
 

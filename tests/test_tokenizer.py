@@ -549,12 +549,25 @@ def model(**changes): return dict(model=GOOD['model'] | changes)
     (model(vocab={'\ud800': 0}), 'surrogate'), (model(merges=[['a', 'c']]), "'a c'"), (model(merges=[['a'*4000, 'b']]), 'third one'), (model(merges=['ab']), 'two tokens'),
     (dict(added_tokens=[dict(id=0, content='x')]), 'both the id 0'), (dict(added_tokens=[dict(id=9, content='x'*300)]), '300 characters'), (dict(added_tokens=[dict(id=9, content='w', single_word=True)]), 'single words'),
     (dict(added_tokens=[dict(id=10+i, content='x'*250 + f'{i:06}') for i in range(1100)]), 'in all'),
+    (dict(normalizer={'type': 'NFC'}, added_tokens=[dict(id=9, content='é', normalized=True)]), 'normalised text'),
+    (dict(post_processor=dict(type='TemplateProcessing', single=[{'SpecialToken': {'id': 'x'}}, {'Sequence': {'id': 'A'}}], special_tokens={'x': {'ids': [9]}})), 'id 9, which no token has'),
     ('[' * 100_000, 'no JSON'), ('[]', 'no JSON object'), ('{"a": 1' + '0'*5000 + '}', 'no JSON')], ids=lambda x: x if isinstance(x, str) and len(x) < 50 else '')
 def test_hostile_json(tmp_path, changes, says):
     "Refused at load, by name, in one short sentence"
     path = write_json(tmp_path, changes if isinstance(changes, str) else GOOD | changes)
     with pytest.raises(TokenizerError, match=says) as e: Tokenizer.from_json(path)
     assert 'tokenizer.json' in str(e.value) and len(str(e.value)) < 400 and '\n' not in str(e.value)
+
+
+def test_added_tokens_as_the_library_has_them(tmp_path):
+    "Of two with one text the first counts; an accent that the normaliser composes, beside a token that is looked for before that"
+    d = GOOD | dict(normalizer={'type': 'NFC'}, pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True))
+    d['model'] = dict(GOOD['model'], vocab={c: i for i, c in enumerate(ALPHABET.values())}, merges=[], unk_token=None)
+    added = dict(single_word=False, lstrip=False, rstrip=False)
+    d['added_tokens'] = [dict(added, id=256, content='<x>', special=True, normalized=False), dict(added, id=257, content='e\u0301', special=False, normalized=False),
+        dict(added, id=258, content='<y>', special=False, normalized=True), dict(added, id=259, content='<x>', special=False, normalized=False)]
+    lib, tok = tokenizers.Tokenizer.from_str(json.dumps(d | dict(version='1.0', decoder=None, post_processor=None))), Tokenizer.from_json(write_json(tmp_path, d))
+    for s in ['a<x>b', '<x><x>', 'é', 'e\u0301', 'o\u0308 e\u0301<x>é', 'a<y> <y>']: assert tok.encode(s) == lib.encode(s).ids, s
 
 
 def test_files_that_are_none(tmp_path):
