@@ -30,10 +30,16 @@ static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
 }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { return a + b; }
-static float half_bits(uint32_t h) {
-    uint32_t e = h >> 10 & 31, m = h & 1023; float s = h & 0x8000 ? -1.f : 1.f;
-    return e ? s * __uint_as_float((e + 112) << 23 | m << 13) : s * m * 0x1p-24f;
-}
+static struct Halves {
+    float of[65536];
+    Halves() {
+        for (uint32_t h = 0; h < 65536; h++) {
+            uint32_t e = h >> 10 & 31, m = h & 1023; float s = h & 0x8000 ? -1.f : 1.f;
+            of[h] = e ? s * __uint_as_float((e + 112) << 23 | m << 13) : s * m * 0x1p-24f;
+        }
+    }
+} table_of_halves;
+static float half_bits(uint32_t h) { return table_of_halves.of[h & 65535]; }
 static uint32_t half_of(float x) {      // of an integer below 2048
     uint32_t u; memcpy(&u, &x, 4);
     return (u >> 16 & 0x8000) | (x == 0 ? 0 : (u >> 23 & 255) - 112) << 10 | (x == 0 ? 0 : u >> 13 & 1023);

@@ -127,6 +127,7 @@ static int run_block() {        // 0; 1 when nobody gets on; 2 when a copy overt
         makecontext(&fibers[i].context, entry, 0);
     }
     memset(asleep, 0, sizeof asleep);
+    long looked = 0;
     for (turns = moved = 0; turns < moved + 5000; turns++) {         // nobody is late for longer
         bool left = false;
         for (auto& f : fibers) if (!f.done) {
@@ -135,6 +136,11 @@ static int run_block() {        // 0; 1 when nobody gets on; 2 when a copy overt
             go_on(f);
         }
         if (!left) return overtaken ? 2 : 0;
+        if (turns > std::max(moved, looked) + 4) {             // all wait for those who are late: their time has come
+            long next = moved + 5000;
+            for (long late : asleep) if (late > turns && late < next) next = late;
+            looked = next; turns = next - 1;
+        }
     }
     return 1;
 }
