@@ -311,6 +311,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'orcd.errors.RequestError': ('errors.html#requesterror', 'orcd/errors.py'),
                              'orcd.errors.TokenizerError': ('errors.html#tokenizererror', 'orcd/errors.py'),
                              'orcd.errors.UsageError': ('errors.html#usageerror', 'orcd/errors.py'),
+                             'orcd.errors.brief': ('errors.html#brief', 'orcd/errors.py'),
                              'orcd.errors.for_output': ('errors.html#for_output', 'orcd/errors.py'),
                              'orcd.errors.printable': ('errors.html#printable', 'orcd/errors.py')},
             'orcd.generation': { 'orcd.generation.Generation': ('generation.html#generation', 'orcd/generation.py'),

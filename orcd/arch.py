@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 # %% ../nbs/09_arch.ipynb #0389c69b
 from .blocks import GGMLType
-from .config import Hyper, ModelConfig, read_config
+from .config import Hyper, ModelConfig, read_config, short
 from .errors import ModelError
 
 # %% ../nbs/09_arch.ipynb #7e665575
@@ -139,7 +139,7 @@ def open_model(
     if name == 'gptoss': raise ModelError("the architecture is 'gptoss', which is another program's own format (its experts have type id 4): "
         "take a file whose architecture is 'gpt-oss', such as llama.cpp's converter makes")
     if name is None: raise ModelError('general.architecture is missing: the file holds no language model')
-    if name not in registry and name not in known(): raise ModelError(f'the architecture {name!r} is not supported; known: {", ".join(known())}')
+    if name not in registry and name not in known(): raise ModelError(f'the architecture {short(name)} is not supported; known: {", ".join(known())}')
     family = registry[name]()
     config = family.config(g)
     return family, config, bind(family, g, config)

@@ -212,7 +212,7 @@ def refuse_unknown(
     neutral = NEUTRAL | neutral
     for name in h.metadata:
         if name in h.known or not name.startswith(h.arch + '.'): continue
-        v, allowed, key = h.metadata[name], neutral.get(name[len(h.arch) + 1:]), repr(name)[1:-1]
+        v, allowed, key = h.metadata[name], neutral.get(name[len(h.arch) + 1:]), short(name)[1:-1]
         if allowed is None: raise ModelError(f'{key} is {short(v)}: the {h.arch} architecture has no such key here, and leaving it out may give wrong results')
         if is_neutral(v, allowed): continue
         raise ModelError(f'{key} is {short(v)}: only {" or ".join(map(repr, allowed))} is supported, leaving it out would give wrong results')
@@ -257,6 +257,8 @@ def vocab_rows(g, h):
     t = g.tensors.get('token_embd.weight')
     if t is None or len(t.shape) != 2: raise ModelError('token_embd.weight is missing or no matrix: this is no complete language model')
     n = t.shape[0]
+    tokens = getattr(g.metadata, 'kind', lambda key: (None,)*3)('tokenizer.ggml.tokens')[2] or 0
+    if tokens > n: raise ModelError(f'the tokenizer has {tokens} tokens, but token_embd.weight has only {n} rows: the file was put together from two models')
     if h.int('vocab_size', n) > n: raise ModelError(f'{h.arch}.vocab_size is {h.int("vocab_size")}, but token_embd.weight has only {n} rows')
     return n
 

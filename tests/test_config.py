@@ -206,3 +206,21 @@ def test_a_name_is_for_people(tmp_path, name):
         m.setattr(make_models.gguf, 'GGUFWriter', Writer)
         with GGUF(make_model(tmp_path/'m.gguf', keys={'general.name': name})) as g: c = arch.resolve(g)[1]
     assert c.name == (name[:80] if isinstance(name, str) and name else 'qwen2')
+
+
+def test_long_words(tmp_path):
+    "A word or key of a megabyte is cut where it is quoted"
+    assert len(broken(tmp_path, keys={'qwen2.' + 'x'*60_000: 'y'*1_000_000})) < 400
+    with GGUF(make_model(tmp_path/'m.gguf')) as g:
+        g.metadata._values['general.architecture'] = 'x'*1_000_000
+        with pytest.raises(ModelError, match='known: gpt-oss, llama') as e: arch.resolve(g)
+    assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize('tokens', [159, 160, 161])
+def test_tokens_and_rows(tmp_path, tokens):
+    "More tokens than rows: prompts would hold ids of which the model has nothing"
+    with GGUF(make_model(tmp_path/'m.gguf', n_vocab=160, keys={'tokenizer.ggml.tokens': [f't{i}' for i in range(tokens)]})) as g:
+        if tokens <= 160: assert arch.resolve(g)[1].n_vocab == 160
+        else:
+            with pytest.raises(ModelError, match='161 tokens, but token_embd.weight has only 160 rows'): arch.resolve(g)

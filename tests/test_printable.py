@@ -27,6 +27,15 @@ def test_printable(text):
     assert harmless(printable(text, keep=PROSE).translate(dict.fromkeys(map(ord, PROSE))))
 
 
+@given(ANY, st.integers(0, 40_000))
+def test_messages_have_an_end(text, n):
+    "What a file or a client wrote may be a megabyte long: what is said of it begins and ends as it would"
+    whole = text + 'x'*n + '; it must be a word'
+    for e in OrcdError(whole), GGUFError(whole, 'm.gguf', 7):
+        said, full = str(e), printable(('m.gguf: ' if isinstance(e, GGUFError) else '') + whole + (' (byte 7)' if isinstance(e, GGUFError) else ''), keep='\n\t')
+        assert said == full if len(full) <= 8000 else len(said) < 8000 and full.startswith(said[:1000]) and full.endswith(said[-1000:])
+
+
 def test_every_character():
     for i in range(sys.maxunicode + 1): assert harmless(printable(chr(i))) and (printable(chr(i)) == chr(i)) == harmless(chr(i)), hex(i)
 
