@@ -463,7 +463,9 @@ def _explained():
             f'{e}; to run on the CPU, slowly, ask for the reference engine: --device reference (in Python: device="reference")') from e
 
 def _reference(g, context_length, kv_cache_mb, chunk_bytes, progress):
+    from orcd.arch import open_model
     from orcd.reference import ReferenceEngine
+    open_model(g)    # as the other engine: first what is wrong with the model
     progress and progress(0, g.file_size)
     engine = ReferenceEngine(g, n_ctx=context_length)
     progress and progress(g.file_size, g.file_size)
