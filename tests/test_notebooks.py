@@ -21,8 +21,19 @@ def module_of(path):
         if m := re.search(r'^#\|\s*default_exp\s+(\S+)', src, re.M): return m[1]
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    "Templates that compute for ever are stopped after half a second instead of two"
+    from orcd import chat
+    pool = chat.Pool()
+    monkeypatch.setattr(chat, '_pool', pool)
+    monkeypatch.setattr(chat, 'CPU_SECONDS', .5)
+    yield
+    pool.close()
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook(path, monkeypatch):
+def test_notebook(path, monkeypatch, hasty):
     import matplotlib
     matplotlib.use('Agg')
     monkeypatch.chdir(path.parent)

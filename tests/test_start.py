@@ -265,10 +265,12 @@ def odd(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['fifo', 'folder', 'empty', 'broken', 'loop', 'socket', '/dev/zero', 'x' * 300, '~nobody-at-all/x.gguf', 'empty/x', 'a/b/c.gguf'])
-def test_what_is_no_model(odd, name):
+def test_what_is_no_model(odd, name, monkeypatch):
+    from orcd import cli
     code, out, err = run('serve', '--model', name, '--device', 'reference', '--port', '0', '--log-format', 'json', cwd=odd)
     assert code == 1 and [e['code'] for e in errors(err)] == ['MODEL_LOAD_FAILED'] and 'Traceback' not in err and errors(err)[0]['message']
-    assert run('info', name, cwd=odd)[0] == 1
+    monkeypatch.chdir(odd)
+    assert cli.run(['info', name]) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
