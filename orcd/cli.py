@@ -6,10 +6,10 @@
 __all__ = ['FLAGS', 'MIN_TOKEN', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature', 'TopK', 'TopP', 'MinP', 'Penalty',
            'Seed', 'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'path', 'address', 'device', 'seconds', 'url',
            'yes', 'Flag', 'settle', 'read_text', 'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path',
-           'complete_model', 'from_flags', 'worker_settings', 'head_start', 'serve', 'open_model', 'stream', 'as_text',
-           'has_chat', 'generate', 'summary', 'fitting', 'chat', 'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench',
-           'floor', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'ask', 'demo', 'checks', 'doctor', 'flush_output',
-           'run', 'main', 'worker_main']
+           'complete_model', 'from_flags', 'worker_settings', 'head_start', 'serve', 'as_device', 'open_model',
+           'stream', 'as_text', 'has_chat', 'generate', 'summary', 'fitting', 'chat', 'by_type', 'mib', 'gpu_now',
+           'info', 'words', 'bench', 'floor', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'end', 'ask', 'demo',
+           'checks', 'doctor', 'flush_output', 'run', 'main', 'worker_main']
 
 # %% ../nbs/44_cli.ipynb #ca78b11e
 import sys
@@ -26,7 +26,7 @@ import typer
 
 # %% ../nbs/44_cli.ipynb #896bb58c
 from . import __version__
-from .errors import OrcdError, RequestError, UsageError, for_output, printable
+from .errors import PROSE, OrcdError, RequestError, UsageError, for_output, printable
 
 # %% ../nbs/44_cli.ipynb #63923d7a
 def whole(lo, hi=None):
@@ -323,10 +323,14 @@ MinP = Annotated[float, typer.Option('--min-p', metavar='P', help='drop tokens l
 Penalty = Annotated[float, typer.Option('--repetition-penalty', metavar='R', help='above 1: fewer repetitions')]
 Seed = Annotated[Optional[int], typer.Option('--seed', '-s', metavar='N', help='same seed, same text')]
 
+def as_device(t):
+    "The value of --device"
+    try: return device(t)
+    except ValueError as e: raise UsageError(f'--device: {t!r} is not {e}') from None
+
 def open_model(name, device_text, context=None):
     "Load what the command line names"
-    try: d = device(device_text)
-    except ValueError as e: raise UsageError(f'--device: {device_text!r} is not {e}') from None
+    d = as_device(device_text)
     from orcd.generation import load
     d = d if d == 'reference' else f'cuda:{d}'
     return load(str(model_path(name)), device=d, context_length=context, progress=sys.stderr.isatty())
@@ -529,18 +533,42 @@ def cuda_problem():
 def spawn(*flags,
     seen=None, # called with each event of the log until it is ready
 ):
-    "Start a worker process; returns (process, uri), or (process, error message) with the process ended"
+    "Start a worker process that ends when this one does; returns (process, uri), or (process, error message) with the process ended"
     import json, subprocess
     command = [sys.executable, '-m', 'orcd.cli', 'serve', '--port', '0', '--host', '127.0.0.1', '--log-format', 'json', *flags]
-    p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    said = 'no log line'
-    for line in p.stderr:
-        e = json.loads(line) if line.startswith('{') else dict(event='', message=line.strip())
-        if seen: seen(e)
-        if e['event'] == 'ready': return p, e['uri']
-        if e['event'] == 'error': said = e['message']
+    p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors='backslashreplace', preexec_fn=_tied())
+    said = nothing = 'no log line'
+    try:
+        for line in p.stderr:
+            e = json.loads(line) if line.startswith('{') else dict(event='', message=line.strip())
+            if seen: seen(e)
+            if e['event'] == 'ready': return p, e['uri']
+            if e['event'] == 'error' or said == nothing: said = e.get('message') or said      # a wrong setting is told before there is a log
+    except BaseException: end(p); raise
     p.wait()
     return p, said
+
+def _tied():
+    "What a new process calls so that it gets a SIGTERM when the thread that started it ends, however that ends"
+    if sys.platform != 'linux': return None
+    import ctypes, signal
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+    def tie():
+        prctl(1, signal.SIGTERM, 0, 0, 0)          # PR_SET_PDEATHSIG
+        if os.getppid() != parent: os._exit(0)     # too late
+    return tie
+
+def end(
+    p,           # a worker process
+)->int:          # its exit code
+    "End a worker in order; one that takes longer than a minute is killed"
+    import subprocess
+    p.terminate()
+    try: return p.wait(60)
+    except BaseException as e:
+        p.kill(); p.wait()
+        if not isinstance(e, subprocess.TimeoutExpired): raise
+    return p.returncode
 
 # %% ../nbs/44_cli.ipynb #6a4e0314
 def ask(
@@ -570,6 +598,7 @@ ENGINES = dict(cuda='CUDA on GPU 0', reference='the NumPy reference engine on th
 def demo(prompt:Annotated[str, typer.Argument()]='Write a haiku about GPU computing', temperature:Temperature=0.7, seed:Seed=42,
     device:Annotated[Optional[str], typer.Option('--device', metavar='DEVICE', help='a GPU, or reference [the GPU if there]')]=None):
     "Start a worker with the small model that comes along, let it write a haiku, end it."
+    prompt, device = as_text(prompt, 'PROMPT'), device and str(as_device(device))
     problem = cuda_problem() if device is None else None
     tries = [device] if device else ['0', 'reference'] if problem is None else ['reference']
     if problem: print(f'No GPU: {problem}.')
@@ -579,29 +608,29 @@ def demo(prompt:Annotated[str, typer.Argument()]='Write a haiku about GPU comput
         began = time.monotonic()
         p, where = spawn('--model', 'demo', '--device', d)
         if p.returncode is None: break
-        print(f'It did not start: {where}')
+        print(f'It did not start: {printable(where)}')
     else: raise typer.Exit(1)
-    print(f'POST {where}/execute after {time.monotonic() - began:.1f} s: {prompt}\n')
     body = dict(job_id='demo', messages=[dict(role='user', content=prompt)], temperature=temperature, seed=seed, max_tokens=128)
-    raise typer.Exit(_perform(p, where, engine, body))
+    try:
+        print(f'POST {where}/execute after {time.monotonic() - began:.1f} s: {printable(prompt, keep=PROSE)}\n')
+        ok = _perform(p, where, engine, body)
+    finally: code = end(p)
+    print(f'The worker ended with exit code {code}')
+    raise typer.Exit(0 if ok and code == 0 else 1)
 
 def _perform(p, where, engine, body):
+    "Was the answer written to its end?"
     _drain_pipe(p)
-    try:
-        end = {}
-        for e in ask(where, **{k: v for k, v in body.items() if v is not None}):
-            if e['type'] == 'token': print(for_output(e['t'], sys.stdout), end='', flush=True)
-            else: end = e
-        ok = end.get('type') == 'end'
-        if not ok: print(f"\n\n{end.get('code')}: {end.get('message')}")
-        else:
-            rate = end['tokens_out'] / max(end['decode_time_ms'], 1) * 1e3
-            print(f"\n\n{end['stop_reason']} after {end['tokens_out']} tokens, {rate:.0f} tok/s, {engine}")
-    finally:
-        p.terminate()
-        code = p.wait(60)
-    print(f'The worker ended with exit code {code}')
-    return 0 if ok and code == 0 else 1
+    last = {}
+    for e in ask(where, **{k: v for k, v in body.items() if v is not None}):
+        if e['type'] == 'token': print(for_output(e['t'], sys.stdout), end='', flush=True)
+        else: last = e
+    ok = last.get('type') == 'end'
+    if not ok: print(f"\n\n{last.get('code')}: {last.get('message')}")
+    else:
+        rate = last['tokens_out'] / max(last['decode_time_ms'], 1) * 1e3
+        print(f"\n\n{last['stop_reason']} after {last['tokens_out']} tokens, {rate:.0f} tok/s, {engine}")
+    return ok
 
 # %% ../nbs/44_cli.ipynb #7c19896e
 def _version(package):
@@ -715,6 +744,7 @@ def main(
     "What the entry point `orcd` runs"
     args = sys.argv[1:] if args is None else args
     start.begin(args)
+    start.hear_ctrl_c()
     code = run(args)
     if start.signals:          # a worker: it has ended in order, and a thread that still waits for something may not keep the process
         flush_output()

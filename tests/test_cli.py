@@ -287,6 +287,56 @@ def test_demo():
     assert code == 0 and 'reference engine' in out and 'exit code 0' in out and err == ''
 
 
+def is_alive(pid):
+    try: return open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0] not in 'ZX'
+    except (FileNotFoundError, ProcessLookupError): return False
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc')
+@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize('when', ['starting', 'ready'])
+def test_a_demo_that_is_ended_leaves_no_worker(sig, when):
+    "However it ends, while its worker starts or after that"
+    code = f"""if True:
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        import subprocess
+        from orcd import cli
+        class Told(subprocess.Popen):
+            def __init__(self, *args, **kw):
+                super().__init__(*args, **kw)
+                print(self.pid, flush=True)
+                if {when == 'starting'}: self.stderr.close(); self.stderr = Never()
+        class Never:
+            def __iter__(self): time.sleep(1e6)
+        subprocess.Popen = Told
+        def ask(*args, **kw): print('asked', flush=True); time.sleep(1e6); yield
+        cli.ask = ask
+        cli.main(['demo', '--device', 'reference'])"""
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ, PYTHONPATH=PATH))
+    pid = next(int(line) for line in p.stdout if line.strip().isdigit())
+    if when == 'ready': assert any(line == 'asked\n' for line in p.stdout)
+    p.send_signal(sig)
+    _, err = p.communicate(timeout=4 * PATIENCE)       # the end of its output: the worker held the other end of that pipe
+    assert p.returncode == (130 if sig == signal.SIGINT else -sig) and 'Traceback' not in err
+    end = time.monotonic() + PATIENCE
+    while is_alive(pid) and time.monotonic() < end: time.sleep(.05)
+    assert not is_alive(pid)
+
+
+def test_a_demo_that_cannot_start():
+    "says why, in characters that steer no terminal"
+    code, out, err = call('demo', '--device', '\x1b[31m')
+    assert (code, out) == (2, '') and r"--device: '\x1b[31m' is not the index of a GPU, or reference" in err
+    code, out, err = call('demo', '--device', 'reference', env=dict(ORCD_CONTEXT_LENGTH='many'))
+    assert code == 1 and "--context-length: 'many' is not a whole number" in out and '(ORCD_CONTEXT_LENGTH)' in out
+
+
+def test_a_demo_writes_no_controls():
+    code, out, err = call('demo', '--device', 'reference', 'a\x1b[31mb')
+    assert code == 0 and r'a\x1b[31mb' in out and '\x1b' not in out
+
+
 def test_haiku_through_the_worker():
     with orcd('serve', '--model', 'demo', '--device', 'reference', '--port', '0', wait=True) as w:
         events = w.execute(messages=[dict(role='user', content='Write a haiku about GPU computing')], temperature=0, max_tokens=80).all()

@@ -38,6 +38,27 @@ start.main()"""
     assert (p.returncode, out, err) == (0, b'', b'')
 
 
+@pytest.mark.parametrize('when', ['importing', 'at the end'])
+def test_ctrl_c_outside_of_a_command(when):
+    "ends the process without a traceback, before there is a command and after it"
+    code = f"""import atexit, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from orcd import start
+def wait(): print('here', flush=True); time.sleep(1e6)
+class Slow:
+    def find_spec(self, name, *a):
+        if name == 'typer': wait()
+if {when == 'importing'}: sys.meta_path.insert(0, Slow())
+else: atexit.register(wait)
+sys.argv = ['orcd', '--version']
+start.main()"""
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=PATH))
+    while p.stdout.readline() != b'here\n': assert p.poll() is None
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=FAR)
+    assert (p.returncode, out, err) == (-signal.SIGINT, b'', b'')
+
+
 @pytest.mark.parametrize('sig', ENDING)
 @pytest.mark.parametrize('times', [1, 2])
 def test_a_load_that_does_not_come_back(sig, times):
