@@ -13,7 +13,7 @@ import asyncio, errno, gc, hmac, ipaddress, os, resource, select, socket, thread
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 # %% ../nbs/43_worker.ipynb #8dc23da5
 import h11, uvicorn
@@ -254,8 +254,14 @@ async def _execute(self, http):
     if connection: connection.stream = stream
     return stream
 
+def _is_utf8(scope):
+    "Is the path text, once its percent signs are read?"
+    try: return unquote_to_bytes(scope.get('raw_path') or b'').decode() is not None
+    except UnicodeDecodeError: return False
+
 async def _cancel(self, http, job_id=None):
     if job_id is None: job_id = (await self.work(parse_json, await self.body(http))).get('job_id')
+    elif not _is_utf8(http.scope): job_id = None            # else bytes that are none would be another job's id
     if not isinstance(job_id, str) or not 1 <= len(job_id) <= 256:
         broken = rule('job_id', 'string(1..=256)', 'a string of 1 to 256 characters is required', job_id)
         raise Problem('INVALID_REQUEST', 'job_id is required', errors=[broken])
@@ -283,7 +289,7 @@ async def safely(answer, http):
 async def _router_error(http, e):
     "404 and 405 of the router"
     hint = '; no path of ours ends with a slash' if e.status_code == 404 and http.scope['path'].endswith('/') else ''
-    message = f'{e.detail}: {http.method} on this path{hint}'
+    message = f'{e.detail}: {http.method[:32]} on this path{hint}'
     r = error_response(Problem('INVALID_REQUEST', message, status=e.status_code), http.scope['orcd.id'])
     r.headers.update(e.headers or {})
     return r
@@ -390,7 +396,7 @@ class Edge:
             await error_response(e, cid)(scope, receive, tagged)
         if scope['path'] != '/health':
             ms = round((time.monotonic() - began) * 1000)
-            log.info('request', method=scope['method'], path=scope['path'][:200], status=status, ms=ms, correlation_id=cid)
+            log.info('request', method=scope['method'][:32], path=scope['path'][:200], status=status, ms=ms, correlation_id=cid)
 
 # %% ../nbs/43_worker.ipynb #2d85447d
 def _admit(self, scope):
@@ -413,9 +419,10 @@ Edge.admit, Edge.check_host = _admit, _check_host
 # %% ../nbs/43_worker.ipynb #e06c2463
 def _raw(status, phrase, problem):
     "A whole HTTP response as bytes, for when there is no request to answer"
-    body = to_json(error_body(problem, correlation_id())).encode()
-    head = f'HTTP/1.1 {status} {phrase}', 'Content-Type: application/json', f'Content-Length: {len(body)}', 'Connection: close', '', ''
-    return '\r\n'.join(head).encode() + body
+    cid = correlation_id()
+    body = to_json(error_body(problem, cid)).encode()
+    head = [f'HTTP/1.1 {status} {phrase}', 'Content-Type: application/json', f'Content-Length: {len(body)}', f'X-Correlation-ID: {cid}', 'Connection: close']
+    return '\r\n'.join(head + ['Retry-After: 1'] * (status == 503) + ['', '']).encode() + body
 
 class Pieces(h11.Connection):
     "A parser that counts the pieces in which a body comes"
@@ -483,7 +490,7 @@ class Connection(H11Protocol):
             transport.close()
 
     def connection_lost(self, exc):
-        self.worker.open.pop(self.client, None)
+        if self.worker.open.get(self.client) is self: del self.worker.open[self.client]     # its client may have come back from the same port
         super().connection_lost(exc)
 
     def on_response_complete(self):
@@ -497,6 +504,8 @@ class Connection(H11Protocol):
     def resume_writing(self):
         self.paused_since = None
         super().resume_writing()
+
+    def _should_upgrade(self): return False             # some clients offer HTTP/2 with every request; without an answer to that they go on as they are
 
     def send_400_response(self, msg):
         self.transport.write(_raw(400, 'Bad Request', Problem('INVALID_REQUEST', msg)))
@@ -642,7 +651,7 @@ class Process:
         flush=lambda: None,  # called before the process ends out of order
     ):
         self.settings, self.exit_code, self.signals, self.flush = settings, 0, signals, flush
-        self.heard, self.ending, self.said, self.lock, self.over = 0, False, False, threading.Lock(), threading.Event()
+        self.heard, self.said, self.lock, self.ending, self.over = 0, False, threading.Lock(), threading.Event(), threading.Event()
         self.jobs = Jobs(None, settings.queue_depth, settings.inference_timeout_sec, self.fatal)
         self.jobs.load = _loader(settings, load, self.jobs)
 
@@ -678,11 +687,11 @@ STEP = .05 # s
 
 def _hasten(self):
     "From now on the process ends, in order or not"
-    with self.lock: before, self.ending = self.ending, True
-    if not before: threading.Thread(target=self.end_anyway, name='orcd-end', daemon=True).start()
+    self.ending.set()
 
 def _end_anyway(self):
     "Runs in a thread of its own: when what is left to do takes too long, the process ends without it"
+    self.ending.wait()
     s, idle, whole = self.settings, 0.0, 0.0
     while idle < (s.stop_s if self.heard < 2 else min(s.stop_s, 1)) and whole < s.drain_s + s.hang_s + s.stop_s:
         if self.over.wait(STEP): return
@@ -702,6 +711,7 @@ Process.hasten, Process.end_anyway, Process.goodbye = _hasten, _end_anyway, _goo
 async def _run(self):
     s = self.settings
     self.loop, self.worker = asyncio.get_running_loop(), Worker(s, self.jobs)
+    threading.Thread(target=self.end_anyway, name='orcd-end', daemon=True).start()
     if self.signals: self.signals.hear = self.told
     log.info('startup', version=__version__, pid=os.getpid(), model_path=s.model, host=s.host, port=s.port)
     if not is_uuid(s.worker_id): log.warning('worker_id', message=f'{s.worker_id} is not a UUID; kept as it is')
@@ -785,7 +795,10 @@ async def _end(self):
     "Free the model, say goodbye"
     self.hasten()
     loaded = self.jobs.loaded.done()                       # if not, the load was left behind: nothing to wait for
-    ended = await asyncio.to_thread(self.jobs.stop, min(self.settings.hang_s, self.settings.stop_s / 2) if loaded else 0)
+    left = min(self.settings.hang_s, self.settings.stop_s / 2) if loaded else 0
+    while not (ended := self.jobs.stop(0)) and left > 0:   # no thread that waits for that thread: there may be no memory for one
+        await asyncio.sleep(.01)
+        left -= .01
     if loaded and not ended: self.exit_code = 1
     self.goodbye()
 
@@ -831,10 +844,14 @@ def _exchange(self):
     request = h11.Request(method='POST', target=(u.path or '/') + (f'?{u.query}' if u.query else ''), headers=headers)
     self.sock.sendall(b''.join(map(conn.send, (request, h11.Data(self.body), h11.EndOfMessage()))))
     while True:
-        event = conn.next_event()
-        if event is h11.NEED_DATA: conn.receive_data(self.sock.recv(8192))
+        try: event = conn.next_event()
+        except h11.RemoteProtocolError as e: raise OrcdError(f'its answer is not HTTP: {e}'[:300]) from None
+        if event is h11.NEED_DATA:
+            data = self.sock.recv(8192)
+            if not data: raise OrcdError('it closed the connection without a whole answer')
+            conn.receive_data(data)
         elif isinstance(event, h11.Response): return event.status_code
-        elif not isinstance(event, h11.InformationalResponse): raise OrcdError('it closed the connection without an answer')
+        elif not isinstance(event, h11.InformationalResponse): raise OrcdError('its answer is not HTTP')
 
 Call.exchange = _exchange
 

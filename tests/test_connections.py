@@ -222,3 +222,61 @@ def test_few_descriptors_from_the_start():
     finally:
         w.p.kill()
         w.p.wait(PATIENCE)
+
+
+def test_answers_without_a_request_have_the_headers_of_all_answers():
+    with worker() as w:
+        c = w.connect()
+        c.sendall(b'what\r\n\r\n')
+        head, _, body = everything(c).partition(b'\r\n\r\n')
+        assert head.startswith(b'HTTP/1.1 400 ') and ('X-Correlation-ID: ' + json.loads(body)['correlation_id']).encode() in head.split(b'\r\n')
+
+
+def test_places_taken_are_told_with_retry_after():
+    from orcd.protocol import Problem
+    from orcd.worker import _raw
+    head, _, body = _raw(503, 'Service Unavailable', Problem('WORKER_BUSY', 'too many connections')).decode().partition('\r\n\r\n')
+    headers = dict(l.split(': ') for l in head.split('\r\n')[1:])
+    assert headers['Retry-After'] == '1' and headers['X-Correlation-ID'] == json.loads(body)['correlation_id'] and int(headers['Content-Length']) == len(body)
+
+
+def test_odd_requests_say_little():
+    "An offer of HTTP/2 (the default of some clients) is no warning; a method of 15 KB is not repeated"
+    with worker() as w:
+        offer = {'Connection': 'Upgrade, HTTP2-Settings', 'Upgrade': 'h2c', 'HTTP2-Settings': 'AAMAAABkAAQAoAAAAAIAAAAA'}
+        assert w.post('/execute', dict(job_id='1', prompt='a'), headers=offer)[0] == 200
+        c = w.connect()
+        c.sendall(b'M' * 15000 + b' /execute HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
+        data = everything(c)
+        assert data.startswith(b'HTTP/1.1 405 ') and len(data) < 1000
+        w.event('request', status=405)
+        assert max(map(len, w.raw)) < 1000 and not [e for e in w.log if e['level'] == 'warning' and e['event'] == 'uvicorn']
+
+
+def test_a_path_that_is_no_text_names_no_job():
+    with worker() as w:
+        s = w.execute('\ufffd', prompt='tokens:2000@0.01')
+        s.next()
+        for path in '/cancel/%ff', '/cancel/%ed%a0%80':
+            status, _, body = w.post(path)
+            assert (status, body['errors'][0]['field']) == (400, 'job_id')
+        assert s.next()['type'] == 'token' and w.post('/cancel/%ef%bf%bd')[2]['status'] == 'cancelling' and list(s.frames())[-1]['code'] == 'CANCELLED'
+
+
+def test_a_port_that_comes_back_before_it_is_gone():
+    "The old connection's end, heard late, takes nothing from the new one"
+    class Transport:
+        max_size = 0
+        def get_extra_info(self, name, default=None): return ('127.0.0.1', 4711) if name in ('peername', 'sockname') else None
+        def is_closing(self): return False
+        def close(self): pass
+    from uvicorn.server import ServerState
+    async def go():
+        w = Worker(Settings(), Jobs(None))
+        server = Server(w, make_app(w))
+        server.config.load()
+        old, new = (server.config.http_protocol_class(server.config, ServerState(), {}) for _ in range(2))
+        for c in old, new: c.connection_made(Transport())
+        old.connection_lost(None)
+        return w.open == {('127.0.0.1', 4711): new}
+    assert asyncio.run(go())

@@ -133,6 +133,26 @@ def test_a_callback_that_is_not_answered_keeps_no_process():
             assert w.end(FAR) == 0 and w.log[-1]['event'] == 'shutdown'
 
 
+def test_no_memory_for_another_thread():
+    "The process ends in order: whatever that needs was there before"
+    code = """import sys, threading
+import fake_worker, orcd.worker as w
+def start(self): raise RuntimeError("can't start new thread")
+told = w.Process.told
+def without(self, name):
+    threading.Thread.start = start
+    told(self, name)
+w.Process.told = without
+sys.exit(w.serve(w.Settings(model='fake.gguf', port=0), fake_worker.load))"""
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT / 'tests', env=dict(os.environ, PYTHONPATH=PATH))
+    with p:
+        while '"ready"' not in p.stderr.readline(): pass
+        p.send_signal(signal.SIGTERM)
+        try: out, text = p.communicate(timeout=FAR)
+        finally: p.kill()
+    assert p.returncode == 0 and out == 'closed\n' and not errors(text) and json.loads(text.splitlines()[-1])['event'] == 'shutdown'
+
+
 # --- time that does not count
 
 def test_a_frozen_process_has_no_hanging_engine():

@@ -355,6 +355,11 @@ def test_callback_to_something_else(name):
         assert len(errors) == 1 and '--callback-url' in errors[0]['message'] and 'exception' not in errors[0] and w.log[-1]['event'] == 'shutdown'
 
 
+@pytest.mark.parametrize('name, says', [('nothing', 'it closed the connection without a whole answer'), ('half', 'it closed the connection without a whole answer'), ('garbage', 'its answer is not HTTP: ')])
+def test_callback_errors_in_words(name, says):
+    with worker(callback_url=Wild(FAULTS[name]).url) as w: assert w.end(60) == 1 and says in w.event('error')['message']
+
+
 @pytest.mark.parametrize('url', ['ftp://127.0.0.1/x', 'file:///etc/hostname', 'http://', 'http://127.0.0.1:99999/', 'http://127.0.0.1:1/a b', 'http://127.0.0.1:1/\n', 'http://user:secret@127.0.0.1:1/',
     'http://\udc80/', 'http://' + 'a' * 300 + '/', 'http://127.0.0.1:1/é'])
 def test_callback_urls_that_cannot_be(url):
