@@ -61,6 +61,7 @@ class Architecture:
         "Role -> `TensorSpec`"
         return specs(token_embd=(c.n_vocab, c.n_embd), output_norm=(c.n_embd,)) | specs(output=(c.n_vocab, c.n_embd), optional=True) | self.layer_tensors(c)
 
+    def check(self, g, bound): "Look at what tensors hold, where a few numbers decide whether there is a model at all. Raises `ModelError`."
     def layer_tensors(self, c)->dict: raise TypeError(f'{type(self).__name__} does not define layer_tensors')
     def layer(self, ops, x, w, i): raise TypeError(f'{type(self).__name__} does not define layer')
     def __repr__(self): return f'{type(self).__name__}()'
@@ -139,10 +140,13 @@ def open_model(
     if name == 'gptoss': raise ModelError("the architecture is 'gptoss', which is another program's own format (its experts have type id 4): "
         "take a file whose architecture is 'gpt-oss', such as llama.cpp's converter makes")
     if name is None: raise ModelError('general.architecture is missing: the file holds no language model')
-    if name not in registry and name not in known(): raise ModelError(f'the architecture {short(name)} is not supported; known: {", ".join(known())}')
+    if name not in registry and name not in known():
+        raise ModelError(f'the architecture {short(name)} is not supported; known: {", ".join(known())}')
     family = registry[name]()
     config = family.config(g)
-    return family, config, bind(family, g, config)
+    bound = bind(family, g, config)
+    family.check(g, bound)
+    return family, config, bound
 
 def resolve(
     g, # `GGUF`

@@ -8,6 +8,7 @@ __all__ = ['Llama']
 # %% ../nbs/14_llama.ipynb #dc43a993
 from .arch import Architecture, register, specs
 from .config import Hyper
+from .errors import ModelError
 
 # %% ../nbs/14_llama.ipynb #b0803ac6
 @register
@@ -22,6 +23,13 @@ class Llama(Architecture):
         return cls.read(g, h, window=h.int('attention.sliding_window', 0, 0, 1 << 24))
 
     def tensors(self, c): return super().tensors(c) | specs(rope_freqs=(c.rope.n_rot//2,), optional=True)
+
+    def check(self, g, bound):
+        if bound.model['rope_freqs'] is None or not g.has_data: return
+        factors = g.dequantize('rope_freqs.weight')
+        wrong = next((float(f) for f in factors if not 1e-6 <= f <= 1e6), None)
+        if wrong is None: return
+        raise ModelError(f'rope_freqs.weight holds {wrong:g}: speeds are divided by these numbers, which must be in 1e-06..1e+06')
 
     def layer_tensors(self, c):
         q, kv = c.n_head*c.head_dim, c.n_head_kv*c.head_dim

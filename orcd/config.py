@@ -258,7 +258,7 @@ def vocab_rows(g, h):
     if t is None or len(t.shape) != 2: raise ModelError('token_embd.weight is missing or no matrix: this is no complete language model')
     n = t.shape[0]
     tokens = getattr(g.metadata, 'kind', lambda key: (None,)*3)('tokenizer.ggml.tokens')[2] or 0
-    if tokens > n: raise ModelError(f'the tokenizer has {tokens} tokens, but token_embd.weight has only {n} rows: the file was put together from two models')
+    if tokens > n: raise ModelError(f'the tokenizer has {tokens} tokens, but token_embd.weight has only {n} rows: one of them is of another model')
     if h.int('vocab_size', n) > n: raise ModelError(f'{h.arch}.vocab_size is {h.int("vocab_size")}, but token_embd.weight has only {n} rows')
     return n
 

@@ -85,7 +85,8 @@ class SPM:
         text = text.replace(' ', SPACE)
         if first and text and self.space_prefix: text = SPACE + text
         ids = [i for w in self.words.findall(text) for i in self.word_ids(w)]
-        return ids if self.byte_ids else [i for i, before in zip(ids, [None, *ids]) if i != self.unknown or i != before]   # a run of unknown characters is one token
+        if self.byte_ids: return ids
+        return [i for i, before in zip(ids, [None, *ids]) if i != self.unknown or i != before]   # a run of unknown characters is one token
 
     def token_bytes(self, i):
         "What token `i` stands for"

@@ -542,7 +542,8 @@ def check_gguf(
     if model == 'gpt2': needed += ['merges']; _pre(m)
     if model == 'llama':
         needed += ['scores']; _flag(m, 'add_space_prefix', None)
-        if _flag(m, 'treat_whitespace_as_suffix', False): raise TokenizerError(f'{_g}treat_whitespace_as_suffix is true: such vocabularies are not supported')
+        if _flag(m, 'treat_whitespace_as_suffix', False):
+            raise TokenizerError(f'{_g}treat_whitespace_as_suffix is true: such vocabularies are not supported')
     for key in needed:
         if _kind_of(m, _g + key) is None: raise TokenizerError(f'the file has no {_g}{key}')
     return True
@@ -709,7 +710,8 @@ class JsonBPE:
         check_specials(self.specials)
         self.texts = {i: t for t, i in vocab.items()} | {s.id: s.text for s in self.specials}
         self.leading, unknown = _leading(d.get('post_processor')), m.get('unk_token')
-        if wrong := [i for i in self.leading if i not in self.texts]: raise TokenizerError(f'its TemplateProcessing begins with id {wrong[0]}, which no token has')
+        if wrong := [i for i in self.leading if i not in self.texts]:
+            raise TokenizerError(f'its TemplateProcessing begins with id {wrong[0]}, which no token has')
         self._build(d, vocab, pairs, unknown, {k: bool(m.get(k)) for k in ('fuse_unk', 'byte_fallback', 'ignore_merges')})
         self._look(d, vocab, unknown)
 

@@ -224,3 +224,13 @@ def test_tokens_and_rows(tmp_path, tokens):
         if tokens <= 160: assert arch.resolve(g)[1].n_vocab == 160
         else:
             with pytest.raises(ModelError, match='161 tokens, but token_embd.weight has only 160 rows'): arch.resolve(g)
+
+
+@pytest.mark.parametrize('wrong', [0., -1., math.nan, math.inf, 1e-30])
+def test_frequency_factors(tmp_path, wrong):
+    "Speeds are divided by them: one that is nothing makes every logit nothing"
+    factors = np.ones(8)
+    file = make_model(tmp_path/'m.gguf', 'llama', rope_freqs=True, change={'rope_freqs.weight': factors})
+    with GGUF(file) as g: assert arch.open_model(g)[2].model['rope_freqs']
+    factors[3] = wrong
+    assert 'rope_freqs.weight holds' in broken(tmp_path, arch='llama', rope_freqs=True, change={'rope_freqs.weight': factors})
