@@ -196,6 +196,15 @@ def _hub():
     except ImportError: raise HubError('pulling models needs one more package: pip install "orcd[hub]"') from None
     return huggingface_hub
 
+def _headers(hub):
+    "Of every request; `HubError` when one cannot be sent: the HTTP library's error would quote the token"
+    headers = hub.utils.build_hf_headers()
+    for name, value in headers.items():
+        if value.isascii() and value.isprintable(): continue
+        whose = 'the login token (HF_TOKEN, or hf auth login)' if name.lower() == 'authorization' else f'the header {name}'
+        raise HubError(f'{whose} holds a character that is not printable ASCII: set it again')
+    return headers
+
 def _stated(hub, r, url, verify):
     "`r` with the size and checksum that the hub states, for files that we have no entry for"
     if r.sha256: return r
@@ -221,7 +230,7 @@ def _write(f, block):
 def _append(hub, url, f, r, bar):
     "One request for what is missing of the file"
     have = f.seek(0, os.SEEK_END)
-    headers = hub.utils.build_hf_headers() | {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
+    headers = _headers(hub) | {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
     with hub.utils.get_session().stream('GET', url, headers=headers, timeout=TIMEOUT) as answer:
         hub.utils.hf_raise_for_status(answer)
         at = _begin(answer, have, r)
@@ -238,14 +247,15 @@ def _append(hub, url, f, r, bar):
 
 def _fetch(hub, url, f, r, bar):
     "All that is missing. Raises `HubError`; what came stays."
-    failed, why = 0, ''
-    while (have := f.seek(0, os.SEEK_END)) < r.size:
+    failed, why, most = 0, '', f.seek(0, os.SEEK_END)
+    while f.seek(0, os.SEEK_END) < r.size:
         try: _append(hub, url, f, r, bar)
         except HubError: raise
         except Exception as e: # of whichever HTTP library the hub's package uses
-            why, status = _reason(e), getattr(getattr(e, 'response', None), 'status_code', None)
-            if status and status not in (408, 429) and status < 500: raise HubError(why) from e
-        failed = 0 if f.seek(0, os.SEEK_END) > have else failed + 1
+            why = _reason(e)
+            if not _passes(e): raise HubError(_told(e)) from e
+        have = f.seek(0, os.SEEK_END)
+        failed, most = 0 if have > most else failed + 1, max(have, most)     # a server without ranges begins again: what it sends twice is no progress
         if failed > TRIES: raise HubError(f'{why or "nothing more is sent"}. {AGAIN}')
         if failed: time.sleep(1)
 
@@ -265,12 +275,14 @@ def pull(
     wanted = remote(name)
     target = place(wanted)
     if os.path.isfile(target): return target
+    if os.path.isdir(target): raise HubError(f'{target}: a folder is where the file belongs: remove it')
     hub = _hub()
     try:
+        _headers(hub)
         url = hub.hf_hub_url(wanted.repo, wanted.file, revision=wanted.revision, endpoint=endpoint)
         r = _stated(hub, wanted, url, verify)
     except HubError: raise
-    except Exception as e: raise HubError(f'{wanted.repo}/{wanted.file}: {_reason(e)}. {AGAIN}') from e
+    except Exception as e: raise HubError(f'{wanted.repo}/{wanted.file}: {_told(e)}') from e
     key = r.sha256 or hashlib.sha256(r.tag.encode()).hexdigest()
     part = target.with_name(f'{target.name}.{key[:16]}.part')
     with _on_disk(target.parent): target.parent.mkdir(parents=True, exist_ok=True)
@@ -302,6 +314,21 @@ def _reason(e):
     "The first line of an error, without the many lines of advice that some have"
     first = (str(e).strip().splitlines() or [''])[0].rstrip('.')
     return f'{type(e).__name__}: {first}' if first else type(e).__name__
+
+_settled = 'InvalidURL', 'UnsupportedProtocol', 'LocalProtocolError', 'TooManyRedirects', 'OfflineModeIsEnabled'    # by their names: of whichever library
+
+def _status(e): return getattr(getattr(e, 'response', None), 'status_code', None)
+
+def _passes(e):
+    "May it be otherwise when it is tried again?"
+    if (status := _status(e)): return status in (408, 429) or status >= 500
+    return not isinstance(e, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)) and type(e).__name__ not in _settled
+
+def _told(e):
+    "The reason, and what to do about it"
+    if _passes(e): return f'{_reason(e)}. {AGAIN}'
+    if _status(e) or 'HF_' in str(e): return _reason(e)
+    return f'{_reason(e)}. Look at what is set in the environment: HF_ENDPOINT, HF_HOME, HTTPS_PROXY, SSL_CERT_FILE.'
 
 def _check_space(r, target, have):
     free = shutil.disk_usage(target.parent).free

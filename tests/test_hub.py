@@ -299,6 +299,43 @@ def test_the_token_is_for_the_hub(fake, monkeypatch):
     finally: cdn.shutdown()
 
 
+@pytest.mark.parametrize('name', ['toy', 'me/repo/x.gguf'])
+@pytest.mark.parametrize('odd', ['\x0b', '\x1b', 'ö', '\udcff'])
+def test_a_token_that_cannot_be_sent(fake, monkeypatch, name, odd):
+    "is not repeated in an error message, and nothing is asked for"
+    monkeypatch.setenv('HF_TOKEN', f'hf_secret{odd}word')
+    with pytest.raises(HubError, match='HF_TOKEN') as e: hub.pull(name, progress=False, endpoint=fake.url)
+    assert 'secret' not in str(e.value) and 'word' not in str(e.value) and not fake.seen
+
+
+@pytest.mark.parametrize('name', ['toy', 'me/repo/x.gguf'])
+@pytest.mark.parametrize('endpoint', ['127.0.0.1:9', 'ftp://127.0.0.1', 'http://[::1', 'http://127.0.0.1:port'])
+def test_an_endpoint_that_is_no_address(fake, monkeypatch, name, endpoint):
+    "No second try would help: what is set wrongly is to be looked for"
+    monkeypatch.setattr(time, 'sleep', lambda s: pytest.fail('tried again'))
+    with pytest.raises(HubError, match='HF_ENDPOINT') as e: hub.pull(name, progress=False, endpoint=endpoint)
+    assert hub.AGAIN not in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_server_that_never_gets_further(fake, monkeypatch):
+    "It knows no ranges and cuts now here, now there: what came before is no progress"
+    monkeypatch.setattr(time, 'sleep', lambda s: None)
+    def some(h):
+        h.headers_for(200, len(DATA))
+        h.wfile.write(DATA[:1000 + len(fake.gets) % 2 * 1000])
+        h.close_connection = True
+    fake.answer = some
+    with pytest.raises(HubError, match='Run the same command again'): hub.pull('toy', progress=False, endpoint=fake.url)
+    assert len(fake.gets) <= 2 + hub.TRIES
+
+
+def test_a_folder_in_the_way_of_the_file(fake):
+    "is found before gigabytes are fetched"
+    hub.place(hub.remote('toy')).mkdir(parents=True)
+    with pytest.raises(HubError, match='a folder is where the file belongs'): hub.pull('toy', progress=False, endpoint=fake.url)
+    assert not fake.seen
+
+
 def test_a_redirect_in_a_circle(fake, monkeypatch):
     monkeypatch.setattr(time, 'sleep', lambda s: None)
     def lead(h): h.send_response(302); h.send_header('Location', h.path); h.send_header('Content-Length', '0'); h.end_headers()
