@@ -1,6 +1,7 @@
 "How tests are spread over processes, what is said about those that did not run, fixtures every test may use"
 import os
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')      # there is a process for every core already; NumPy reads it when it is imported
+if 'PYTEST_XDIST_WORKER' in os.environ:     # there is a process for every core already; NumPy and PyTorch read it when they are imported
+    for name in 'OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS': os.environ.setdefault(name, '1')
 import re, shutil, subprocess, sys
 from collections import Counter
 from pathlib import Path

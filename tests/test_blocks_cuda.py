@@ -68,7 +68,8 @@ HEADERS = 'algorithm cassert cmath csetjmp cstdint cstdlib cstring functional ve
 
 def compiled(factory, text):
     "A library of C++, made once a run. The headers, which take as long to read as all else, are read once"
-    def cc(folder, *args): subprocess.run(['g++', '-std=c++17', '-O1', '-ffp-contract=off', '-fno-gnu-unique', '-w', '-fPIC', *args], check=True, cwd=folder)
+    def cc(folder, *args):
+        subprocess.run(['g++', '-std=c++17', '-O1', '-ffp-contract=off', '-fno-gnu-unique', '-w', '-fPIC', *args], check=True, cwd=folder)
     def headers(folder):
         (folder/'all.h').write_text(''.join(f'#include <{name}>\n' for name in HEADERS.split()))
         cc(folder, '-x', 'c++-header', '-o', 'all.h.gch', 'all.h')

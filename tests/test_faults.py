@@ -150,7 +150,8 @@ def test_cancel(w, phase, times):
 
 
 def test_health_while_busy(w):
-    "A job does not make answers slower: the median of many is that of the same worker without one, asked in turns, since other work on the machine comes and goes"
+    """A job does not make answers slower: the median of many is that of the same worker without one, within what a machine's other work does.
+    They are asked in turns, since that comes and goes."""
     idle, busy = [], []
     for _ in range(10):
         idle += [answer_time(w) for _ in range(5)]

@@ -2,8 +2,8 @@
 
 Without ORCD_ARCHS that is sm_90 alone, and of the file that takes longest the one type that published files have; the gate compiles all.
 
-Where the sources ask nothing that tells an architecture from an older one in the list, the same text has been compiled for that one with all optimisations;
-the newer one is compiled in a fifth of the time, with few of them."""
+Where the sources ask nothing that tells an architecture from an earlier one in the list, the same text has been compiled for that one with all
+optimisations; this one is compiled in a fifth of the time, with few of them."""
 import os, re
 from pathlib import Path
 import pytest
@@ -15,7 +15,8 @@ ARCHS = os.environ.get('ORCD_ARCHS', '90').split()
 SLOW = 'expert_wgmma'       # a minute for all types on Hopper, which is as long as all other files together: a test for each of them
 QUANTS = [t for t in GGMLType if t.block_size > 1] if 'ORCD_ARCHS' in os.environ else [GGMLType.MXFP4]
 ASKED = sorted({int(n) for name in CUDA for n in re.findall(r'__CUDA_ARCH__ \S+ (\d+)', nvrtc.read_source(name))})
-CODE = {a: (*(10*int(a) >= n for n in ASKED), nvrtc.target('#include "wgmma.cu"', f'sm_{a}').endswith('a')) for a in ARCHS}      # what the preprocessor may see
+# what the preprocessor may see
+CODE = {a: (*(10*int(a) >= n for n in ASKED), nvrtc.target('#include "wgmma.cu"', f'sm_{a}').endswith('a')) for a in ARCHS}
 FAST = {a for i, a in enumerate(ARCHS) if CODE[a] in [CODE[b] for b in ARCHS[:i]]}
 JOBS = [(name, arch, t) for name in CUDA for arch in ARCHS for t in (QUANTS if (name, arch) == (SLOW, '90') else [None])]
 

@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_asked_is_a_failed_start():
 
 def test_an_error_after_a_job_replaces_the_process():
     with worker(queue_depth=1) as w:
-        a, b = w.execute('a', prompt='prefill:.3 forget'), w.execute('b', prompt='x')
+        a, b = w.execute('a', prompt='prefill:1 forget'), w.execute('b', prompt='x')
         assert a.all()[-1]['type'] == 'end' and b.all()[-1]['code'] == 'INTERNAL'
         status, _, h = w.request('GET', '/health')
         assert (status, h['status']) == (503, 'unhealthy') and w.post('/execute', dict(job_id='c', prompt='x'))[0] in (500, 503)

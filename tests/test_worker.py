@@ -58,7 +58,7 @@ def test_contents_in_parts(w):
     assert w.post('/execute', dict(job_id='1', messages=[dict(role='user', content='a')] * 1025))[0] == 400
 
 
-def test_max_tokens(w): assert w.execute(prompt='a b c d', max_tokens=2).all()[-1] == dict(type='end', tokens_out=2, stop_reason='MAX_TOKENS', decode_time_ms=0)
+def test_max_tokens(w): assert w.execute(prompt='a b c d', max_tokens=2).all()[-1] | dict(decode_time_ms=0) == dict(type='end', tokens_out=2, stop_reason='MAX_TOKENS', decode_time_ms=0)
 
 
 def test_the_first_token_does_not_wait():
