@@ -138,8 +138,9 @@ class Pool:
             yield r
             good = r.socket.fileno() >= 0
         finally:
-            if not good: r.close()
-            self._give(r, good)
+            try:
+                if not good: r.close()
+            finally: self._give(r, good)             # also when Ctrl-C comes a second time
 
     def close(self):
         "At the end of this process"
@@ -291,7 +292,8 @@ def arriving(
     mark = [f'orcdprobe{i}x' if text_of(m['content']) else '' for i, m in enumerate(messages)]
     out = template.render(shape([m | dict(content=word) for m, word in zip(messages, mark)], parts), **variables).lower()
     out = re.sub('([\'"])text\\1: *([\'"])orcdprobe', '', out)       # a list of parts that was printed as it is has not arrived
-    return {i for i, word in enumerate(mark) if word in out}
+    found = set(re.findall('(?=(orcdprobe[0-9]+x))', out)) | {''}
+    return {i for i, word in enumerate(mark) if word in found}
 
 def _heard(template, roles, parts):
     "Roles whose text arrives when they talk in this order; none when the template refuses it, or fails"
@@ -343,9 +345,9 @@ def merge_dropped(
     except ChatTemplateError as e:
         if not system or e.kind in ('limit', 'start'): raise
         refusal, heard = e, set(range(len(messages))) - set(system)
-    lost = [i for i, m in enumerate(messages) if i not in heard and m['role'] != 'assistant']
+    lost, folds = [i for i, m in enumerate(messages) if i not in heard and m['role'] != 'assistant'], set(system)
     for i in lost:
-        if i not in system: raise _error(f'the chat template leaves out messages[{i}], whose role is "{messages[i]["role"]}"')
+        if i not in folds: raise _error(f'the chat template leaves out messages[{i}], whose role is "{messages[i]["role"]}"')
     merged = _fold(messages, lost, refusal) if lost else messages
     if refusal is None: return merged
     try: arriving(template, merged, form.parts, **variables)
@@ -355,13 +357,14 @@ def merge_dropped(
 def _fold(messages, lost, refusal=None):
     "Texts of the messages `lost` in front of the next user message, or behind the last one"
     texts = {i: [text_of(m['content'])] for i, m in enumerate(messages) if m['role'] == 'user'}
+    users, gone = list(texts), set(lost)
     if not texts: raise refusal or _error('the chat template ignores system messages and there is no user message to put it into')
     for i in lost:
-        j = next((j for j in texts if j > i), None)
-        if j is None: texts[max(texts)].append(text_of(messages[i]['content']))
-        else: texts[j].insert(-1, text_of(messages[i]['content']))
+        j, text = bisect_left(users, i), text_of(messages[i]['content'])
+        if j == len(users): texts[users[-1]].append(text)
+        else: texts[users[j]].insert(-1, text)
     merged = [m | dict(content='\n\n'.join(filter(None, texts[i]))) if len(texts.get(i, ())) > 1 else m for i, m in enumerate(messages)]
-    return [m for i, m in enumerate(merged) if i not in lost]
+    return [m for i, m in enumerate(merged) if i not in gone]
 
 # %% ../nbs/06_chat.ipynb #afb6a6f0
 _private = [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]     # no character of any script, no control token

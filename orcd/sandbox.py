@@ -102,6 +102,7 @@ def confine(
     "Give up what a template must not have. There is no way back."
     for s in signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP: signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, lambda *_: os.getppid() == parent or os._exit(0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)     # what the parent ignores, a new program ignores too
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     space = 0
     if sys.platform == 'linux':
@@ -111,7 +112,11 @@ def confine(
         with open('/proc/self/statm') as f: space = int(f.read().split()[0])*resource.getpagesize()
     if os.getppid() != parent: os._exit(0)     # it died before the signal was asked for
     limits = dict(AS=space + MEMORY, FSIZE=0, NPROC=0, CORE=0, NOFILE=0)
-    for name, n in limits.items(): resource.setrlimit(getattr(resource, 'RLIMIT_' + name), (n, n))
+    for name, n in limits.items():
+        which = getattr(resource, 'RLIMIT_' + name)
+        _, most = resource.getrlimit(which)
+        if most != resource.RLIM_INFINITY: n = min(n, most)      # a limit that is lower already cannot be raised
+        resource.setrlimit(which, (n, n))
 
 # %% ../nbs/16_sandbox.ipynb #f80536ac
 def _read(n):

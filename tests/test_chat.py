@@ -97,6 +97,21 @@ def test_system_message_that_would_vanish():
     assert byte_tokenizer(CHATML_TOKENS).chat(TALK).count('Answer in verse.') == 1
 
 
+@pytest.mark.parametrize('deaf', ['system', 'none'])
+def test_many_messages(deaf):
+    "The time of finding and moving what a template leaves out is linear in the number of messages"
+    from doubling import doubling
+    from orcd.chat import merge_dropped
+    class Template:
+        def render(self, messages, **variables): return ''.join(f"<{m['content']}>" for m in messages if m['role'] != deaf)
+    def make(n):
+        turns = check_messages([dict(role=r, content=r) for _ in range(n) for r in ('system', 'user', 'tool', 'assistant')])
+        want = [dict(role='user', content='system\n\nuser') if m['role'] == 'user' else m for m in turns if m['role'] != 'system']
+        assert merge_dropped(Template(), turns) == (want if deaf == 'system' else turns)
+        return lambda: merge_dropped(Template(), turns)
+    doubling(make, 4000)
+
+
 REFUSALS = {
     'alternate': "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('take turns') }}{% endif %}"
         "{% if m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }};{% endif %}{% endfor %}",

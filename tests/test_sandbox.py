@@ -329,6 +329,43 @@ def test_fork_has_its_own_children():
     assert p.stdout.split() == ['10', 'False'], p.stderr
 
 
+def test_a_parent_that_ignores_the_signal_of_the_limit():
+    "A program inherits what is ignored; the limit holds all the same"
+    p = subprocess.run([sys.executable, '-c', """if True:
+        import signal
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)
+        from orcd import chat
+        chat.CPU_SECONDS = .1
+        try: chat.ChatTemplate('{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}').render([])
+        except chat.ChatTemplateError as e: print(e)"""], capture_output=True, text=True, timeout=300)
+    assert 'takes more than 0.1 s' in p.stdout, p.stdout + p.stderr
+
+
+def test_a_lower_limit_stays():
+    "Who has no right to raise a limit of the address space (`ulimit -v`) renders templates with what there is"
+    p = script("""if True:
+        import ctypes, resource
+        ctypes.CDLL(None).prctl(24, 24, 0, 0, 0)        # PR_CAPBSET_DROP, CAP_SYS_RESOURCE: also root's children cannot raise it
+        space = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (space + (200 << 20),)*2)
+        chat._pool.free.pop().close()
+        print(t.render('rain'))
+        try: print(len(chat.ChatTemplate("{{ ('a' * (250 * 2**20))|length }}").render([])))
+        except chat.ChatTemplateError as e: print(e.kind)""")
+    assert p.stdout.split() == ['rain', 'limit'], p.stdout + p.stderr
+
+
+def test_interrupted_twice(pool):
+    "Ctrl-C while a child is ended: the pool has room again"
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt), pool.renderer() as r:
+            end = r.close
+            def close(): end(); raise KeyboardInterrupt
+            r.close = close
+            1/0
+    assert not pool.busy and not pool.free
+
+
 @pytest.mark.parametrize('executable', ['/nonexistent/python', '/bin/false'])
 def test_cannot_start(pool, monkeypatch, executable):
     t = ChatTemplate(CHATML)
