@@ -23,7 +23,7 @@ class LineWriter:
         fd:int=2,        # where to; 2 is stderr
         size:int=4096,   # lines that may wait
     ):
-        self.fd, self.dropped, self._lines = fd, 0, queue.Queue(size)
+        self.fd, self.dropped, self.torn, self._lines = fd, 0, False, queue.Queue(size)
         threading.Thread(target=self._run, name='orcd-log', daemon=True).start()
 
     def __call__(self,
@@ -34,19 +34,26 @@ class LineWriter:
 
 # %% ../nbs/41_logs.ipynb #27a83006
 def _write_all(fd, data):
-    "`os.write` until all is written; a descriptor in non-blocking mode is waited for, one whose reader is gone ignored"
+    "`os.write` until all is written; a descriptor in non-blocking mode is waited for. Returns what nobody takes: the disk is full, the reader gone"
     while data:
         try: data = data[os.write(fd, data):]
         except BlockingIOError: time.sleep(.01)
-        except OSError: return
+        except OSError: break
+    return data
+
+def _line(self, text)->bool:
+    "Write a line; False when it, or its end, is lost. What comes after half a line begins a new one."
+    data = b'\n' * self.torn + text.encode('utf-8', 'replace')
+    left = _write_all(self.fd, data)
+    if len(left) < len(data): self.torn = bool(left)
+    return not left
 
 def _run(self):
     while True:
-        text = self._lines.get()
-        _write_all(self.fd, text.encode('utf-8', 'replace'))
-        if self.dropped and self._lines.qsize() < self._lines.maxsize // 2:
+        if not self._line(self._lines.get()): self.dropped += 1
+        elif self.dropped and self._lines.qsize() < self._lines.maxsize // 2:
             n, self.dropped = self.dropped, 0
-            _write_all(self.fd, (json.dumps(dict(timestamp=now(), level='warning', event='log_dropped', lines=n)) + '\n').encode())
+            if not self._line(json.dumps(dict(timestamp=now(), level='warning', event='log_dropped', lines=n)) + '\n'): self.dropped += n
         self._lines.task_done()
 
 def _flush(self, timeout=2.0):
@@ -58,7 +65,7 @@ def now()->str:
     "The time of day in UTC, for people and log shippers; nothing in the worker is timed with it"
     return datetime.now(timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
 
-LineWriter._run, LineWriter.flush = _run, _flush
+LineWriter._line, LineWriter._run, LineWriter.flush = _line, _run, _flush
 
 # %% ../nbs/41_logs.ipynb #e43d64e2
 _first = 'timestamp level event worker_id model_ref gpu_device job_id correlation_id'.split()

@@ -10,7 +10,7 @@ __all__ = ['ALPHABET', 'PRE', 'MAX_TEXT', 'MAX_TOKENS', 'MAX_MERGES', 'MAX_TOKEN
            'Tokenizer']
 
 # %% ../nbs/04_tokenizer.ipynb #95381f24
-import codecs, json, operator, re, stat, threading, warnings
+import codecs, json, operator, os, re, stat, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -167,7 +167,8 @@ class ByteBPE:
 def library_ids(t, text):
     "Ids of ordinary text from a tokenizer of the library"
     with no_panic(RequestError, 'the text cannot be tokenised: the tokenizers library gave up on it'):
-        return t.encode(text, add_special_tokens=False).ids
+        if len(text) < 1000 or 'TOKENIZERS_PARALLELISM' not in os.environ: return t.encode(text, add_special_tokens=False).ids
+        return t.encode_batch_fast([text], add_special_tokens=False)[0].ids     # lets go of Python's lock; would start threads, had nobody said whether it may
 
 # %% ../nbs/04_tokenizer.ipynb #1144be0a
 @dataclass(frozen=True)

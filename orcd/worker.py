@@ -893,6 +893,7 @@ def serve(
     signals=None,       # `start.Signals` of this process, if it listens already
 )->int:
     "Run a worker until it is told to stop; returns the exit code"
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')       # one prompt at a time, with Python's lock free for the streams: see `tokenizer.library_ids`
     settings = replace(settings, worker_id=settings.worker_id or str(uuid.uuid4()),
         model_ref=settings.model_ref or Path(settings.model).name)
     write = configure(settings.log_format, worker_id=settings.worker_id, model_ref=settings.model_ref, gpu_device=settings.gpu_device)

@@ -1,5 +1,5 @@
 "How a worker's process begins and ends: signals in every phase, descriptors that are closed, files that are no files, errors outside of jobs"
-import json, os, signal, socket, subprocess, sys, threading, time
+import json, os, resource, signal, socket, subprocess, sys, tempfile, threading, time
 import pytest
 from worker_tools import PATH, ROOT, worker
 
@@ -466,3 +466,29 @@ def test_a_question_that_is_too_long_is_told_and_the_chat_goes_on():
 def test_a_line_that_is_no_text():
     code, out, err = chat(b'caf\xe9\nrain\n', '-n', '4')
     assert code == 0 and err == '(this line: not UTF-8 text)\n' and out.strip()
+
+
+@pytest.mark.parametrize('n', [5, 8, 12, 31])
+@pytest.mark.parametrize('command', [('info', 'demo'), ('serve', '--model', 'demo', '--device', 'reference', '--port', '0')], ids=['info', 'serve'])
+def test_too_few_files(n, command):
+    code, out, err = run(*command, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (n, n)))
+    assert (code, out) == (1, '') and len(err.splitlines()) == 1 and 'ulimit -n' in err and str(n) in err
+
+
+def test_a_disk_that_was_full_for_a_while():
+    "Lines are lost and counted, one may be cut; every other line is whole"
+    code = """import os, resource, signal
+from orcd.logs import LineWriter
+out = LineWriter(os.open('log', os.O_CREAT | os.O_WRONLY, 0o600))
+def say(n, most):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, -1))
+    for i in range(n): out('{"event": "%s"}\\n' % ('x' * 80))
+    assert out.flush(60)
+say(3, -1); say(5, os.path.getsize('log') + 40); say(3, -1)"""
+    with tempfile.TemporaryDirectory() as folder:
+        r = subprocess.run([sys.executable, '-c', code], cwd=folder, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=PATH), timeout=FAR)
+        lines = open(f'{folder}/log').read().splitlines()
+    assert (r.returncode, r.stderr) == (0, '')
+    torn = [l for l in lines if not l.endswith('}')]
+    events = [json.loads(l) for l in lines if l not in torn]
+    assert len(torn) == 1 and [e['event'][:1] for e in events] == ['x'] * 4 + ['l', 'x', 'x'] and events[4]['lines'] == 5
