@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'MIN_TOKEN', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature', 'TopK', 'TopP', 'MinP', 'Penalty',
-           'Seed', 'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'path', 'address', 'device', 'seconds', 'url',
-           'yes', 'Flag', 'settle', 'read_text', 'read_settings', 'is_loopback', 'read_token', 'guard', 'model_path',
-           'complete_model', 'from_flags', 'worker_settings', 'head_start', 'serve', 'as_device', 'open_model',
-           'stream', 'as_text', 'has_chat', 'generate', 'summary', 'fitting', 'chat', 'by_type', 'mib', 'gpu_now',
-           'info', 'words', 'bench', 'floor', 'complete_name', 'pull', 'cuda_problem', 'spawn', 'end', 'ask', 'demo',
-           'checks', 'doctor', 'flush_output', 'run', 'main', 'worker_main']
+           'Seed', 'MAX_READ', 'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'path', 'address', 'device',
+           'seconds', 'url', 'yes', 'Flag', 'settle', 'read_text', 'read_settings', 'is_loopback', 'read_token',
+           'guard', 'model_path', 'complete_model', 'from_flags', 'worker_settings', 'head_start', 'serve', 'as_device',
+           'open_model', 'stream', 'as_text', 'from_stdin', 'read_line', 'has_chat', 'generate', 'summary', 'fitting',
+           'chat', 'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench', 'floor', 'complete_name', 'pull',
+           'cuda_problem', 'spawn', 'end', 'ask', 'demo', 'checks', 'doctor', 'flush_output', 'run', 'main',
+           'worker_main']
 
 # %% ../nbs/44_cli.ipynb #ca78b11e
 import sys
@@ -349,6 +350,21 @@ def as_text(
     try: return t.encode('utf-8', 'surrogateescape').decode()
     except UnicodeError: raise UsageError(f'{what}: not UTF-8 text') from None
 
+MAX_READ = 1 << 26     # characters of a prompt from stdin: more than any context holds
+
+def from_stdin(read, what):
+    "What `read`, a method of stdin, gives; a `UsageError` when it does not end"
+    t = read(MAX_READ + 1)
+    if len(t) > MAX_READ: raise UsageError(f'{what}: more than {MAX_READ >> 20} Mi characters')
+    return t
+
+def read_line():
+    "The next line of a conversation; EOFError at the end"
+    if sys.stdin.isatty(): return input('> ')
+    line = from_stdin(sys.stdin.readline, 'a line of stdin')
+    if not line: raise EOFError
+    return line.removesuffix('\n')
+
 def has_chat(model): return bool(getattr(model.tokenizer, 'chat_template', None))
 
 @app.command()
@@ -358,7 +374,7 @@ def generate(model:Model, prompt:Annotated[str, typer.Argument(help='- reads it 
     stop:Annotated[Optional[list[str]], typer.Option('--stop', metavar='TEXT', help='end before this text; may be repeated')]=None,
     raw:Annotated[bool, typer.Option('--raw', help='continue the text as it is, without the chat template')]=False):
     "Write one answer."
-    prompt = as_text(sys.stdin.read() if prompt == '-' else prompt, 'PROMPT')
+    prompt = as_text(from_stdin(sys.stdin.read, 'PROMPT') if prompt == '-' else prompt, 'PROMPT')
     stop = [as_text(s, '--stop') for s in stop or ()]
     with open_model(model, device, context_length) as m:
         ask = prompt if raw or not has_chat(m) else [dict(role='user', content=prompt)]
@@ -400,7 +416,7 @@ def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k
         if not has_chat(m): raise UsageError(f'MODEL: {model} has no chat template; orcd generate continues a text')
         messages = [dict(role='system', content=as_text(system, '--system'))] if system else []
         while True:
-            try: said = input('> ' if sys.stdin.isatty() else '')
+            try: said = read_line()
             except (EOFError, KeyboardInterrupt): return print()
             if not said.strip(): continue
             try:

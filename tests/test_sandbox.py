@@ -363,7 +363,7 @@ def test_interrupted_twice(pool):
             def close(): end(); raise KeyboardInterrupt
             r.close = close
             1/0
-    assert not pool.busy and not pool.free
+        assert not pool.busy and not pool.free
 
 
 @pytest.mark.parametrize('executable', ['/nonexistent/python', '/bin/false'])

@@ -450,6 +450,18 @@ def chat(said, *flags):
     return r.returncode, r.stdout.decode(), r.stderr.decode()
 
 
+@pytest.mark.parametrize('command', [['generate', 'demo', '-'], ['chat', 'demo']])
+def test_an_input_that_does_not_end(command):
+    "is not read into memory for ever: the writer is told, by its broken pipe"
+    code = "import sys, orcd.cli as c; c.MAX_READ = 1 << 16; c.main(sys.argv[1:])"
+    p = subprocess.Popen([sys.executable, '-c', code, *command, '--device', 'reference'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=PATH))
+    with pytest.raises(BrokenPipeError):
+        for _ in range(1 << 14): os.write(p.stdin.fileno(), b'a' * (1 << 16))
+    p.stdin.close()
+    assert p.wait(FAR) == 2 and b'more than' in p.stderr.read()
+
+
 def test_a_chat_forgets_its_oldest_turns():
     lines = [f'Write a haiku about rain and the sea, number {i}' for i in range(6)]
     code, out, err = chat('\n'.join(lines), '--context-length', '96', '-n', '24')
