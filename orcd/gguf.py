@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'INTEGERS', 'MAX_HEADER', 'MAX_STRINGS', 'MAX_ENTRIES', 'MAX_KEY', 'MAX_NAME', 'MAX_DIMS', 'MAX_ALIGNMENT',
-           'NEAR', 'PIECE', 'GGUFType', 'read_at', 'short', 'Metadata', 'cut_pairs', 'TensorInfo', 'GGUF',
+           'NEAR', 'PIECE', 'GGUFType', 'read_at', 'short', 'Metadata', 'cut_pairs', 'TensorInfo', 'Tensors', 'GGUF',
            'types_table']
 
 # %% ../nbs/02_gguf.ipynb #4eff1750
@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
+from operator import index
 from pathlib import Path
 
 # %% ../nbs/02_gguf.ipynb #5ecc14cc
@@ -22,7 +23,7 @@ import numpy as np
 
 # %% ../nbs/02_gguf.ipynb #ae20121b
 from .blocks import GGMLType, dequantize, ggml_type
-from .errors import GGUFError
+from .errors import GGUFError, MissingError
 
 # %% ../nbs/02_gguf.ipynb #31fe3aa1
 class GGUFType(IntEnum):
@@ -172,10 +173,14 @@ class Metadata(Mapping):
     def __init__(self, values, types, read, path=None): self._values, self._types, self._read, self._path = values, types, read, path
     def __iter__(self): return iter(self._values)
     def __len__(self): return len(self._values)
-    def __contains__(self, key): return key in self._values
+    def __contains__(self, key): return isinstance(key, str) and key in self._values
+
+    def _find(self, key):
+        if key not in self: raise MissingError(f'there is no metadata {short(key)!r}; the file has {len(self)} keys', self._path)
+        return self._values[key]
 
     def __getitem__(self, key):
-        v = self._values[key]
+        v = self._find(key)
         if isinstance(v, _Lazy): v = self._values[key] = _decode(self._read(v.start, v.end - v.start), v, key, self._path)
         return v
 
@@ -183,7 +188,8 @@ class Metadata(Mapping):
         key:str, # of an array of strings
     ):           # (list of tuples, bytes of the longest string)
         "Strings cut at their first space, as merges are kept; one without a space stays whole, in a tuple of one. Not remembered."
-        v = self._values[key]
+        v = self._find(key)
+        if self.kind(key)[1] != GGUFType.STRING: raise GGUFError(f'{short(key)} is no array of strings', self._path)
         if isinstance(v, _Lazy) and v.n >= 1000:
             with _utf8(v, key, self._path): found = _pairs(self._read(v.start, v.end - v.start), v.n)
             if found: return found
@@ -193,7 +199,7 @@ class Metadata(Mapping):
         key:str,
     )->tuple: # (`GGUFType`, type of the elements or None, number of elements or None); (None, None, None) when absent
         "The type of a value, without decoding it"
-        return self._types.get(key, (None, None, None))
+        return self._types.get(key, (None, None, None)) if key in self else (None, None, None)
 
     def __repr__(self): return f'Metadata({len(self)} keys: {", ".join(list(self)[:4])}, …)'
 
@@ -357,6 +363,14 @@ def _tensor(c, i, alignment):
     return info
 
 # %% ../nbs/02_gguf.ipynb #ebbff7a9
+class Tensors(dict):
+    "Name -> `TensorInfo`; a name that is not there is a `MissingError`"
+    def __init__(self, tensors, path=None):
+        super().__init__(tensors)
+        self.path = path
+
+    def __missing__(self, name): raise MissingError(f'there is no tensor {short(name)!r}; the file has {len(self)} tensors', self.path)
+
 def _place(c, tensors, alignment):
     "Absolute offsets for the tensors; returns the dict, the start of the data and whether there are any"
     start = -(-c.pos//alignment)*alignment
@@ -366,7 +380,7 @@ def _place(c, tensors, alignment):
         end = start + t.offset + t.n_bytes
         if c.size > start and end > c.size:
             c.fail(f'{t.name} ends at byte {end} but the file has {c.size}: it is cut off, download it again', start + t.offset)
-    return {t.name: TensorInfo(t.name, t.type, t.dims, start + t.offset) for t in tensors}, start, c.size > start
+    return Tensors({t.name: TensorInfo(t.name, t.type, t.dims, start + t.offset) for t in tensors}, c.path), start, c.size > start
 
 # %% ../nbs/02_gguf.ipynb #ecbb4d88
 _words = 'general.architecture', 'tokenizer.ggml.model', 'tokenizer.ggml.pre'
@@ -517,10 +531,9 @@ class GGUF(_Header):
         if not there: raise GGUFError('the file was replaced or deleted while it was in use', self.path)
 
     def _tensor(self, name):
-        if name not in self.tensors:
-            raise GGUFError(f'there is no tensor {short(name)!r}; the file has {len(self.tensors)} tensors', self.path)
+        t = self.tensors[name] if isinstance(name, str) else self.tensors.__missing__(name)
         self.check_data(f'; {name} cannot be read')
-        return self.tensors[name]
+        return t
 
     def check_data(self, what=': there is nothing to load, download it again'):
         "Raise `GGUFError` when the file is a header alone"
@@ -533,7 +546,8 @@ class GGUF(_Header):
     ):               # uint8 (n, bytes per row), read-only
         "A copy of the raw bytes of a tensor, or of some of its rows. Raises `GGUFError` when the file is no longer what it was."
         t = self._tensor(name)
-        n = t.rows - first if n is None else n
+        try: first, n = index(first), t.rows - index(first) if n is None else index(n)
+        except TypeError: raise GGUFError(f'rows are whole numbers, not {first!r:.40} and {n!r:.40}', self.path) from None
         if not 0 <= first < first + n <= t.rows: raise GGUFError(f'{name} has {t.rows} rows; {n} from row {first} on are not among them', self.path)
         data = self._read(t.offset + first*t.row_bytes, n*t.row_bytes)
         return np.frombuffer(data, np.uint8).reshape(n, t.row_bytes)

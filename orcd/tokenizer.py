@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ALPHABET', 'PRE', 'MAX_TEXT', 'MAX_TOKENS', 'MAX_MERGES', 'MAX_TOKEN', 'MAX_SPECIAL', 'MAX_SPECIALS', 'MAX_FILE',
            'MAX_STEPS', 'symbol_bytes', 'Pre', 'no_panic', 'bpe_model', 'bpe_without', 'ByteBPE', 'library_ids',
-           'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops', 'mistyped_ends', 'is_utf8',
-           'is_control', 'check_gguf', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE', 'check',
-           'Tokenizer']
+           'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops', 'mistyped_ends', 'as_ids',
+           'is_utf8', 'is_control', 'check_gguf', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE',
+           'check', 'Tokenizer']
 
 # %% ../nbs/04_tokenizer.ipynb #95381f24
 import codecs, json, operator, os, re, stat, threading, warnings
@@ -287,6 +287,11 @@ def mistyped_ends(
     return found - {t for t in map(''.join, merges) if t in found} if found else found
 
 # %% ../nbs/04_tokenizer.ipynb #b9cdc775
+def as_ids(ids):
+    "A list of token ids from whatever holds them"
+    try: return list(ids)
+    except TypeError: raise RequestError(f'token ids come in a list, not as {type(ids).__name__}') from None
+
 class _Base:
     "Encoding and decoding, whatever the backend"
     def __init__(self, backend, kind, specials, vocab_size, n_valid, stop_ids, bos_id=None, eos_id=None, add_bos=False,
@@ -340,7 +345,7 @@ class _Base:
         if s := self.special_by_id.get(i): return b'' if skip_special and s.control else s.text.encode()
         return self.backend.token_bytes(i)
 
-    def stream(self, skip_special=False, after=()): return Stream(self, skip_special, after)
+    def stream(self, skip_special=False, after=()): return Stream(self, skip_special, as_ids(after))
 
     def decode(self,
         ids,                 # token ids
@@ -348,7 +353,7 @@ class _Base:
     ) -> str:
         "Text of `ids`; bytes that are not UTF-8 become U+FFFD"
         s = self.stream(skip_special)
-        return ''.join([s.push(i) for i in ids]) + s.flush()
+        return ''.join([s.push(i) for i in as_ids(ids)]) + s.flush()
 
 # %% ../nbs/04_tokenizer.ipynb #c8d89865
 class _Chat(_Base):
@@ -414,6 +419,7 @@ class _Chat(_Base):
         after=(),   # ids of the prompt
     ):
         "Takes a reply to a chat, token by token: `push(id)` and `flush()` give text of the answer, `.analysis` is what was thought"
+        after = as_ids(after)
         return Harmony(self, self._header(after)) if self.harmony else PlainReply(self.stream(after=after))
 
     def _header(self, ids):
@@ -527,6 +533,7 @@ def _stop_ids(names, ids): return find_stops(names, [i for k in ('eos', 'eot', '
 
 def _model(m):
     model = _word(m, 'model')
+    if model is None: raise TokenizerError(f'the file has no {_g}model, so no vocabulary that can be read; take a complete model')
     if model not in _backends: raise TokenizerError(f'unknown {_g}model {short(model)!r}; known: {", ".join(_backends)}, no_vocab')
     return model
 
@@ -812,6 +819,7 @@ class Tokenizer(_Chat):
         json_path=None,   # a tokenizer.json to use instead; None: the one beside a gpt-oss file, if there is one
     ):
         "The tokenizer of a GGUF file; None when the file has no vocabulary"
+        if not hasattr(g, 'metadata'): raise TokenizerError(f'this takes an opened file, orcd.GGUF(path), not {type(g).__name__}')
         m, json_path = g.metadata, json_path or _json_beside(g)
         if not check_gguf(m, json_path): return None
         return cls(**_gguf_parts(m) if json_path is None else cls._both(m, json_path))

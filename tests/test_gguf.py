@@ -3,7 +3,7 @@ import gc, json, os, struct, subprocess, sys, threading
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest
-from orcd.errors import GGUFError, OrcdError
+from orcd.errors import GGUFError, MissingError, OrcdError
 from orcd.gguf import GGUF, GGUFType, MAX_STRINGS
 from doubling import cost, doubling
 from gguf_files import *
@@ -522,3 +522,22 @@ def test_random_files_like_gguf_py(tmp_path, seed):
         assert {t.name: (tuple(t.shape.tolist()), int(t.tensor_type), t.data_offset) for t in theirs.tensors} == \
             {t.name: (t.dims, int(t.type), t.offset) for t in g.tensors.values()}
         for t in theirs.tensors: assert g.blocks(t.name).tobytes() == t.data.tobytes()
+
+
+def test_wrong_names_and_types(tmp_path):
+    "A key or tensor that is not there is the package's error and a `KeyError`; what is of another type is the package's error"
+    small(tmp_path/'x.gguf')
+    with GGUF(tmp_path/'x.gguf') as g:
+        for wrong in ('nothing', 5, None, [], 'x'*100_000, '\x1b[31m'):
+            for ask in (lambda: g.metadata[wrong], lambda: g.metadata.pairs(wrong), lambda: g.read(wrong), lambda: g.blocks(wrong), lambda: g.dequantize(wrong)):
+                with pytest.raises(OrcdError) as e: ask()
+                assert isinstance(e.value, KeyError) and len(str(e.value)) < 300 and str(e.value).isprintable()
+            assert wrong not in g.metadata and g.metadata.get(wrong, 3) == 3 and g.metadata.kind(wrong) == (None, None, None)
+        for wrong in ('nothing', 5, None):
+            with pytest.raises(MissingError): g.tensors[wrong]
+            assert wrong not in g.tensors and g.tensors.get(wrong) is None
+        for key in ('a.text', 'a.ints', 'a.uint8.low', 'tokenizer.ggml.token_type'):
+            with pytest.raises(GGUFError, match='no array of strings'): g.metadata.pairs(key)
+        for rows in (('a',), (1.5,), (0, 'a'), (0, 1.0), (None,)):
+            with pytest.raises(GGUFError, match='whole numbers'): g.read('t.F32', *rows)
+        assert g.read('t.F32', np.int64(1), np.int64(1)).shape == (1, 2048)

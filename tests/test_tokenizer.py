@@ -206,6 +206,17 @@ def test_spm_equals_sentencepiece(tmp_path, byte_fallback):
     assert byte_fallback != (sp.unk_id() in heard)
 
 
+def test_arguments_of_other_types(trained):
+    tok = trained['qwen2'][0]
+    for wrong in (None, 5, 1.5):
+        for ask in (lambda: tok.decode(wrong), lambda: tok.stream(after=wrong), lambda: tok.parse_reply(after=wrong)):
+            with pytest.raises(RequestError, match='token ids come in a list, not as'): ask()
+    for wrong in (None, 5, 'm.gguf'):
+        with pytest.raises(TokenizerError, match='opened file'): Tokenizer.from_gguf(wrong)
+    assert tok.decode(iter(tok.encode('the rain'))) == 'the rain'
+    with pytest.raises(TokenizerError, match='the file has no tokenizer.ggml.model'): Tokenizer.from_gguf(SimpleNamespace(metadata={}))
+
+
 def test_vocabularies_that_are_refused():
     "Nothing but padding: an engine would draw from nothing. A space behind words: text would come apart elsewhere"
     def made(types, **more):
@@ -410,7 +421,7 @@ def meta(**changes):
 
 
 @pytest.mark.parametrize('changes, says', [
-    (dict(pre='klingon'), 'qwen2'), (dict(model='bert'), 'known'), (dict(model=None), 'known'), (dict(tokens=None), 'tokens'),
+    (dict(pre='klingon'), 'qwen2'), (dict(model='bert'), 'known'), (dict(model=None), 'no tokenizer.ggml.model'), (dict(tokens=None), 'tokens'),
     (dict(tokens=[]), 'tokens'), (dict(tokens=[1]*257), 'strings'),
     (dict(token_type=[1]), 'token_type has 1'), (dict(merges=None), 'merges'), (dict(merges=['xx']), 'xx'), (dict(merges=['a b']), 'a b'),
     (dict(eos_token_id=257), 'eos_token_id'),
