@@ -587,7 +587,7 @@ def _describe(g):
     kind = '' if g.has_data else ', header only'
     try: arch = short(g.metadata.get('general.architecture', 'no architecture'))
     except GGUFError: arch = 'no readable architecture'
-    return f'{Path(g.path).name}: {arch}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
+    return f'{short(Path(g.path).name)}: {arch}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
 
 def types_table(
     g:GGUF,

@@ -541,3 +541,10 @@ def test_wrong_names_and_types(tmp_path):
         for rows in (('a',), (1.5,), (0, 'a'), (0, 1.0), (None,)):
             with pytest.raises(GGUFError, match='whole numbers'): g.read('t.F32', *rows)
         assert g.read('t.F32', np.int64(1), np.int64(1)).shape == (1, 2048)
+
+
+def test_a_file_name_steers_no_terminal(tmp_path):
+    path = tmp_path/'a\x1b[31m\nb\u202e.gguf'
+    small(tmp_path/'x.gguf')
+    os.rename(tmp_path/'x.gguf', path)
+    with GGUF(path) as g: assert repr(g).isprintable() and 'a\\x1b[31m' in repr(g) and '\x1b' not in g._repr_html_()
