@@ -517,6 +517,11 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     @property
+    def unfinished(self)->bool:
+        "Has a request begun that is not answered yet, or is there something that its client has not read?"
+        return (self.cycle is not None and not self.cycle.response_complete) or self.transport.get_write_buffer_size() > 0
+
+    @property
     def silent(self)->bool: return not self.answering or (self.paused_since is not None and self.stream is None)
 
     def reap(self, now):
@@ -767,9 +772,18 @@ async def _serve(self, sock):
     self.jobs.drain()
     await self.finish_jobs()
     if self.jobs.fatal: await asyncio.sleep(self.settings.fatal_s)     # let a probe see the 503
+    await self.last_words()
     server.should_exit = True
     with suppress(Exception): await serving                # `missed` has said what was wrong
     for task in tasks: task.cancel()
+
+async def _last_words(self, steps=50):
+    "Clients may read the rest of their answers and end what they say; those that do not are cut, for uvicorn would log a traceback for each"
+    def unfinished(): return [c for c in self.server.server_state.connections if c.unfinished]
+    for _ in range(steps):                                 # together less than half of `stop_s`: the model has to be freed too
+        if not unfinished() or self.heard > 1: break
+        await asyncio.sleep(self.settings.stop_s * .4 / steps)
+    for c in unfinished(): c.transport.abort()
 
 def _vital(self, coroutine):
     "A task without which the worker is not what it says it is"
@@ -788,7 +802,7 @@ async def _finish_jobs(self):
         if time.monotonic() > limit: self.hurry()
         await asyncio.sleep(.01)
 
-Process.serve, Process.vital, Process.missed, Process.finish_jobs = _serve, _vital, _missed, _finish_jobs
+Process.serve, Process.last_words, Process.vital, Process.missed, Process.finish_jobs = _serve, _last_words, _vital, _missed, _finish_jobs
 
 # %% ../nbs/43_worker.ipynb #fa507306
 async def _end(self):

@@ -504,3 +504,24 @@ say(3, -1); say(5, os.path.getsize('log') + 40); say(3, -1)"""
     torn = [l for l in lines if not l.endswith('}')]
     events = [json.loads(l) for l in lines if l not in torn]
     assert len(torn) == 1 and [e['event'][:1] for e in events] == ['x'] * 4 + ['l', 'x', 'x'] and events[4]['lines'] == 5
+
+
+@pytest.mark.parametrize('sigs', [1, 2])
+@pytest.mark.parametrize('kind', ['half a body', 'does not read', 'does not read the end'])
+def test_clients_that_are_not_done_when_the_worker_ends(kind, sigs):
+    "are cut after a moment: no error line, no traceback, exit code 0"
+    prompt = dict([('does not read', 'flood:2000@0.001'), ('does not read the end', 'flood:20')]).get(kind, 'a')
+    body = json.dumps(dict(job_id='1', prompt=prompt)).encode()
+    head = b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(body)
+    with worker(stop_s=3, drain_s=1) as w, socket.socket() as c:
+        c.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        c.connect((w.host, w.port))
+        c.sendall(head + (body[:-1] if kind == 'half a body' else body))
+        if kind == 'half a body': time.sleep(.2)
+        else: w.event('execute_start')
+        for _ in range(sigs):
+            w.signal()
+            w.event('signal')
+            time.sleep(.1)
+        assert w.end(FAR) == 0
+        assert not [e for e in w.log if e['level'] == 'error' or 'exception' in e] and w.log[-1]['event'] == 'shutdown' and 'forced' not in w.log[-1]
