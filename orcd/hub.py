@@ -311,8 +311,10 @@ def _keep(f, part, target):
 
 # %% ../nbs/45_hub.ipynb #5f28d91a
 def _reason(e):
-    "The first line of an error, without the many lines of advice that some have"
+    "The first line of an error, without the many lines of advice that some have, and without what in a URL is for the server alone: passwords and signatures"
     first = (str(e).strip().splitlines() or [''])[0].rstrip('.')
+    first = re.sub(r'''(\w://)[^/\s'"?#]*@''', r'\1', first)
+    first = re.sub(r'''(\w://[^\s'"?#]*)[?#][^\s'"]*''', r'\1', first)[:500]
     return f'{type(e).__name__}: {first}' if first else type(e).__name__
 
 _settled = 'InvalidURL', 'UnsupportedProtocol', 'LocalProtocolError', 'TooManyRedirects', 'OfflineModeIsEnabled'    # by their names: of whichever library

@@ -336,6 +336,24 @@ def test_a_folder_in_the_way_of_the_file(fake):
     assert not fake.seen
 
 
+@pytest.mark.parametrize('status', [401, 418, 500])
+def test_errors_repeat_no_secrets_of_a_url(fake, monkeypatch, status):
+    "A password in the endpoint, the signature of the address that the hub leads to"
+    monkeypatch.setattr(time, 'sleep', lambda s: None)
+    def no(h):
+        h.send_response(status if 'Signature' in h.path else 302)
+        h.send_header('Location', f'http://someone:hunter2@127.0.0.1:{fake.server_port}{h.path}?Signature=hush&x=1')
+        h.send_header('Content-Length', '0'); h.end_headers()
+    fake.answer = no
+    with pytest.raises(HubError) as e: hub.pull('toy', progress=False, endpoint=fake.url.replace('//', '//me:hunter2@'))
+    assert str(status) in str(e.value) and '127.0.0.1' in str(e.value) and 'hunter2' not in str(e.value) and 'hush' not in str(e.value)
+
+
+def test_reasons_are_short():
+    e = OSError("'http://a:b@c/d?e=f' and https://u:p@[::1]:1/x#y, ok@home? " + 'x' * 9999 + '\nmore')
+    assert hub._reason(e).startswith("OSError: 'http://c/d' and https://[::1]:1/x ok@home? xxx") and len(hub._reason(e)) < 600
+
+
 def test_a_redirect_in_a_circle(fake, monkeypatch):
     monkeypatch.setattr(time, 'sleep', lambda s: None)
     def lead(h): h.send_response(302); h.send_header('Location', h.path); h.send_header('Content-Length', '0'); h.end_headers()
