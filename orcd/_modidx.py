@@ -127,6 +127,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'orcd.chat.Renderer._answer': ('chat.html#renderer._answer', 'orcd/chat.py'),
                            'orcd.chat.Renderer._patient': ('chat.html#renderer._patient', 'orcd/chat.py'),
                            'orcd.chat.Renderer._receive': ('chat.html#renderer._receive', 'orcd/chat.py'),
+                           'orcd.chat.Renderer._wait': ('chat.html#renderer._wait', 'orcd/chat.py'),
                            'orcd.chat.Renderer.ask': ('chat.html#renderer.ask', 'orcd/chat.py'),
                            'orcd.chat.Renderer.close': ('chat.html#renderer.close', 'orcd/chat.py'),
                            'orcd.chat._content': ('chat.html#_content', 'orcd/chat.py'),

@@ -8,7 +8,7 @@ __all__ = ['CHATML', 'START_SECONDS', 'WALL_SECONDS', 'CPU_SECONDS', 'MAX_INPUT'
            'texts', 'Hider', 'named_templates', 'choose_template', 'drop_oldest', 'Harmony', 'PlainReply']
 
 # %% ../nbs/06_chat.ipynb #f87cad6e
-import atexit, json, os, re, signal, socket, struct, sys, threading, unicodedata
+import atexit, json, os, re, signal, socket, struct, sys, threading, time, unicodedata
 from bisect import bisect_left
 from contextlib import contextmanager
 from datetime import datetime
@@ -59,25 +59,30 @@ class Renderer:
         finally: end.close()
         self.socket.settimeout(.1)
 
-    def _patient(self, seconds, f, *args):
-        "`f(*args)`, tried again until it does not time out"
-        for _ in range(10*seconds):
+    def _patient(self, f, *args):
+        "`f(*args)`, tried again until it does not time out; all calls together have the seconds of `_wait`"
+        while self.left > 0:
+            began = time.monotonic()
             try: return f(*args)
             except TimeoutError: pass
-        raise _error(f'the process that renders the chat template does not answer within {seconds} s', 'limit' if self.ready else 'start')
+            finally: self.left -= min(time.monotonic() - began, .2)      # a call takes .1 s: what is longer, this process itself was frozen
+        raise _error(f'the process that renders the chat template does not answer within {self.seconds} s', 'limit' if self.ready else 'start')
 
-    def _receive(self, n, seconds):
+    def _wait(self, seconds): self.seconds = self.left = seconds
+
+    def _receive(self, n):
         data = bytearray()
         while len(data) < n:
-            piece = self._patient(seconds, self.socket.recv, n - len(data))
+            piece = self._patient(self.socket.recv, n - len(data))
             if not piece: raise EOFError
             data += piece
         return bytes(data)
 
     def _answer(self, seconds):
-        letter, n = struct.unpack('>cI', self._receive(5, seconds))
+        self._wait(seconds)
+        letter, n = struct.unpack('>cI', self._receive(5))
         if n > _MAX_ANSWER: raise EOFError
-        return letter.decode('latin-1'), self._receive(n, seconds).decode()
+        return letter.decode('latin-1'), self._receive(n).decode()
 
     def ask(self,
         request:bytes,   # what `sandbox.answer` takes
@@ -86,7 +91,8 @@ class Renderer:
         data = memoryview(struct.pack('>I', len(request)) + request)
         try:
             self.ready = self.ready or bool(self._answer(START_SECONDS))
-            while data: data = data[self._patient(WALL_SECONDS, self.socket.send, data):]
+            self._wait(WALL_SECONDS)
+            while data: data = data[self._patient(self.socket.send, data):]
             return self._answer(WALL_SECONDS)
         except (OSError, UnicodeDecodeError): raise EOFError from None
 

@@ -376,6 +376,14 @@ def test_cannot_start(pool, monkeypatch, executable):
     assert t.render(TALK) == PROMPT
 
 
+def test_an_answer_in_drops(pool, monkeypatch):
+    "One byte now and one then is no answer either: the time is that of all of it"
+    code = "import os, time; os.write(0, b'+\\0\\0\\0\\0'); os.read(0, 5); os.read(0, 99); os.write(0, b'+\\0\\1\\0\\0')\nwhile os.write(0, b'a'): time.sleep(.02)"
+    monkeypatch.setattr(chat, 'WALL_SECONDS', 1)
+    monkeypatch.setattr(chat, '_start', lambda end: subprocess.Popen([sys.executable, '-c', code], stdin=end, stderr=subprocess.DEVNULL))
+    with pytest.raises(ChatTemplateError, match='does not answer within 1 s'): ChatTemplate(CHATML)
+
+
 @pytest.mark.parametrize('answer', [b'', b'+', b'+\xff\xff\xff\xff', b'+\0\0\0\1\xff', b'x\0\0\0\1a', b'+\0\0\1\0abc'])
 def test_a_child_is_not_trusted(pool, monkeypatch, answer):
     "Whoever got out of Jinja's sandbox can still only lie"
