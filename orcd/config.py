@@ -118,6 +118,7 @@ def read_rope(
     "Rotary encoding from the keys below `{arch}.rope`"
     factor = h.float('rope.scaling.factor', h.float('rope.scale_linear', 1., 0.), 0., 1e6) or 1. # 0 means "no scaling"
     scaling = h.choice('rope.scaling.type', 'linear', ('none', 'linear', 'yarn'))
+    if factor < .01: raise ModelError(f'{h.arch}.rope.scaling.factor is {factor:g}; it must be 0, for none, or at least 0.01')
     if factor == 1.: scaling = 'none'
     rope = RopeConfig(n_rot=h.int('rope.dimension_count', n_rot, 2, n_rot), theta=h.float('rope.freq_base', 10000., 1.001), style=style,
         scaling=scaling, factor=factor if scaling != 'none' else 1., original_context=h.int('rope.scaling.original_context_length', 0, 0, 1 << 24),
@@ -248,9 +249,9 @@ def read_config(
 
 # %% ../nbs/08_config.ipynb #76081a7f
 def model_name(h):
-    "What the file calls itself, at most 80 characters; the architecture where it has no name"
+    "What the file calls itself, in one line of at most 80 characters; the architecture where it has no name"
     name = h.metadata.get('general.name')
-    return name[:80] if isinstance(name, str) and name else h.arch
+    return ' '.join(name[:200].split())[:80] or h.arch if isinstance(name, str) else h.arch
 
 def vocab_rows(g, h):
     "Rows of the embedding; checked against what the metadata says of the vocabulary"

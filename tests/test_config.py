@@ -197,7 +197,7 @@ def test_control_characters(tmp_path):
     assert '\x1b' not in broken(tmp_path, keys={'qwen2.colour': '\x1b[31m\n'})
 
 
-@pytest.mark.parametrize('name', [[1, 2], [1.], ['a', 'b'], 7, True, '', 'x'*1000, 'named'])
+@pytest.mark.parametrize('name', [[1, 2], [1.], ['a', 'b'], 7, True, '', ' \n', 'x'*1000, 'named', 'two\n12:00 shutdown\u2028lines'])
 def test_a_name_is_for_people(tmp_path, name):
     "Whatever `general.name` is, it stands in no way; it is shown where it is a text, cut where it is long"
     class Writer(make_models.gguf.GGUFWriter):
@@ -205,7 +205,7 @@ def test_a_name_is_for_people(tmp_path, name):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(make_models.gguf, 'GGUFWriter', Writer)
         with GGUF(make_model(tmp_path/'m.gguf', keys={'general.name': name})) as g: c = arch.resolve(g)[1]
-    assert c.name == (name[:80] if isinstance(name, str) and name else 'qwen2')
+    assert c.name == (' '.join(name.split())[:80] if isinstance(name, str) and name.strip() else 'qwen2') and len(c.name.splitlines()) == 1
 
 
 def test_long_words(tmp_path):
@@ -234,3 +234,11 @@ def test_frequency_factors(tmp_path, wrong):
     with GGUF(file) as g: assert arch.open_model(g)[2].model['rope_freqs']
     factors[3] = wrong
     assert 'rope_freqs.weight holds' in broken(tmp_path, arch='llama', rope_freqs=True, change={'rope_freqs.weight': factors})
+
+
+@pytest.mark.parametrize('key', ['rope.scaling.factor', 'rope.scale_linear'])
+def test_factors_that_stretch_nothing(tmp_path, key):
+    "Speeds are divided by the factor as well: next to nothing turns every pair at random"
+    with GGUF(make_model(tmp_path/'m.gguf', keys={f'qwen2.{key}': .5})) as g: assert arch.resolve(g)[1].rope.factor == .5
+    with GGUF(make_model(tmp_path/'m.gguf', keys={f'qwen2.{key}': 0.})) as g: assert arch.resolve(g)[1].rope.scaling == 'none'
+    assert 'rope.scaling.factor is 1e-30; it must be 0' in broken(tmp_path, keys={f'qwen2.{key}': 1e-30})
