@@ -139,7 +139,7 @@ def test_published_vocabulary(headers, name):
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_header_opens_fast(headers, name):
     "Some ten milliseconds: arrays are walked, not read"
-    assert cost(lambda: GGUF(headers / f'{name}.gguf').close()) < 40
+    assert cost(lambda: GGUF(headers / f'{name}.gguf').close()) < 70
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
