@@ -280,3 +280,15 @@ def test_a_port_that_comes_back_before_it_is_gone():
         old.connection_lost(None)
         return w.open == {('127.0.0.1', 4711): new}
     assert asyncio.run(go())
+
+
+def test_a_cancel_does_not_wait_for_prompts():
+    "Both places for work on bodies are taken, by prompts that take their time"
+    from starlette.requests import Request
+    async def go():
+        w = Worker(Settings(), Jobs(None))
+        for _ in range(2): await w.working.acquire()
+        async def receive(): return dict(type='http.request', body=b'{"job_id":"1"}', more_body=False)
+        http = Request({'type': 'http', 'method': 'POST', 'path': '/cancel', 'headers': [(b'content-type', b'application/json')], 'orcd.id': 'x'}, receive)
+        return json.loads((await asyncio.wait_for(w.cancel(http), PATIENCE)).body)
+    assert asyncio.run(go()) == dict(job_id='1', status='not_active')
