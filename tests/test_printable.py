@@ -85,7 +85,7 @@ def test_info_of_a_file_with_a_wicked_name(tmp_path, capsys):
     assert len(wicked) == len(name)
     assert cli.run(['info', str(tmp_path / 'x.gguf')]) == 0
     out = capsys.readouterr().out
-    assert r'o\x1b[1m\x07\nx\x7f' in out.splitlines()[0] and harmless(out.replace('\n', ''))
+    assert r'o\x1b[1m\x07 x\x7f' in out.splitlines()[0] and harmless(out.replace('\n', ''))
 
 
 def test_messages_of_the_command_line(capsys):
