@@ -255,7 +255,7 @@ def _fetch(hub, url, f, r, bar):
             why = _reason(e)
             if not _passes(e): raise HubError(_told(e)) from e
         have = f.seek(0, os.SEEK_END)
-        failed, most = 0 if have > most else failed + 1, max(have, most)     # a server without ranges begins again: what it sends twice is no progress
+        failed, most = 0 if have > most else failed + 1, max(have, most)     # what is sent a second time is no progress
         if failed > TRIES: raise HubError(f'{why or "nothing more is sent"}. {AGAIN}')
         if failed: time.sleep(1)
 
@@ -311,13 +311,14 @@ def _keep(f, part, target):
 
 # %% ../nbs/45_hub.ipynb #5f28d91a
 def _reason(e):
-    "The first line of an error, without the many lines of advice that some have, and without what in a URL is for the server alone: passwords and signatures"
+    "The first line of an error: without the advice that some have, and what in a URL is for the server alone, passwords and signatures"
     first = (str(e).strip().splitlines() or [''])[0].rstrip('.')
     first = re.sub(r'''(\w://)[^/\s'"?#]*@''', r'\1', first)
     first = re.sub(r'''(\w://[^\s'"?#]*)[?#][^\s'"]*''', r'\1', first)[:500]
     return f'{type(e).__name__}: {first}' if first else type(e).__name__
 
-_settled = 'InvalidURL', 'UnsupportedProtocol', 'LocalProtocolError', 'TooManyRedirects', 'OfflineModeIsEnabled'    # by their names: of whichever library
+# errors that stay, by their names: of whichever library
+_settled = 'InvalidURL', 'UnsupportedProtocol', 'LocalProtocolError', 'TooManyRedirects', 'OfflineModeIsEnabled'
 
 def _status(e): return getattr(getattr(e, 'response', None), 'status_code', None)
 
