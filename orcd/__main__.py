@@ -1,5 +1,5 @@
 "`python -m orcd`: the command line, where its script is not on the path"
 import sys
-from orcd.start import main
+from orcd.serve.start import main
 
 if __name__ == "__main__": sys.exit(main())

@@ -16,7 +16,7 @@ halves of a character."""
 import codecs, threading, time
 from types import SimpleNamespace
 import numpy as np
-from orcd.chat import text_of
+from orcd.text.chat import text_of
 from orcd.errors import Cancelled, OrcdError
 
 PIECES = [b'Ha', b'ik', b'u ', b'\n\n', b'END', b'ND', b'EN', '雨'.encode()[:2], '雨'.encode()[2:], '🌧'.encode()[:1], '🌧'.encode()[1:3], '🌧'.encode()[3:], b' the', b'stop']
@@ -137,5 +137,5 @@ class FakeEngine:
 
 def fake_model(script=(), tokenizer=True, **kw):
     "A `Model` on a `FakeEngine`; `tokenizer=None` gives one without vocabulary, keywords go to the engine"
-    from orcd.generation import Model
+    from orcd.engine.generation import Model
     return Model(FakeEngine(script, **kw), FakeTokenizer() if tokenizer is True else tokenizer)

@@ -3,8 +3,8 @@ import json, os, sys, time
 from types import SimpleNamespace as NS
 
 from orcd.errors import Cancelled, CUDAError, InsufficientVRAM, OutOfVRAM
-from orcd.sampling import request_error
-from orcd.worker import Settings, serve
+from orcd.text.sampling import request_error
+from orcd.serve.worker import Settings, serve
 
 
 class Tokenizer: kind, vocab_size = 'gguf-bpe', 1000

@@ -1,7 +1,7 @@
 "A real worker on a GPU whose context is lost when a prompt asks for it: `python tests/fatal_worker.py '{...settings...}'`"
 import json, sys, time
 import numpy as np
-from orcd.worker import Settings, load_model, serve
+from orcd.serve.worker import Settings, load_model, serve
 
 SOURCE = 'extern "C" __global__ void wild(int* p) { *p = 1; }'
 
@@ -9,7 +9,7 @@ SOURCE = 'extern "C" __global__ void wild(int* p) { *p = 1; }'
 def load(settings, progress):
     "The model; the prompt `wild write` makes a kernel write to address 0, half a second after the prefill"
     from cupy.cuda.function import Module
-    from orcd.nvrtc import compile_text, device_arch
+    from orcd.kernels.nvrtc import compile_text, device_arch
     model, module = load_model(settings, progress), Module()
     module.load(compile_text('wild', SOURCE, device_arch()).cubin)
     generate, begin = model.generate, model.engine._begin

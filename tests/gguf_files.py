@@ -27,7 +27,7 @@ def raw(pairs=(), tensors=(), data=b'', align=32, version=3, n_tensors=None, n_p
 def small(path, seed=0, alignment=None, long=100_000):
     "A file with every metadata type and tensors of every type, by gguf's writer. Returns {name: (type name, float32 weights or None)}"
     import gguf
-    from orcd.quants import quantize
+    from orcd.files.quants import quantize
     rng = np.random.default_rng(seed)
     w = gguf.GGUFWriter(path, 'qwen2')
     for t in ('uint8', 'int8', 'uint16', 'int16', 'uint32', 'int32', 'uint64', 'int64'):

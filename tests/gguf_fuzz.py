@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from orcd.errors import GGUFError
-from orcd.gguf import GGUF
+from orcd.files.gguf import GGUF
 import gguf_files as gf
 from speed import cost, processor, unit
 

@@ -7,8 +7,8 @@ Each has a `no_vocab` tokenizer (prompts are token ids). A row that is no whole 
 from pathlib import Path
 import gguf
 import numpy as np
-from orcd.blocks import ggml_type
-from orcd.quants import quantize
+from orcd.files.blocks import ggml_type
+from orcd.files.quants import quantize
 
 ARCHES = 'qwen2', 'phi3', 'gpt-oss', 'llama', 'qwen3'
 

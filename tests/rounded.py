@@ -3,9 +3,9 @@
 Two runs with the same roundings still differ: sums in another order move a number by 1e-7 of its size, and one that lies at the edge between two
 halves then rounds the other way, by up to 5e-4. In a few layers such flips add up to about half of the error that the roundings themselves make."""
 import numpy as np
-from orcd.blocks import GGMLType, dequantize
-from orcd.k_gemm import PLAIN
-from orcd.reference import NumpyOps, ReferenceEngine, visible
+from orcd.files.blocks import GGMLType, dequantize
+from orcd.kernels.gemm import PLAIN
+from orcd.families.reference import NumpyOps, ReferenceEngine, visible
 
 
 def as_half(x):

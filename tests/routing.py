@@ -62,8 +62,8 @@ class Follower:
 @contextmanager
 def recorded(n_layer):
     "What the routers of a CUDA engine see and take in the prefill inside"
-    from orcd.engine import CudaEngine
-    from orcd.ops import CudaOps
+    from orcd.engine.cuda_engine import CudaEngine
+    from orcd.engine.ops import CudaOps
     seen, route = Recorded(n_layer), CudaOps.route
     def spy(self, logits, k):
         r = route(self, logits, k)
@@ -77,7 +77,7 @@ def recorded(n_layer):
 @contextmanager
 def forced(reference, follower):
     "A `ReferenceEngine` whose routers ask `follower`, unless it is None"
-    from orcd.reference import Route, softmax
+    from orcd.families.reference import Route, softmax
     if follower is None: yield; return
     def route(scores, k):
         ids = follower(scores)

@@ -13,10 +13,11 @@ def run(tmp_path, monkeypatch, capsys):
     "What a benchmark prints of a small model"
     path = make_model(tmp_path/'m.gguf', n_layer=2, n_vocab=331, **MODELS['qwen2'])
     def go(name, *args):
-        from orcd import engine, k_gemv
+        from orcd.engine import cuda_engine as engine
+        from orcd.kernels import gemv
         with played(monkeypatch):
             monkeypatch.setattr(engine.CudaEngine, 'logits', lambda self, ids: np.zeros(3, np.float32))
-            monkeypatch.setattr(k_gemv, 'read_bandwidth', lambda: 3e12)
+            monkeypatch.setattr(gemv, 'read_bandwidth', lambda: 3e12)
             monkeypatch.setattr(sys, 'argv', [name, str(path), *args])
             runpy.run_path(str(ROOT/'tests'/'bench'/f'{name}.py'), run_name='__main__')
         return capsys.readouterr().out
@@ -24,7 +25,8 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_loads(run, monkeypatch):
-    from orcd import engine, loader, nvrtc
+    from orcd.engine import cuda_engine as engine, loader
+    from orcd.kernels import nvrtc
     for owner in engine, nvrtc, engine.CudaEngine, loader.Loader: # the benchmark wraps their functions: put everything back
         for name, f in list(vars(owner).items()):
             if callable(f) and not name.startswith('__'): monkeypatch.setattr(owner, name, f)
@@ -38,15 +40,15 @@ def test_prompts(run):
 
 
 def test_launches(monkeypatch, capsys):
-    from orcd import k_gemv
+    from orcd.kernels import gemv
     monkeypatch.setattr(sys, 'argv', ['launches'])
     with played(monkeypatch) as gpu:
         import cupy
         new = lambda shape, dtype: array(shape if isinstance(shape, tuple) else (shape,), dtype, NS(ptr=1 << 20))
         monkeypatch.setattr(Array, '__and__', lambda self, bits: self, raising=False)
         vars(cupy).update(random=NS(randint=lambda lo, hi, n, dtype: new(n, dtype), standard_normal=lambda shape, dtype: new(shape, dtype)), zeros=new, ones=new, uint8=np.uint8)
-        monkeypatch.setattr(k_gemv, 'read_bandwidth', lambda: 3e12)
-        monkeypatch.setattr(k_gemv, 'graph_time', lambda launch, n: (launch(0, cupy.cuda.Stream()), 1e-5)[1])
+        monkeypatch.setattr(gemv, 'read_bandwidth', lambda: 3e12)
+        monkeypatch.setattr(gemv, 'graph_time', lambda launch, n: (launch(0, cupy.cuda.Stream()), 1e-5)[1])
         runpy.run_path(str(ROOT/'tests'/'bench'/'launches.py'), run_name='__main__')
     out = capsys.readouterr().out
     assert out.count('reading takes') == len(gpu.launches) == 16, 'each is one launch'

@@ -4,43 +4,56 @@ from pathlib import Path
 import pytest
 
 PKG = Path(__file__).resolve().parent.parent / 'orcd'
-# from the file format to the command line; a module may import only from the lines above its own
-LAYERS = """errors blocks gguf quants hub spm sandbox chat tokenizer sampling config arch arch_qwen2 arch_phi3 arch_gptoss arch_llama arch_qwen3 reference
-magic nvrtc planes k_elementwise k_gemv k_gemm k_moe k_hopper k_attention k_sampler vram loader ops engine generation view haiku train start
-protocol logs jobs worker cli""".split()
-# `arch.resolve` fills its registry from the families below it when it is called
-LATE = {('arch', f'arch_{f}') for f in ('qwen2', 'phi3', 'gptoss', 'llama', 'qwen3')} | {('magic', 'nvrtc'), ('start', 'cli')}
-GPU_SIDE = {'nvrtc', 'planes', 'vram', 'loader', 'ops', 'engine', *(m for m in LAYERS if m.startswith('k_'))}
+# a folder may import from those before it, and its modules from each other as long as no circle comes of it
+FOLDERS = 'errors files text families kernels engine serve demo'.split()
+# `arch.resolve` fills its registry from the families when it is called; what a script starts with is light, and calls the command line late
+LATE = {('families.arch', f'families.{f}') for f in ('qwen2', 'phi3', 'gptoss', 'llama', 'qwen3')} | {('serve.start', 'serve.cli')}
 
 
-def imports(tree):
+def imports(tree, module):
     "Every (module, inside a function?) that a module's syntax tree imports"
+    package = ['orcd', *module.split('.')[:-1]]
     inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for n in ast.walk(f)}
     for n in ast.walk(tree):
         if isinstance(n, ast.Import): yield from ((a.name, id(n) in inside) for a in n.names)
         elif isinstance(n, ast.ImportFrom):
-            module = '.'.join(filter(None, ['orcd' if n.level else '', n.module])) # nbdev writes `from orcd.x` as `from .x`
-            names = [f'{module}.{a.name}' for a in n.names] if module == 'orcd' else [module]
+            base = '.'.join([*package[:len(package) + 1 - n.level], *([n.module] if n.module else [])]) if n.level else n.module # nbdev writes `from orcd.x` as `from .x`
+            names = [f'{base}.{a.name}' for a in n.names] if base.startswith('orcd') and base.count('.') < 2 and f'{base[5:]}' not in MODULES else [base]
             yield from ((m, id(n) in inside) for m in names)
 
 
-MODULES = sorted(p.stem for p in PKG.glob('*.py') if not p.stem.startswith('_'))
+MODULES = {'.'.join(p.relative_to(PKG).with_suffix('').parts): p for p in sorted(PKG.rglob('*.py')) if not p.stem.startswith('_')}
 
 
-def test_every_module_has_a_layer(): assert set(MODULES) <= set(LAYERS), f'no layer for {sorted(set(MODULES) - set(LAYERS))}'
+def targets(module):
+    "(name of a module of ours, inside a function?) of each import"
+    for name, late in imports(ast.parse(MODULES[module].read_text()), module):
+        if not name.startswith('orcd.'): continue
+        parts = name.split('.')[1:]
+        found = next((m for m in ('.'.join(parts[:2]), parts[0]) if m in MODULES), None)
+        assert found or parts[0].startswith('__'), f'{module} imports {name}: no such module'
+        if found and not (late and (module, found) in LATE): yield found, late
+
+
+def test_every_module_is_in_a_folder(): assert {m.split('.')[0] for m in MODULES} == set(FOLDERS)
 
 
 @pytest.mark.parametrize('module', MODULES)
 def test_direction(module):
-    for name, late in imports(ast.parse((PKG / f'{module}.py').read_text())):
-        head, _, rest = name.partition('.')
-        if head == 'cupy':
+    folder = module.split('.')[0]
+    for name, late in imports(ast.parse(MODULES[module].read_text()), module):
+        if name.split('.')[0] == 'cupy':
             assert late, f'{module} imports cupy at the top: machines without a GPU import it too'
-            assert module in GPU_SIDE or module == 'cli', f'{module} imports cupy; only the GPU side may'
-        if head != 'orcd' or not rest: continue
-        target = rest.split('.')[0]
-        if target in LAYERS and not (late and (module, target) in LATE):
-            assert LAYERS.index(target) < LAYERS.index(module), f'{module} imports {target}, which lies above it'
+            assert folder in ('kernels', 'engine') or module == 'serve.cli', f'{module} imports cupy; only the GPU side may'
+    for target, _ in targets(module):
+        assert FOLDERS.index(target.split('.')[0]) <= FOLDERS.index(folder), f'{module} imports {target}, which lies above it'
+
+
+def test_no_circles():
+    left = {m: {t for t, _ in targets(m)} for m in MODULES}
+    while free := [m for m, of in left.items() if not of & left.keys()]:
+        for m in free: del left[m]
+    assert not left, f'these import each other: {sorted(left)}'
 
 
 def fresh(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
@@ -53,7 +66,7 @@ def test_import_is_light():
 
 
 def test_http_side_never_imports_cupy():
-    out = fresh('import sys; import orcd.worker, orcd.cli; print("cupy" in sys.modules)')
+    out = fresh('import sys; import orcd.serve.worker, orcd.serve.cli; print("cupy" in sys.modules)')
     assert out.strip() == 'False'
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'), key=lambda p: p.name)
 SKIPPED = {'notest', 'gpu', 'slow', 'export', 'exports', 'exporti'}
 
 
@@ -24,7 +24,7 @@ def module_of(path):
 @pytest.fixture
 def hasty(monkeypatch):
     "Templates that compute for ever are stopped after half a second instead of two"
-    from orcd import chat
+    from orcd.text import chat
     pool = chat.Pool()
     monkeypatch.setattr(chat, '_pool', pool)
     monkeypatch.setattr(chat, 'CPU_SECONDS', .5)
@@ -55,11 +55,22 @@ def test_opening(path):
     assert md and re.match(r'# \S.*\n+> \S', md[0]), 'the first text cell is "# Title" and "> summary"'
 
 
+def test_chapters_are_numbered_without_gaps():
+    "01, 02, … through the folders in their order; a chapter is named after the module it exports, and lies in a folder of the module's"
+    chapters = [p for p in NOTEBOOKS if p.name != 'index.ipynb']
+    assert [int(p.name[:2]) for p in chapters] == list(range(len(chapters)))
+    folders = [p.parent.name for p in chapters[1:]]
+    assert folders == sorted(folders)
+    for p in chapters:
+        folder = '' if p.parent.name == 'nbs' else p.parent.name[2:] + '.'
+        assert module_of(p) == f'{folder}{p.stem[3:]}', p
+
+
 def test_cuda_files_match_cells():
     "A deleted cell must not leave its .cu file behind"
-    from orcd.magic import cuda_source
+    from orcd.kernels.cuda_cells import cuda_source
     found = dict(cuda_source(src) for p in NOTEBOOKS for src, _ in cells(p) if src.startswith('%%cuda'))
-    on_disk = {p.stem: p.read_text() for p in (ROOT / 'orcd' / 'cuda').glob('*.cu')}
+    on_disk = {f'{p.parent.name}/{p.stem}': p.read_text() for p in (ROOT / 'orcd' / 'kernels' / 'cuda').rglob('*.cu')}
     assert found == on_disk
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import rounded
 from make_models import ARCHES, make_model
-from orcd.gguf import GGUF
-from orcd.reference import ReferenceEngine
+from orcd.files.gguf import GGUF
+from orcd.families.reference import ReferenceEngine
 from routing import Recorded, best, forced
 from worker_tools import ROOT
 

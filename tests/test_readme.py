@@ -31,7 +31,7 @@ def test_links_and_commands_exist():
 def test_links_between_chapters_and_files_exist():
     "A relative link of any chapter leads to a file that is there"
     dead = []
-    for nb in sorted((ROOT / 'nbs').glob('*.ipynb')):
+    for nb in sorted((ROOT / 'nbs').rglob('*.ipynb')):
         text = '\n'.join(''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == 'markdown')
         for target in re.findall(r'\]\((?!https?:|attachment:|#)([^)\s#]+)', text):
             if not (nb.parent / target).exists(): dead.append(f'{nb.name}: {target}')
@@ -39,8 +39,8 @@ def test_links_between_chapters_and_files_exist():
 
 
 def test_sidebar_lists_every_notebook():
-    listed = re.findall(r'[\w]+\.ipynb', (ROOT / '_quarto.yml').read_text())
-    assert sorted(listed) == sorted(p.name for p in (ROOT / 'nbs').glob('*.ipynb'))
+    listed = re.findall(r'[\w/]+\.ipynb', (ROOT / '_quarto.yml').read_text())
+    assert sorted(listed) == sorted(str(p.relative_to(ROOT / 'nbs')) for p in (ROOT / 'nbs').rglob('*.ipynb'))
 
 
 if __name__ == '__main__': (ROOT / 'README.md').write_text(readme())

@@ -148,7 +148,7 @@ def worker(env=None, wait=True, read=True, **settings):
 def quiet_logs():
     "Log lines of this process go nowhere"
     import logging, structlog
-    from orcd.logs import configure
+    from orcd.serve.logs import configure
     root, hooks = logging.getLogger(), (sys.excepthook, threading.excepthook)
     before = root.handlers, root.level
     configure('json', lambda line: None)
@@ -162,7 +162,7 @@ def quiet_logs():
 @contextlib.contextmanager
 def orcd(*args, env=None, wait=False):
     "A process of the real command line"
-    p = Proc(['-m', 'orcd.cli', *args], env, wait)
+    p = Proc(['-m', 'orcd.serve.cli', *args], env, wait)
     try: yield p
     finally:
         if p.p.poll() is None: p.p.kill()

@@ -3,9 +3,9 @@
 Each in a chain of its like over different weights (a CUDA graph), beside what reading its weights would take. Weights are random bytes."""
 import sys
 import cupy as cp
-from orcd import k_gemv
-from orcd.blocks import GGMLType as G
-from orcd.nvrtc import QTensor, padded_bytes
+from orcd.kernels import gemv
+from orcd.files.blocks import GGMLType as G
+from orcd.kernels.nvrtc import QTensor, padded_bytes
 
 CACHE, CHAIN = 400_000_000, 48 # bytes of weights that surely do not stay in the L2 cache; launches in a graph
 
@@ -25,24 +25,24 @@ def product(t, n_out, n_in, norm):
     "(bytes, launch): x W^T, of a normed x or added to out"
     size = t.row_bytes(n_in)*n_out
     Ws, x, out = stacks(copies(size), t, (n_out, n_in)), normal(1, n_in), cp.zeros((1, n_out), cp.float32)
-    source = k_gemv.Normed(x, cp.ones(n_in, cp.float32), 1e-6) if norm else x
-    return size, lambda i, s: k_gemv.gemvs([(Ws[i % len(Ws)], out, None)], source, None if norm else out, stream=s)
+    source = gemv.Normed(x, cp.ones(n_in, cp.float32), 1e-6) if norm else x
+    return size, lambda i, s: gemv.gemvs([(Ws[i % len(Ws)], out, None)], source, None if norm else out, stream=s)
 
 
 def gated(t, n_out, n_in, n_expert=0, k=4):
     "(bytes, launch): gate, up and the activation; of `k` experts when there are any"
     size, shape, rows = 2*t.row_bytes(n_in)*n_out*(k if n_expert else 1), (n_out, n_in), 1
     choice = None
-    if n_expert: shape, rows, choice = (n_expert, *shape), k, k_gemv.Choice(normal(1, n_expert), k)
+    if n_expert: shape, rows, choice = (n_expert, *shape), k, gemv.Choice(normal(1, n_expert), k)
     n = 4 if n_expert else copies(size)
-    gates, ups, x, out = stacks(n, t, shape), stacks(n, t, shape), k_gemv.Normed(normal(1, n_in), cp.ones(n_in, cp.float32), 1e-6), cp.zeros((rows, n_out), cp.float32)
-    return size, lambda i, s: k_gemv.gated((gates[i % n], None), (ups[i % n], None), x, out, bool(n_expert), choice, stream=s)
+    gates, ups, x, out = stacks(n, t, shape), stacks(n, t, shape), gemv.Normed(normal(1, n_in), cp.ones(n_in, cp.float32), 1e-6), cp.zeros((rows, n_out), cp.float32)
+    return size, lambda i, s: gemv.gated((gates[i % n], None), (ups[i % n], None), x, out, bool(n_expert), choice, stream=s)
 
 
 def mixed(t, n_out, n_in, n_expert, k=4):
     "(bytes, launch): `k` experts, weighted and added up"
-    Ws, x, out, choice = stacks(4, t, (n_expert, n_out, n_in)), normal(k, n_in), cp.zeros((1, n_out), cp.float32), k_gemv.Choice(normal(1, n_expert), k)
-    return t.row_bytes(n_in)*n_out*k, lambda i, s: k_gemv.mixed(Ws[i % 4], x, out, None, out, choice, settled=True, stream=s)
+    Ws, x, out, choice = stacks(4, t, (n_expert, n_out, n_in)), normal(k, n_in), cp.zeros((1, n_out), cp.float32), gemv.Choice(normal(1, n_expert), k)
+    return t.row_bytes(n_in)*n_out*k, lambda i, s: gemv.mixed(Ws[i % 4], x, out, None, out, choice, settled=True, stream=s)
 
 
 MODELS = {
@@ -55,12 +55,12 @@ MODELS = {
 
 
 def main(names):
-    bandwidth = k_gemv.read_bandwidth()
+    bandwidth = gemv.read_bandwidth()
     print(f'{cp.cuda.runtime.getDeviceProperties(0)["name"].decode()}, reads {bandwidth/1e12:.2f} TB/s')
     for name in names:
         for what, (make, *args) in MODELS[name].items():
             size, launch = make(*args)
-            us = 1e6*k_gemv.graph_time(launch, CHAIN)
+            us = 1e6*gemv.graph_time(launch, CHAIN)
             print(f'{name + " " + what:20} {args[0].name:6} {size/1e6:7.1f} MB {us:8.2f} us, reading takes {1e6*size/bandwidth/us:4.0%} of it', flush=True)
 
 

@@ -7,7 +7,8 @@ import argparse, functools, hashlib, inspect, os, time
 from statistics import median
 import cupy
 import orcd
-from orcd import engine, loader, nvrtc
+from orcd.engine import cuda_engine as engine, loader
+from orcd.kernels import nvrtc
 
 spans, began = {}, 0.
 

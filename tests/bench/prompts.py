@@ -4,9 +4,9 @@ The drawn tokens are hashed: the same bits on every run."""
 import argparse, hashlib, os, time
 import cupy, numpy as np
 import orcd
-from orcd.engine import CudaEngine
-from orcd.k_gemv import read_bandwidth
-from orcd.sampling import SamplingParams
+from orcd.engine.cuda_engine import CudaEngine
+from orcd.kernels.gemv import read_bandwidth
+from orcd.text.sampling import SamplingParams
 
 
 def prompt_ms(e, ids, repeats=5):

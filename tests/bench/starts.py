@@ -3,7 +3,7 @@
 Seconds until `startup` (Python and its imports), until the model is loaded, until `ready`; the first start of a file, which also fills caches, is not counted."""
 import argparse, os, sys, time
 from statistics import median
-from orcd.cli import spawn
+from orcd.serve.cli import spawn
 
 EVENTS = 'startup', 'model_load_complete', 'ready'
 

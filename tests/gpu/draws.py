@@ -72,7 +72,7 @@ class Draws:
     "A prompt and some tokens after it: the bits of every logit of the prompt's end, of the cache, of the last step's logits and of the tokens"
     def __init__(self, engine, prompt, tokens, prompt_every=1):
         import cupy as cp
-        from orcd.sampling import SamplingParams
+        from orcd.text.sampling import SamplingParams
         self.e, self.tokens, self.cp, self.every, self.n = engine, tokens, cp, prompt_every, 0
         self.ids = np.random.default_rng(1).integers(0, min(30000, engine.n_valid), prompt).tolist()
         self.params = SamplingParams(temperature=.9, seed=7)
@@ -116,7 +116,7 @@ class Draws:
 
 def plant(changes):
     "Replace text in the sources of kernels before they are compiled"
-    from orcd import nvrtc
+    from orcd.kernels import nvrtc
     plain = nvrtc.read_source.__wrapped__
 
     @lru_cache(None)
@@ -141,7 +141,7 @@ def main():
     a = p.parse_args()
     plant(a.change)
     import orcd
-    from orcd.engine import CudaEngine
+    from orcd.engine.cuda_engine import CudaEngine
     began, found, lock, engines = time.monotonic(), dict(draws=0, differ=0, first=None), threading.Lock(), []
 
     def more():

@@ -5,7 +5,7 @@ import pytest
 cp = pytest.importorskip('cupy')
 pytestmark = pytest.mark.gpu
 
-from orcd import k_attention as ka
+from orcd.kernels import attention as ka
 
 rng = np.random.default_rng()
 
@@ -129,7 +129,7 @@ def test_decode_window_step_by_step(H, K, d, window):
 @pytest.mark.parametrize('style', ['neox', 'norm'])
 def test_turning_on_the_way(H, K, d, style):
     "q and k turned by attention itself, against the kernel that turns them first; a part of each head stays as it is"
-    from orcd import k_elementwise as ke
+    from orcd.kernels import elementwise as ke
     for n_rot in {d, 16}:
         inv = cp.asarray(10000. ** (-np.arange(n_rot//2)*2/n_rot), cp.float32)
         _, g = random_qkv(300, H, K, d)

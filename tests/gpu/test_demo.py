@@ -7,7 +7,7 @@ from routing import forced, recorded
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent.parent
-FILES = {'qwen2': ROOT/'orcd/models/haiku-qwen2-q4_k_m.gguf', 'phi3': ROOT/'tests/models/haiku-phi3-q4_0.gguf',
+FILES = {'qwen2': ROOT/'orcd/demo/haiku-qwen2-q4_k_m.gguf', 'phi3': ROOT/'tests/models/haiku-phi3-q4_0.gguf',
           'gpt-oss': ROOT/'tests/models/haiku-gptoss/haiku-gptoss-mxfp4.gguf'}
 
 
@@ -17,8 +17,8 @@ def test_haiku(name):
     are 1.4e-4 of their spread apart in every prompt, and some positions amplify the roundings tenfold, so that the logits differ by 0.49 with other
     experts, and by 5e-2 without the roundings. Two such engines whose sums have another order are up to 8e-3 apart."""
     import orcd
-    from orcd import haiku as H
-    from orcd.k_hopper import wide
+    from orcd.demo import haiku as H
+    from orcd.kernels.wgmma import wide
     asked = [(t, H.MINUTES[7*k % 60]) for k, t in enumerate(['GPU computing', *[t for t in H.TOPICS if t != 'GPU computing'][:29]])]
     with orcd.load(FILES[name], device='reference', progress=False) as ref, orcd.load(FILES[name], progress=False) as model, orcd.GGUF(FILES[name]) as g:
         assert model.engine.kind == 'cuda' and model.engine.resident

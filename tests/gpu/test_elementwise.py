@@ -5,11 +5,11 @@ import pytest
 cp = pytest.importorskip('cupy')
 pytestmark = pytest.mark.gpu
 
-from orcd import k_elementwise as ke
-from orcd.blocks import GGMLType, dequantize
+from orcd.kernels import elementwise as ke
+from orcd.files.blocks import GGMLType, dequantize
 from orcd.errors import KernelError
-from orcd.nvrtc import QTensor
-from orcd.quants import quantize
+from orcd.kernels.nvrtc import QTensor
+from orcd.files.quants import quantize
 
 SIZES = 1, 31, 33, 896, 2880, 4864
 rng = np.random.default_rng()

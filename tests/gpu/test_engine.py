@@ -23,7 +23,7 @@ def model_file(tmp_path_factory):
 
 def cuda(path, **kw):
     import orcd
-    from orcd.engine import CudaEngine
+    from orcd.engine.cuda_engine import CudaEngine
     with orcd.GGUF(path) as g: return CudaEngine(g, **kw)
 
 
@@ -58,13 +58,13 @@ def test_against_reference(name, hopper, model_file, monkeypatch):
     """Residual stream after every layer and logits of every position, past the window: against the NumPy engine, and, closer, against the same with the
     engine's FP16 roundings. Both follow the experts that the engine takes; these choices are checked by themselves."""
     import orcd
-    from orcd.reference import ReferenceEngine
+    from orcd.families.reference import ReferenceEngine
     from rounded import Rounded
     from routing import forced, recorded
     ids, path = prompt(300), model_file(name)
-    from orcd import k_hopper
-    if hopper and not k_hopper.wide(): pytest.skip('another GPU')
-    monkeypatch.setattr(k_hopper, 'wide', lambda device=None: hopper)
+    from orcd.kernels import wgmma
+    if hopper and not wgmma.wide(): pytest.skip('another GPU')
+    monkeypatch.setattr(wgmma, 'wide', lambda device=None: hopper)
     g = orcd.GGUF(path) # the NumPy engines read from it as they go along
     plain, rounded = ReferenceEngine(g), Rounded(g, wide=hopper)
     moe, n_layer = name == 'gpt-oss', plain.config.n_layer
@@ -91,10 +91,10 @@ def test_against_reference(name, hopper, model_file, monkeypatch):
 
 @pytest.mark.parametrize('name', ['qwen2', 'gpt-oss', 'phi3'])
 def test_bits_do_not_depend_on_chunks(name, model_file, monkeypatch):
-    import orcd.engine
+    import orcd.engine.cuda_engine
     ids, got = prompt(200), []
     for chunks in ((512,), (64,), (16,)):
-        monkeypatch.setattr(orcd.engine, 'CHUNKS', chunks)
+        monkeypatch.setattr(orcd.engine.cuda_engine, 'CHUNKS', chunks)
         with cuda(model_file(name)) as engine:
             assert engine.plan.chunk == chunks[0]
             got.append(engine.logits(ids))
@@ -104,9 +104,9 @@ def test_bits_do_not_depend_on_chunks(name, model_file, monkeypatch):
 @pytest.mark.parametrize('name', MODELS)
 def test_captured_chunks(name, model_file, monkeypatch):
     "Chunks from graphs, the last one filled up, against launches of just its rows; then decode, which must not see what filled it"
-    from orcd import engine as engine_module
-    from orcd.engine import CudaEngine
-    from orcd.sampling import SamplingParams
+    from orcd.engine import cuda_engine as engine_module
+    from orcd.engine.cuda_engine import CudaEngine
+    from orcd.text.sampling import SamplingParams
     ids = prompt(700)
     with cuda(model_file(name)) as engine:
         assert max(engine.graphs) == engine.plan.chunk and min(engine.graphs) <= 128
@@ -127,7 +127,7 @@ def test_captured_chunks(name, model_file, monkeypatch):
 @pytest.mark.parametrize('name', ['qwen2', 'gpt-oss'])
 def test_decode_is_prefill(name, model_file):
     "The logits of each decode step against a fresh prefill of the same tokens"
-    from orcd.sampling import SamplingParams
+    from orcd.text.sampling import SamplingParams
     with cuda(model_file(name)) as engine:
         ids = prompt(20)
         engine.prefill(ids)
@@ -140,17 +140,17 @@ def test_decode_is_prefill(name, model_file):
             assert [i for i, _ in steps] == drawn[:n]
             engine.prefill(ids + drawn[:n])
             assert np.abs(engine.row.get(stream=engine.stream) - want[len(ids) + n - 1]).max() == 0
-        import orcd.engine
-        depth, orcd.engine.DEPTH = orcd.engine.DEPTH, 1 # nothing queued ahead: the row is that of the token just drawn
+        import orcd.engine.cuda_engine
+        depth, orcd.engine.cuda_engine.DEPTH = orcd.engine.cuda_engine.DEPTH, 1 # nothing queued ahead: the row is that of the token just drawn
         try:
             engine.prefill(ids)
             for k, _ in enumerate(engine.decode(SamplingParams(temperature=1., seed=5), 60)):
                 assert np.abs(engine.row.get() - want[len(ids) + k - 1]).max() < 4e-2 * std, f'step {k}'
-        finally: orcd.engine.DEPTH = depth
+        finally: orcd.engine.cuda_engine.DEPTH = depth
 
 
 def test_same_bits_whatever_ran_before(model_file):
-    from orcd.sampling import SamplingParams
+    from orcd.text.sampling import SamplingParams
 
     def job(engine, n, seed):
         engine.prefill(prompt(n, seed))
@@ -165,7 +165,7 @@ def test_every_byte_comes_back(model_file):
     "close(), del in the middle of a generation, an error, Ctrl-C in `generate`; again and again"
     import _thread, threading
     import orcd
-    from orcd.sampling import SamplingParams
+    from orcd.text.sampling import SamplingParams
     path, ids = model_file('qwen2'), [1, 2, 3]
 
     def use(engine, n=5):
@@ -207,7 +207,7 @@ def test_every_byte_comes_back(model_file):
 
 
 def test_constant_through_100_requests(model_file):
-    from orcd.sampling import SamplingParams
+    from orcd.text.sampling import SamplingParams
     with cuda(model_file('gpt-oss')) as engine:
         before = free()
         for k in range(100):
@@ -219,7 +219,7 @@ def test_constant_through_100_requests(model_file):
 
 def test_cancel(model_file):
     from orcd.errors import Cancelled, RequestError
-    from orcd.sampling import SamplingParams
+    from orcd.text.sampling import SamplingParams
     with cuda(model_file('qwen2')) as engine:
         with pytest.raises(Cancelled): engine.prefill(prompt(30), cancelled=lambda: True)
         with pytest.raises(RequestError): next(engine.decode(SamplingParams(), 1))
@@ -233,7 +233,7 @@ def test_cancel(model_file):
 def test_kv_budget(model_file):
     "A job that outgrows the KV cache ends with OutOfVRAM, the next one is fine; several times in a row"
     from orcd.errors import OutOfVRAM, RequestError
-    from orcd.sampling import SamplingParams
+    from orcd.text.sampling import SamplingParams
     path = model_file('qwen2', context_length=4096)
     with cuda(path, n_ctx=4096, kv_cache_mb=1) as engine: # 1.5 KiB a token
         rows = engine.n_kv
@@ -269,7 +269,7 @@ def test_too_little_vram_is_said_before_the_load(model_file):
 
 
 def test_a_full_device_does_not_disturb_a_loaded_model(model_file):
-    from orcd.sampling import SamplingParams
+    from orcd.text.sampling import SamplingParams
     with cuda(model_file('gpt-oss')) as engine:
         engine.prefill(prompt(50))
         want = list(engine.decode(SamplingParams(seed=1), 30))
@@ -316,8 +316,9 @@ def test_loads_what_it_runs(name, model_file, monkeypatch):
     "Nothing is compiled or loaded while graphs are captured: what a model launches is among what `kernel_files` says"
     from functools import lru_cache
     import orcd
-    from orcd import engine, nvrtc
-    from orcd.sampling import SamplingParams
+    from orcd.engine import cuda_engine as engine
+    from orcd.kernels import nvrtc
+    from orcd.text.sampling import SamplingParams
     monkeypatch.setattr(nvrtc, '_modules', {})
     monkeypatch.setattr(nvrtc, '_kernel', lru_cache(None)(nvrtc._kernel.__wrapped__))
     with cuda(model_file(name)) as e, orcd.GGUF(model_file(name)) as g:

@@ -84,9 +84,9 @@ def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
 def test_full_shape(path):
     import cupy as cp
     import orcd
-    from orcd.engine import CudaEngine
-    from orcd.k_hopper import wide
-    from orcd.sampling import SamplingParams
+    from orcd.engine.cuda_engine import CudaEngine
+    from orcd.kernels.wgmma import wide
+    from orcd.text.sampling import SamplingParams
     cp.cuda.runtime.free(0)
     before = cp.cuda.runtime.memGetInfo()[0]
     with orcd.GGUF(path) as g:

@@ -1,6 +1,6 @@
 "Quantised GEMV and GEMM against float64 NumPy on the reference decoder's weights, and against gguf-py's"
 import numpy as np, pytest
-from orcd.blocks import GGMLType, dequantize
+from orcd.files.blocks import GGMLType, dequantize
 from orcd.errors import KernelError
 
 pytestmark = pytest.mark.gpu
@@ -16,15 +16,15 @@ def columns(t, k): return k * t.block_size if t.block_size > 1 else 37 * k
 
 
 def gemv_out(cp, t, blocks, x, n_out, bias=None, residual=None, kernel=None):
-    from orcd.k_gemv import gemv
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemv import gemv
+    from orcd.kernels.nvrtc import QTensor
     W, out = QTensor.upload(blocks, t, (n_out, x.shape[1])), cp.full((len(x), n_out), np.nan, cp.float32)
     return gemv(W, cp.asarray(x), out, *(None if a is None else cp.asarray(a) for a in (bias, residual))).get()
 
 
 def gemm_out(cp, t, blocks, x, n_out, bias=None, residual=None):
-    from orcd.k_gemm import HalfRows, gemm, half_bytes, to_half
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemm import HalfRows, gemm, half_bytes, to_half
+    from orcd.kernels.nvrtc import QTensor
     rows, n_in = x.shape
     W, out = QTensor.upload(blocks, t, (n_out, n_in)), cp.full((rows, n_out), np.nan, cp.float32)
     h = to_half(cp.asarray(x), HalfRows(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in))
@@ -33,9 +33,9 @@ def gemm_out(cp, t, blocks, x, n_out, bias=None, residual=None):
 
 def wide_out(cp, t, blocks, x, n_out, bias=None, residual=None):
     "The same with Hopper's kernels, where there are any"
-    from orcd.k_gemm import HalfRows, half_bytes, to_half
-    from orcd.k_hopper import gemms, wide, with_tops
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.wgmma import gemms, wide, with_tops
+    from orcd.kernels.nvrtc import QTensor
     if t.block_size == 1 or not wide(): pytest.skip('no kernel of its own')
     rows, n_in = x.shape
     W, out = with_tops(QTensor.upload(blocks, t, (n_out, n_in))), cp.full((rows, n_out), np.nan, cp.float32)
@@ -48,7 +48,7 @@ def by_norm(y, ref): return np.linalg.norm(y - ref) / np.linalg.norm(ref)
 
 
 def inputs(t, rows, n_out, n_in):
-    from orcd.k_gemv import random_blocks
+    from orcd.kernels.gemv import random_blocks
     rng = np.random.default_rng()
     return random_blocks(t, n_out, n_in, rng), rng.standard_normal((rows, n_in), np.float32), rng.standard_normal(n_out, np.float32), \
         rng.standard_normal((rows, n_out), np.float32)
@@ -57,7 +57,7 @@ def inputs(t, rows, n_out, n_in):
 @pytest.mark.parametrize('t', TYPES, ids=ids)
 @pytest.mark.parametrize('n_out,k,rows', [(1, 1, 1), (31, 2, 4), (33, 7, 1), (896, 19, 1), (8193, 3, 1), (32801, 1, 2)])
 def test_gemv(cp, t, n_out, k, rows):
-    from orcd.k_gemv import product64
+    from orcd.kernels.gemv import product64
     n_in = columns(t, k)
     blocks, x, bias, res = inputs(t, rows, n_out, n_in)
     y, size = product64(blocks, t, x)
@@ -69,7 +69,7 @@ def test_gemv(cp, t, n_out, k, rows):
 
 @pytest.mark.parametrize('t', [GGMLType.Q8_0, GGMLType.Q5_0], ids=ids)
 def test_gemv_vocabulary(cp, t):
-    from orcd.k_gemv import product64
+    from orcd.kernels.gemv import product64
     blocks, x, *_ = inputs(t, 1, 151936, 896)
     y, size = product64(blocks, t, x)
     assert (abs(gemv_out(cp, t, blocks, x, 151936) - y) <= 1e-5 * size).all()
@@ -82,7 +82,7 @@ both = pytest.mark.parametrize('product', [gemm_out, wide_out])
 @pytest.mark.parametrize('t', TYPES, ids=ids)
 @pytest.mark.parametrize('rows,n_out,k', [(1, 1, 1), (2, 31, 2), (33, 33, 7), (127, 64, 3), (129, 65, 5), (300, 896, 2), (140, 1100, 3), (260, 2200, 1)])
 def test_gemm(cp, t, rows, n_out, k, product):
-    from orcd.k_gemv import product64
+    from orcd.kernels.gemv import product64
     blocks, x, bias, res = inputs(t, rows, n_out, columns(t, k))
     y, size = product64(blocks, t, x)
     out, fused = product(cp, t, blocks, x, n_out), product(cp, t, blocks, x, n_out, bias, res)
@@ -95,7 +95,7 @@ def test_gemm(cp, t, rows, n_out, k, product):
 @pytest.mark.parametrize('t', TYPES, ids=ids)
 def test_exact_on_half_activations(cp, t):
     "With activations that are halves, only FP32 sums are rounded: no weight is"
-    from orcd.k_gemv import product64
+    from orcd.kernels.gemv import product64
     blocks, x, *_ = inputs(t, 70, 90, columns(t, 4))
     x = x.astype(np.float16).astype(np.float32)
     y, size = product64(blocks, t, x)
@@ -125,10 +125,10 @@ def test_same_bits_in_any_tile(cp, t, n_out):
 @pytest.mark.parametrize('types', [('Q5_0', 'Q5_0', 'Q8_0'), ('Q4_K', 'Q6_K'), ('MXFP4', 'Q4_1', 'Q5_1', 'Q8_0'), ('F16', 'Q4_0')], ids=str)
 def test_gemms(cp, types):
     "Several matrices in a launch"
-    from orcd.k_gemm import HalfRows, half_bytes, to_half
-    from orcd.k_gemv import Normed, product64, random_blocks
-    from orcd.k_hopper import gemms, with_tops
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.gemv import Normed, product64, random_blocks
+    from orcd.kernels.wgmma import gemms, with_tops
+    from orcd.kernels.nvrtc import QTensor
     rng, rows, n_in = np.random.default_rng(), 77, 768
     x, w = rng.standard_normal((rows, n_in), np.float32), rng.standard_normal(n_in, np.float32)
     parts = [(GGMLType[t], random_blocks(GGMLType[t], n, n_in, rng), n) for t, n in zip(types, (150, 33, 64, 16))]
@@ -151,7 +151,7 @@ def unpacked(h):
 
 @pytest.mark.parametrize('rows,n', [(1, 32), (5, 37), (130, 896), (9, 4864)])
 def test_halves(cp, rows, n):
-    from orcd.k_gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
     rng = np.random.default_rng()
     x, w, up = (rng.standard_normal(s).astype(np.float32)*3 for s in ((rows, n), n, (rows, n)))
     for lazy, v in vectors(cp, x, w) + gates(cp, x, up):
@@ -167,10 +167,10 @@ def test_halves(cp, rows, n):
 @pytest.mark.parametrize('rows,n,k', [(1, 64, 1), (150, 208, 3), (300, 1104, 1)])
 def test_gated(cp, t, rows, n, k):
     "Gate and up in one launch, also when they are one matrix; a token alone and in company"
-    from orcd.k_gemm import HalfRows, half_bytes, to_half
-    from orcd.k_gemv import product64, random_blocks
-    from orcd.k_hopper import Rows, gated, wide, with_tops
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.gemv import product64, random_blocks
+    from orcd.kernels.wgmma import Rows, gated, wide, with_tops
+    from orcd.kernels.nvrtc import QTensor
     if not wide(): pytest.skip('no kernel of its own')
     rng, n_in = np.random.default_rng(), columns(t, k)
     blocks, x, bias = random_blocks(t, 2*n, n_in, rng), rng.standard_normal((rows, n_in), np.float32)/np.float32(n_in**.5), rng.standard_normal(2*n, np.float32)
@@ -193,9 +193,9 @@ def test_gated(cp, t, rows, n, k):
 @pytest.mark.parametrize('t', TYPES, ids=ids)
 def test_views(cp, t):
     "Inputs and outputs that are columns of wider arrays; in-place residual"
-    from orcd.k_gemm import HalfRows, gemm, half_bytes, to_half
-    from orcd.k_gemv import gemv
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemm import HalfRows, gemm, half_bytes, to_half
+    from orcd.kernels.gemv import gemv
+    from orcd.kernels.nvrtc import QTensor
     n_in, n_out, rows = columns(t, 2), 45, 9
     blocks, x, bias, res = inputs(t, rows, n_out, n_in)
     W = QTensor.upload(blocks, t, (n_out, n_in))
@@ -231,7 +231,7 @@ def test_against_gguf_py(cp, t):
 @pytest.mark.parametrize('t', [GGMLType.Q4_K, GGMLType.Q8_0, GGMLType.MXFP4, GGMLType.F16], ids=ids)
 def test_large_and_small_activations(cp, t, product):
     "A half would overflow or vanish; the scale of each row prevents it. A row of zeros stays zero."
-    from orcd.k_gemv import product64
+    from orcd.kernels.gemv import product64
     blocks, x, *_ = inputs(t, 6, 40, columns(t, 4))
     x *= np.float32([[1e-30], [1e-6], [1], [1e6], [1e25], [0]])
     y, _ = product64(blocks, t, x)
@@ -243,7 +243,7 @@ def test_large_and_small_activations(cp, t, product):
 @pytest.mark.parametrize('t', [t for t in TYPES if t.block_size > 1 and t != GGMLType.MXFP4], ids=ids)
 def test_large_and_small_weights(cp, t):
     "Scales at both ends of a half's range, rows of either in one matrix: weights as halves must neither overflow nor vanish"
-    from orcd.k_gemv import product64
+    from orcd.kernels.gemv import product64
     blocks, x, *_ = inputs(t, 6, 48, columns(t, 4))
     b = blocks.view(t.dtype).reshape(48, -1)
     for f in {'d', 'm', 'dmin'} & set(b.dtype.names): b[f] = (b[f].astype(np.float64) * np.float64([2.**-9, 1, 2.**9]).repeat(16)[:, None]).astype(np.float16)
@@ -291,25 +291,25 @@ MUTATIONS = dict(   # name -> for GEMV and GEMM: (what the source says, what a m
 def inlined(name):
     "A kernel's source with its includes in place"
     import re
-    from orcd.nvrtc import read_source
+    from orcd.kernels.nvrtc import read_source
     seen = set()
     def text(name):
         if name in seen: return ''
         seen.add(name)
-        return re.sub(r'#include "(\w+)\.cu"', lambda m: text(m[1]), read_source(name))
+        return re.sub(r'#include "\w+/(\w+)\.cu"', lambda m: text(m[1]), read_source(name))
     return text(name)
 
 
 def mxfp4_errors(cp, monkeypatch, mutation=None):
     "GEMV and GEMM error by norm with the shipped source, or with one mistake in it"
-    import orcd.k_gemm, orcd.k_gemv
+    import orcd.kernels.gemm, orcd.kernels.gemv
     from cupy.cuda.function import Module
-    from orcd.nvrtc import Kernel, compile_text, device_arch
-    from orcd.planes import random_blocks
+    from orcd.kernels.nvrtc import Kernel, compile_text, device_arch
+    from orcd.kernels.weight_layout import random_blocks
     rng, n_out, n_in, rows = np.random.default_rng(0), 96, 320, 8
     blocks, x = random_blocks(GGMLType.MXFP4, n_out, n_in, rng), rng.standard_normal((rows, n_in), np.float32)
     y, errors = x.astype(np.float64) @ dequantize(blocks, GGMLType.MXFP4).astype(np.float64).T, []
-    for i, (file, launcher, out) in enumerate((('gemv', orcd.k_gemv, gemv_out), ('gemm', orcd.k_gemm, gemm_out))):
+    for i, (file, launcher, out) in enumerate((('gemv', orcd.kernels.gemv, gemv_out), ('gemm', orcd.kernels.gemm, gemm_out))):
         source = '#define ONLY_NAME mxfp4\n#define ONLY_TYPE MXFP4\n' + inlined(file)
         if mutation:
             old, new = MUTATIONS[mutation][i]
@@ -336,14 +336,14 @@ def test_mxfp4_mistakes_are_seen(cp, monkeypatch):
 
 def gates(cp, x, up):
     "Gated input -> the same in float64"
-    from orcd.k_gemm import Gated
+    from orcd.kernels.gemm import Gated
     d, g = (np.asarray(a, np.float64) for a in (x, up))
     gate, sig = np.minimum(d, 7), lambda z: 1/(1 + np.exp(-z))
     return [(Gated(cp.asarray(x), cp.asarray(up)), d*sig(d)*g), (Gated(cp.asarray(x), cp.asarray(up), True), gate*sig(1.702*gate)*(np.clip(g, -7, 7) + 1))]
 
 def vectors(cp, x, w):
     "Lazy input -> the same in float64"
-    from orcd.k_gemv import Normed
+    from orcd.kernels.gemv import Normed
     d = np.asarray(x, np.float64)
     return [(cp.asarray(x), d), (Normed(cp.asarray(x), cp.asarray(w), 1e-6), d*w/np.sqrt((d*d).mean(1, keepdims=True) + 1e-6))]
 
@@ -351,9 +351,9 @@ def vectors(cp, x, w):
 @pytest.mark.parametrize('types', [('Q5_0', 'Q5_0', 'Q8_0'), ('Q4_K', 'Q4_K', 'Q6_K'), ('Q4_K', 'Q5_K'), ('MXFP4', 'MXFP4'), ('Q8_0', 'F32'), ('Q4_0', 'Q5_1', 'Q4_1'), ('F16', 'BF16', 'F32')], ids=str)
 @pytest.mark.parametrize('rows,n_in', [(1, 256), (3, 2304), (1, 4864)])
 def test_many(cp, types, rows, n_in):
-    from orcd.k_gemv import gemvs, product64
-    from orcd.nvrtc import QTensor
-    from orcd.planes import random_blocks
+    from orcd.kernels.gemv import gemvs, product64
+    from orcd.kernels.nvrtc import QTensor
+    from orcd.kernels.weight_layout import random_blocks
     rng = np.random.default_rng()
     x, w = (rng.standard_normal(s).astype(np.float32)*3 for s in ((rows, n_in), n_in))
     blocks = [random_blocks(GGMLType[t], n, n_in, rng) for t, n in zip(types, (70, 33, 16))]
@@ -376,8 +376,8 @@ def test_many(cp, types, rows, n_in):
 @pytest.mark.parametrize('t', [t for t in TYPES if t.block_size > 1], ids=ids)
 @pytest.mark.parametrize('n_out,k,oai', [(1, 1, False), (33, 3, True), (200, 11, False)])
 def test_gated_row(cp, t, n_out, k, oai):
-    from orcd.k_gemv import Normed, gated, product64
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemv import Normed, gated, product64
+    from orcd.kernels.nvrtc import QTensor
     n_in = columns(t, k)
     b, x, *_ = inputs(t, 1, 2*n_out, n_in)
     rng, x = np.random.default_rng(k), x*np.float32(.05)
@@ -396,9 +396,9 @@ def test_gated_row(cp, t, n_out, k, oai):
 # ---- wrong calls
 
 def test_refused(cp):
-    from orcd.k_gemm import HalfRows, gemm, half_bytes, to_half
-    from orcd.k_gemv import gemv
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemm import HalfRows, gemm, half_bytes, to_half
+    from orcd.kernels.gemv import gemv
+    from orcd.kernels.nvrtc import QTensor
     blocks, x, bias, _ = inputs(GGMLType.Q8_0, 2, 32, 64)
     W, x, out = QTensor.upload(blocks, GGMLType.Q8_0, (32, 64)), cp.asarray(x), cp.empty((2, 32), cp.float32)
     z = lambda *s, d=cp.float32: cp.zeros(s, d)

@@ -1,6 +1,6 @@
 "Routing, grouping, expert products and their sum against NumPy"
 import numpy as np, pytest
-from orcd.blocks import GGMLType, dequantize
+from orcd.files.blocks import GGMLType, dequantize
 from orcd.errors import KernelError
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ def route_np(logits, k):
 
 
 def route_gpu(cp, logits, k):
-    from orcd.k_moe import route
+    from orcd.kernels.moe import route
     ids, w = cp.full((len(logits), k), -1, cp.int32), cp.full((len(logits), k), np.nan, cp.float32)
     route(cp.asarray(logits), k, ids, w)
     return ids, w
@@ -52,7 +52,7 @@ def test_route_of_nothing(cp):
 
 @pytest.mark.parametrize('T,n,k', [(1, 32, 4), (31, 8, 2), (129, 5, 1), (1000, 32, 4), (7, 200, 3)])
 def test_group(cp, T, n, k):
-    from orcd.k_moe import Groups, group
+    from orcd.kernels.moe import Groups, group
     ids = np.random.default_rng().integers(0, n, (T, k)).astype(np.int32)
     g = group(cp.asarray(ids), Groups(cp.full(Groups.size(T*k, n), -1, cp.int32), T*k, n))
     flat, offset, slots = ids.ravel(), g.offset.get(), g.slots.get()
@@ -64,10 +64,10 @@ def test_group(cp, T, n, k):
 
 
 def products(cp, t, ids, x, blocks, shape, bias, runs=1):
-    from orcd.k_gemm import HalfRows, half_bytes, to_half
-    from orcd.k_hopper import experts, with_tops
-    from orcd.k_moe import Groups, expert_gemm, expert_gemv, group
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.wgmma import experts, with_tops
+    from orcd.kernels.moe import Groups, expert_gemm, expert_gemv, group
+    from orcd.kernels.nvrtc import QTensor
     n_slots, n_in = ids.size, x.shape[1]
     W, idd, xd, bd = QTensor.upload(blocks, t, shape), cp.asarray(ids), cp.asarray(x), None if bias is None else cp.asarray(bias)
     for _ in range(runs):
@@ -87,7 +87,7 @@ def choose(rng, T, E, k): return np.array([rng.permutation(E)[:k] for _ in range
 @pytest.mark.parametrize('T,E,k,n_out,m,shared',
     [(1, 8, 4, 33, 1, True), (1, 32, 4, 64, 3, False), (35, 8, 2, 31, 2, True), (150, 3, 2, 65, 2, False), (140, 2, 1, 70, 3, True)])
 def test_experts(cp, t, T, E, k, n_out, m, shared):
-    from orcd.k_gemv import random_blocks
+    from orcd.kernels.gemv import random_blocks
     rng, n_in = np.random.default_rng(), m * t.block_size if t.block_size > 1 else 37 * m
     blocks, ids = random_blocks(t, E*n_out, n_in, rng), choose(rng, T, E, k)
     x, bias = rng.standard_normal((T if shared else T*k, n_in), np.float32), rng.standard_normal((E, n_out), np.float32)
@@ -118,7 +118,7 @@ def test_mxfp4_scales(cp):
 
 def test_same_bits(cp):
     "20 runs, and a token's rows whatever else is in the batch"
-    from orcd.k_gemv import random_blocks
+    from orcd.kernels.gemv import random_blocks
     t, rng, T, E, k, n_out, n_in = GGMLType.MXFP4, np.random.default_rng(), 200, 4, 2, 66, 96
     blocks, ids, x = random_blocks(t, E*n_out, n_in, rng), choose(rng, T, E, k), rng.standard_normal((T, n_in), np.float32)
     runs = list(products(cp, t, ids, x, blocks, (E, n_out, n_in), None, runs=20))
@@ -132,11 +132,11 @@ def test_same_bits(cp):
 @pytest.mark.parametrize('T,E,k,n,m', [(1, 8, 2, 96, 160), (33, 4, 3, 320, 96), (300, 3, 2, 64, 320), (70, 2, 1, 160, 2208)])
 def test_gated_experts(cp, T, E, k, n, m):
     "gpt-oss's feed-forward part with Hopper's kernels; a token's bits alone and in company"
-    from orcd.k_gemm import HalfRows, half_bytes, to_half
-    from orcd.k_gemv import random_blocks
-    from orcd.k_hopper import experts, experts_gated, wide, with_tops
-    from orcd.k_moe import Groups, group
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.gemv import random_blocks
+    from orcd.kernels.wgmma import experts, experts_gated, wide, with_tops
+    from orcd.kernels.moe import Groups, group
+    from orcd.kernels.nvrtc import QTensor
     if not wide(): pytest.skip('no kernel of its own')
     t, rng, shapes = GGMLType.MXFP4, np.random.default_rng(), ((m, n), (m, n), (n, m))
     blocks = [random_blocks(t, E*s[0], s[1], rng) for s in shapes]
@@ -162,7 +162,7 @@ def test_gated_experts(cp, T, E, k, n, m):
 
 @pytest.mark.parametrize('T,k,n', [(1, 4, 2880), (5, 1, 31), (300, 8, 257)])
 def test_expert_sum(cp, T, k, n):
-    from orcd.k_moe import expert_sum
+    from orcd.kernels.moe import expert_sum
     rng = np.random.default_rng()
     y, w, r = rng.standard_normal((T*k, n), np.float32), rng.random((T, k)).astype(np.float32), rng.standard_normal((T, n), np.float32)
     ref = np.einsum('tk,tkn->tn', w.astype(np.float64), y.reshape(T, k, n))
@@ -173,9 +173,9 @@ def test_expert_sum(cp, T, k, n):
 
 
 def test_refused(cp):
-    from orcd.k_gemv import random_blocks
-    from orcd.k_moe import Groups, expert_gemv, route
-    from orcd.nvrtc import QTensor
+    from orcd.kernels.gemv import random_blocks
+    from orcd.kernels.moe import Groups, expert_gemv, route
+    from orcd.kernels.nvrtc import QTensor
     z = lambda *s, d=cp.float32: cp.zeros(s, d)
     W = QTensor.upload(random_blocks(GGMLType.MXFP4, 4*32, 32, np.random.default_rng(0)), GGMLType.MXFP4, (4, 32, 32))
     i = lambda *s: z(*s, d=cp.int32)

@@ -10,8 +10,8 @@ for needed in ('torch', 'transformers', 'gguf'): pytest.importorskip(needed)
 from hf_models import HuggingFace
 from make_models import ARCHES, make_model
 from routing import recorded
-from orcd.gguf import GGUF
-from orcd.sampling import SamplingParams
+from orcd.files.gguf import GGUF
+from orcd.text.sampling import SamplingParams
 
 HEADS = {'32': dict(head_dim=32, n_embd=128), '48': dict(head_dim=48, n_head=6, n_head_kv=3, n_embd=288), '64': dict(head_dim=64, n_embd=256),
          '96': dict(head_dim=96, n_head=4, n_head_kv=1, n_embd=384), '128': dict(head_dim=128, n_head=2, n_head_kv=2, n_embd=256)}
@@ -24,9 +24,9 @@ GREEDY = SamplingParams(temperature=0.)
 
 def open_engine(kind, g):
     if kind == 'reference':
-        from orcd.reference import ReferenceEngine
+        from orcd.families.reference import ReferenceEngine
         return ReferenceEngine(g)
-    from orcd.engine import CudaEngine
+    from orcd.engine.cuda_engine import CudaEngine
     return CudaEngine(g)
 
 ENGINES = ['reference', pytest.param('cuda', marks=pytest.mark.gpu)]

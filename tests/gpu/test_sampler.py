@@ -5,8 +5,8 @@ import pytest
 cp = pytest.importorskip('cupy')
 pytestmark = pytest.mark.gpu
 
-from orcd import k_sampler as ks
-from orcd.sampling import Sampler, SamplingParams, kept_simply, prepare
+from orcd.kernels import sampler as ks
+from orcd.text.sampling import Sampler, SamplingParams, kept_simply, prepare
 
 
 class Device:

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.gpu
 QWEN, PHI, OSS = 'qwen2.5-0.5b-instruct-q4_k_m', 'phi-3-mini-4k-instruct-q4', 'gpt-oss-20b-mxfp4'
 KINDS = {QWEN: ('Q4_K_M', 'gguf-bpe'), PHI: ('Q4_K_M', 'gguf-bpe'), OSS: ('MXFP4', 'hf-json')} # quant_kind, tokenizer_kind
 LONG = '0123456789' * 3000 # 30,000 tokens for Qwen, a second and more of prefill
-DEMO = ROOT / 'orcd' / 'models' / 'haiku-qwen2-q4_k_m.gguf'
+DEMO = ROOT / 'orcd' / 'demo' / 'haiku-qwen2-q4_k_m.gguf'
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +72,7 @@ def growth(w):
 
 def info(path, n_ctx):
     "What `orcd info` says that weights, KV cache and workspace take"
-    command = [sys.executable, '-m', 'orcd.cli', 'info', str(path), '--context-length', str(n_ctx)]
+    command = [sys.executable, '-m', 'orcd.serve.cli', 'info', str(path), '--context-length', str(n_ctx)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | dict(PYTHONPATH=PATH)).stdout
     mib = lambda what: float(re.search(rf'^  {what} +([\d,.]+) MiB', out, re.M)[1].replace(',', ''))
     return [mib(what) * 2**20 for what in ('weights', 'kv_cache', 'workspace')]

@@ -6,7 +6,7 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from rounded import as_hopper
-from orcd.blocks import GGMLType
+from orcd.files.blocks import GGMLType
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False

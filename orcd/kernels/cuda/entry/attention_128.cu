@@ -1,0 +1,2 @@
+#define HEAD_DIM 128
+#include "entry/attention.cu"

@@ -1,0 +1,2 @@
+#define HEAD_DIM 32
+#include "entry/attention.cu"

@@ -1,0 +1,2 @@
+#define HEAD_DIM 48
+#include "entry/attention.cu"

@@ -1,0 +1,2 @@
+#define HEAD_DIM 64
+#include "entry/attention.cu"

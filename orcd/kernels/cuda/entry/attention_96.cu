@@ -1,0 +1,2 @@
+#define HEAD_DIM 96
+#include "entry/attention.cu"

@@ -1,0 +1,191 @@
+"""Products of many rows on Hopper: gemm_wgmma.cu run on the CPU by its own launcher, with lanes as fibers. A copy is there at once, so that whoever asks for a
+stage too early destroys what others still read. Against float64 with the weights and halves that the kernel is given, and tile against tile, bit for bit."""
+import ctypes, re, shutil
+from types import SimpleNamespace
+import numpy as np, pytest
+from orcd.kernels import wgmma
+from orcd.files.blocks import GGMLType
+from orcd.kernels.nvrtc import QTensor, read_source
+from orcd.kernels.weight_layout import random_blocks, to_planes
+from rounded import as_hopper
+from test_blocks_cuda import compiled
+from test_gemv_cuda import FIBERS, THREADS, Array, floats
+from test_slab_cuda import HALVES, plain_slab, tops
+from test_to_half_cuda import halves
+
+BARRIERS = r'''
+#include <cassert>
+// A barrier: its phase, arrivals in all, arrivals and bytes that are still to come
+typedef unsigned long long u64;
+struct Barrier { unsigned phase : 1, count : 15, left : 16; int bytes; };
+static_assert(sizeof(Barrier) == 8, "");
+static Barrier& of(u64* b) { return *(Barrier*)b; }
+static void settle(u64* b) { if (!of(b).left && !of(b).bytes) { of(b).phase ^= 1; of(b).left = of(b).count; } }
+static void barrier_init(u64* b, int count) { of(b) = {0, (unsigned)count, (unsigned)count, 0}; }
+static void barriers_ready() {}
+static void arrive(u64* b) { of(b).left--; settle(b); }
+static void arrive_expecting(u64* b, int bytes) { of(b).left--; of(b).bytes += bytes; }
+static void bulk_copy(void* to, const void* from, int bytes, u64* b) {
+    if (((uintptr_t)to | (uintptr_t)from | bytes) & 15 || of(b).bytes < bytes) abort();
+    memcpy(to, from, bytes);
+    of(b).bytes -= bytes; settle(b);
+}
+static void wait(u64* b, int phase) { leave_until([&] { return (int)of(b).phase != phase; }); }
+static void let_next_start() {}
+static void wait_for_last() {}
+static uint32_t address_of(const void* p) { return (unsigned char*)p - (unsigned char*)shared; }
+static u64 described(uint32_t address) { if (address & 1023) abort(); return address >> 4; }
+static void wgmma_fence() {}
+static void wgmma_commit() {}
+template<int LEFT> static void wgmma_wait() {}
+// d (64 x N) += a (64 x 16, a warp has 16 rows as `mma` takes them) * x (16 x N): 128 bytes a column of x, 16-byte chunks exchanged as the hardware does it
+template<int N> static void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], u64 x) {
+    Warp& w = warp_of();
+    const int lane = lane_of();
+    memcpy(w.a[lane], a, 16);
+    __syncwarp();
+    double rows[2][16];
+    for (int r = 0; r < 2; r++) for (int k = 0; k < 16; k++) rows[r][k] = half_bits(w.a[lane / 4 * 4 + k % 8 / 2][r + k / 8 * 2] >> 16 * (k & 1) & 65535);
+    for (int i = 0; i < N / 8; i++) for (int c = 0; c < 2; c++) {
+        double sum[2] = {d[4 * i + c], d[4 * i + 2 + c]};
+        for (int k = 0; k < 16; k++) {
+            const uint32_t at = 16 * (uint32_t)x + (8 * i + 2 * (lane & 3) + c) * 128 + 2 * k;
+            const double v = half_bits(*(uint16_t*)((unsigned char*)shared + (at ^ (at >> 7 & 7) << 4)));
+            sum[0] += rows[0][k] * v; sum[1] += rows[1][k] * v;
+        }
+        d[4 * i + c] = sum[0]; d[4 * i + 2 + c] = sum[1];
+    }
+    __syncwarp();
+}
+'''
+RUN = r'''
+#define RUN(f) extern "C" int run_##f(int grid_x, int grid_y, const u8* w0, const u8* w1, const u8* w2, \
+    const u8* top0, const u8* top1, const u8* top2, float* out0, float* out1, float* out2, const float* bias0, const float* bias1, const float* bias2, \
+    int n0, int n1, int n2, int first0, int first1, int first2, int b0, int b1, long long ldo0, long long ldo1, long long ldo2, \
+    const float* residual, long long ldr, int second, const u16* x, const float* inv, int x_rows, int n_rows, int n_in) { \
+    body = [&] { wgmma_##f(w0, w1, w2, top0, top1, top2, out0, out1, out2, bias0, bias1, bias2, n0, n1, n2, first0, first1, first2, b0, b1, ldo0, ldo1, ldo2, \
+        residual, ldr, second, x, inv, x_rows, n_rows, n_in); }; \
+    for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) if (run_block()) return 1; \
+    return 0; }
+'''
+MORE = r'''
+#define fmaf fmaf_
+static float __fdividef(float a, float b) { return a / b; }
+#define __expf(a) std::exp(a)
+template<class T> static T __shfl_sync(unsigned, T v, int lane, int width) { return from_lane(v, lane_of() / width * width + lane); }
+'''
+TILES = [(64, 1, 4, 3, 1, 1), (128, 2, 1, 6, 1, 4), (64, 1, 2, 3, 2, 1), (128, 1, 2, 3, 1, 1), (128, 2, 1, 6, 1, 2), (256, 2, 1, 3, 1, 1), (64, 2, 1, 6, 2, 1)]
+
+
+def source():
+    "gemm_wgmma.cu with all it includes, without PTX"
+    text = lambda name: re.sub(r'#include .*', '', read_source(name))
+    blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', text('blocks'))
+    kernel = re.sub(r'__shared__ (u64|u16) (barriers|order)', r'static \1 \2', text('gemm_wgmma'))
+    whole = '\n'.join((blocks, text('share'), plain_slab(text('slab')), kernel))
+    assert 'asm' not in whole, 'the source has changed'
+    return whole
+
+
+@pytest.fixture(scope='module')
+def library(tmp_path_factory):
+    if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
+    made = {}
+    def build(name, defines, threads, change):
+        if (defines, change) not in made:
+            whole = source()
+            if change[0]: assert whole.count(change[0]) == 1, 'the source has changed'; whole = whole.replace(*change)
+            fibers = FIBERS[:FIBERS.index("// A barrier's word")] + BARRIERS + FIBERS[FIBERS.index('static void entry()'):]
+            fibers = re.sub(r'struct float2.*\nstruct float4.*\n', '', fibers)                     # `HALVES` has them, and the halves
+            fibers = re.sub(r'static uint32_t to_half_bits[^}]*\}\n', '', fibers)
+            fibers = re.sub(r'static uint32_t two_halves.*\n', '', fibers)
+            fibers = fibers.replace('if (turns < asleep', 'if (f.index.x > 127 && turns % 4 || turns < asleep') # one warpgroup is ahead of the others
+            fibers = fibers.replace('alignas(16) unsigned char shared[256 << 10]', 'alignas(1024) unsigned short shared[128 << 10]').replace('256', str(threads)).replace('warps[8]', 'warps[16]')
+            text = '\n'.join(f'#define {d.replace("=", " ")}' for d in (*defines, '__CUDA_ARCH_FEAT_SM90_ALL=1')) + THREADS + HALVES + fibers + MORE + whole + RUN + f'RUN({name})'
+            made[defines, change] = compiled(tmp_path_factory, text)
+        return made[defines, change]
+    return build
+
+
+@pytest.fixture
+def on_cpu(library, monkeypatch):
+    "Launches go to the CPU, with the tile and the mistake that are asked for"
+    kinds, state = {np.int32: ctypes.c_int, np.int64: ctypes.c_longlong}, SimpleNamespace(tile=None, change=('', ''))
+    def kernel(file, name, defines):
+        def launch(grid, block, args, shared_mem=0, stream=None, early=False):
+            assert file == 'gemm_wgmma' and shared_mem <= 224 << 10
+            pointers = [kinds[type(a)](a) if isinstance(a, np.generic) else ctypes.c_void_p(None if a is None else a.ptr if isinstance(a, QTensor) else a.data.ptr) for a in args]
+            lib = library(name.removeprefix('wgmma_'), defines, block[0], state.change)
+            assert not getattr(lib, name.replace('wgmma', 'run'))(*map(int, grid), *pointers), 'the kernel hangs'
+        return launch
+    monkeypatch.setattr(wgmma, 'kernel', kernel)
+    monkeypatch.setattr(wgmma, 'tile', lambda *a: state.tile)
+    return state
+
+
+def weights(rng, t, n_out, n_in):
+    blocks = random_blocks(t, n_out, n_in, rng)
+    return QTensor(t, (n_out, n_in), Array(to_planes(blocks, t)), 'w', Array(tops(blocks, t))), as_hopper(blocks, t).astype(np.float64)
+
+
+def activations(rng, rows, n_in):
+    "Halves as `to_half` leaves them, and what they stand for"
+    h = halves(rows, n_in)
+    x = (rng.standard_normal((rows, n_in))*3000).astype(np.float16)
+    h.half.a[:] = 0x7E00                                                    # NaNs where nobody should look
+    lie = h.half.a.reshape(-1, h.held, 8, 8)                                # span, row, place, half
+    whole = np.zeros((rows, h.ld), np.float16)
+    whole[:, :n_in] = x
+    for r in range(rows):
+        for c in range(8): lie[:, r, c ^ (r & 7)] = whole[r].view(np.uint16).reshape(-1, 4, 8, 2)[:, c//2, :, c & 1]
+    h.inv.a[:rows] = np.exp2(rng.integers(-14, -8, rows))
+    h.ready = True
+    return h, x.astype(np.float64)*h.inv.a[:rows, None]
+
+
+def product(state, tile, jobs, h, residual=None):
+    "Results of all matrices of a launch"
+    state.tile, outs = tile, [Array(np.full((h.rows, W.shape[0]), np.nan, np.float32)) for W, _ in jobs]
+    wgmma.gemms([(W, out, bias) for (W, bias), out in zip(jobs, outs)], h, residual)
+    return [out.a for out in outs]
+
+
+@pytest.mark.parametrize('t, n_in', [(GGMLType.Q5_0, 896), (GGMLType.Q4_0, 1248), (GGMLType.Q4_K, 768), (GGMLType.Q6_K, 1280), (GGMLType.MXFP4, 160), (GGMLType.Q8_0, 256)], ids=str)
+def test_every_tile(on_cpu, t, n_in):
+    "Tokens and rows that do not fill a tile; tiles that deal the columns to as many parts give the same bits, at once or in turns"
+    rng, rows, n_out = np.random.default_rng(n_in), 70, 150
+    (W, w), (h, x) = weights(rng, t, n_out, n_in), activations(rng, rows, n_in)
+    bias, old, seen = floats(rng, n_out), floats(rng, rows, n_out), {}
+    for tile in TILES:
+        y, = product(on_cpu, tile, [(W, Array(bias))], h, Array(old))
+        exact = x @ w.T + bias + old
+        assert np.abs(y - exact).max() < 3e-6*np.sqrt((x**2).sum(1).max()*(w**2).sum(1).max()), tile
+        parts = tile[2]*tile[5]
+        assert np.array_equal(y, seen.setdefault(parts, y)), tile
+    assert sorted(seen) == [1, 2, 4]
+
+
+def test_matrices_of_two_types(on_cpu):
+    rng = np.random.default_rng(0)
+    h, x = activations(rng, 40, 512)
+    made = [weights(rng, t, n, 512) for t, n in ((GGMLType.Q5_0, 70), (GGMLType.Q8_0, 20), (GGMLType.Q5_0, 64))]
+    biases = [floats(rng, W.shape[0]) for W, _ in made]
+    for tile in ((64, 1, 2, 3, 2, 1), (128, 2, 1, 6, 1, 2)):
+        for y, (W, w), b in zip(product(on_cpu, tile, [(W, Array(b)) for (W, _), b in zip(made, biases)], h), made, biases):
+            assert np.abs(y - (x @ w.T + b)).max() < 3e-6*np.sqrt((x**2).sum(1).max()*(w**2).sum(1).max())
+
+
+@pytest.mark.parametrize('tile, change', [
+    ((128, 2, 1, 6, 1, 2), ('total[Q > 1 ? i : 0] + acc[i];\n}', 'acc[i];\n}')),            # the last part alone
+    ((128, 2, 1, 6, 1, 4), ('until += size_of<Q>(++turn, groups)', 'until += size_of<Q>(turn++, groups)')),
+    ((128, 2, 1, 6, 1, 4), ('at += size_of<P>(part, groups)', 'at += size_of<P>(0, groups)')),
+    ((128, 2, 1, 6, 1, 2), ('acc[i]; acc[i] = 0;', 'acc[i];')),
+    ((64, 2, 1, 6, 2, 1), ('wait(s.empty + last, last_phase); ', ''))], ids=lambda c: str(c[0])[:12])
+def test_mistakes_are_seen(on_cpu, tile, change):
+    rng = np.random.default_rng(1)
+    (W, w), (h, x) = weights(rng, GGMLType.Q5_0, 130, 1664), activations(rng, 130, 1664)     # 13 groups: the last unit has one
+    want, = product(on_cpu, (64, 1, 4, 3, 1, 1) if tile[5] == 4 else (64, 1, 2, 3, 2, 1) if tile[5] == 2 else (256, 2, 1, 3, 1, 1), [(W, None)], h)
+    on_cpu.change = change
+    try: got, = product(on_cpu, tile, [(W, None)], h)
+    except AssertionError as e: assert 'hangs' in str(e)
+    else: assert not np.array_equal(got, want)
