@@ -51,11 +51,11 @@ def half(x): return x.astype(np.float16).astype(np.float32)
 
 
 class HalfOps(NumpyOps):
-    wide = fused = False    # with Hopper's kernels? And with the activation in the product before it?
+    is_hopper = fused = False    # with Hopper's kernels? And with the activation in the product before it?
     halves = None           # id of a weight -> HalfWeight
 
     def weight(self, W):
-        if not self.wide or W.type.block_size == 1: return W
+        if not self.is_hopper or W.type.block_size == 1: return W
         self.halves = self.halves or {}
         return self.halves.setdefault(id(W), HalfWeight(W))
 
@@ -63,8 +63,8 @@ class HalfOps(NumpyOps):
         y = super().swiglu(gate, up)
         return half(y/8)*8 if self.fused else y
 
-    def swiglu_oai(self, gate, up):
-        y = super().swiglu_oai(gate, up)
+    def clamped_swiglu(self, gate, up):
+        y = super().clamped_swiglu(gate, up)
         return half(y*256)/256 if self.fused else y
     def linear(self, x, W, bias=None, residual=None): return super().linear(x if W.type in PLAIN else as_half(x), self.weight(W), bias, residual)
     def expert_linear(self, x, W, bias, route): return super().expert_linear(as_half(x), self.weight(W), bias, route)
@@ -86,10 +86,10 @@ class HalfOps(NumpyOps):
 
 
 class Rounded(ReferenceEngine):
-    def __init__(self, g, wide=False, **kw):
+    def __init__(self, g, is_hopper=False, **kw):
         super().__init__(g, **kw)
         m, exact = self.model, self.model.ops
         m.ops = HalfOps(m.config, getattr(m.w, 'rope_freqs', None))
         up = getattr(m.layers[0], 'ffn_up', None) or m.layers[0].ffn_up_exps
-        m.ops.wide, m.ops.fused = wide, wide and up.type.block_size > 1
+        m.ops.is_hopper, m.ops.fused = is_hopper, is_hopper and up.type.block_size > 1
         m.head = lambda x: exact.linear(exact.rms_norm(x, m.w.output_norm, m.config.rms_eps), m.w.output) # rows of logits are products of one row, in FP32

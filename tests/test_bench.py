@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from make_models import MODELS, make_model
-from played_cupy import Array, array, played
+from fake_gpu import Array, array, played
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYSTEM', 'RECIPES', 'OTHER_SYSTEMS', 'N_ENDLESS', 'ENDLESS', 'ROUND', 'TESTS', 'FILES', 'Recipe', 'corpus',
            'byte_bpe', 'sentencepiece', 'vocabulary', 'metadata', 'header', 'analysis', 'conversation', 'Writer',
-           'examples', 'batches', 'TorchOps', 'attend', 'swiglu_oai', 'route', 'expert_linear', 'expert_sum', 'Net',
+           'examples', 'batches', 'TorchOps', 'attend', 'clamped_swiglu', 'route', 'expert_linear', 'expert_sum', 'Net',
            'type_of', 'rounded', 'quantised', 'dequantised', 'complete', 'quality', 'orthogonal', 'Muon',
            'optimizers_of', 'rate', 'loss_of', 'train', 'judge', 'save', 'tokenizer_json', 'main']
 
@@ -271,8 +271,8 @@ def attend(self, q, k, v, window, sinks): # the sink is one more score without a
     return z.softmax(-1)[..., :-1].to(v.dtype) @ v
 TorchOps.attend = attend
 
-def swiglu_oai(self, gate, up): return (g := gate.clamp(max=7)) * torch.sigmoid(1.702*g) * (up.clamp(-7, 7) + 1)
-TorchOps.swiglu_oai = swiglu_oai
+def clamped_swiglu(self, gate, up): return (g := gate.clamp(max=7)) * torch.sigmoid(1.702*g) * (up.clamp(-7, 7) + 1)
+TorchOps.clamped_swiglu = clamped_swiglu
 
 def route(self, logits, k): # weights (rows, experts): zero for those not chosen
     top = logits.float().topk(k)

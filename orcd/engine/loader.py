@@ -23,7 +23,7 @@ import numpy as np
 # %% ../../nbs/5_engine/29_loader.ipynb #5d0f3a61
 from ..errors import KernelError
 from ..files.gguf import read_at
-from ..kernels.nvrtc import context_of, enter, quick
+from ..kernels.nvrtc import context_of, set_context, driver_call
 from ..kernels.weight_layout import repack
 
 # %% ../../nbs/5_engine/29_loader.ipynb #2ea6b8fa
@@ -228,7 +228,7 @@ class Loader:
 
     def _pin(self, before, n):
         pages, self.first = self.first.result() if self.first else self._pages((before, n)), None
-        enter(self.context)
+        set_context(self.context)
         buffer = PinnedBuffer(before + self.slot*n, pages)
         return buffer, range(buffer.ptr + before, buffer.ptr + before + self.slot*n, self.slot)
 
@@ -281,15 +281,15 @@ def _send(self, part, slot):
     end = rows*self.chunk
     if rows: # `CUDA_MEMCPY2D`: x, y, kind, host, device, array and pitch of both sides, width, height
         copy = (ctypes.c_uint64*16)(0, 0, _host, slot, 0, 0, self.chunk, 0, 0, _device, 0, dst, 0, self.chunk, self.chunk, rows)
-        quick('cuMemcpy2DAsync_v2', _address, _address)(ctypes.addressof(copy), stream)
-    if rest: quick('cuMemcpyHtoDAsync_v2', _address, _address, _size, _address)(dst + end, slot + end, rest, stream)
+        driver_call('cuMemcpy2DAsync_v2', _address, _address)(ctypes.addressof(copy), stream)
+    if rest: driver_call('cuMemcpyHtoDAsync_v2', _address, _address, _size, _address)(dst + end, slot + end, rest, stream)
     if not part.complete: return
     job, place = part.complete
     runs = {}
     for offset, n, dst, sort in job:
         src = place + offset - job[0][0]
         if sort: runs.setdefault(sort[0], []).append((src, dst, *sort[1:]))
-        elif place: quick('cuMemcpyDtoDAsync_v2', _address, _address, _size, _address)(dst, src, n, stream)
+        elif place: driver_call('cuMemcpyDtoDAsync_v2', _address, _address, _size, _address)(dst, src, n, stream)
     for t, some in runs.items(): self.sort(t, some, self.stream)
 
 def _count(self, n):
@@ -305,8 +305,8 @@ def _look(self, reads, ends):
 
 def _queue(self, reads, parts, ends):
     "Queue everything, and wait until it has come"
-    wait, call = quick('cuStreamWaitValue32_v2', _address, _address, _word, _word), quick('cuLaunchHostFunc', _address, _address, _address)
-    record, after = quick('cuEventRecord', _address, _address), quick('cuStreamWaitEvent', _address, _address, _word)
+    wait, call = driver_call('cuStreamWaitValue32_v2', _address, _address, _word, _word), driver_call('cuLaunchHostFunc', _address, _address, _address)
+    record, after = driver_call('cuEventRecord', _address, _address), driver_call('cuStreamWaitEvent', _address, _address, _word)
     begin, its_address = _aio()
     stream, asker, copied, flags = self.stream.ptr, self.asker.ptr, self.copied.ptr, reads.last['buffer'].tolist()
     new, n_slots, slots = deque(self.pinned), 0, []          # memory that is being pinned; (number, address) of the slot that a read goes to
@@ -348,7 +348,7 @@ def _slowly(self, fd, parts, ends):
 def _run(self, fd, parts):
     "What the thread does"
     from cupy.cuda import driver
-    enter(self.context)
+    set_context(self.context)
     if not parts: return
     if len(parts) > FLAGS: raise KernelError(f'{len(parts)} reads are more than {FLAGS}: give larger slots')
     ends, sizes = np.cumsum([p.n_bytes for p in parts]).tolist(), [p.n_bytes for p in parts]

@@ -14,7 +14,7 @@ from math import prod
 # %% ../../nbs/5_engine/33_view.ipynb #4f64b2ad
 import numpy as np
 from ..families.arch import open_model
-from .cuda_engine import plan, row_tops, workspace
+from .cuda_engine import plan, row_max_exponents, workspace
 from ..errors import DeviceError
 from ..kernels.nvrtc import padded_bytes
 from .ops import cache_shape
@@ -72,16 +72,16 @@ def treemap(
 # %% ../../nbs/5_engine/33_view.ipynb #c978f8ed
 def planned(
     g,        # a `GGUF`, a header is enough
-    wide:bool=False, # for a Hopper GPU?
+    is_hopper:bool=False, # for a Hopper GPU?
     **limits, # of `plan`: n_ctx, kv_cache_mb, free
 )->Ledger:
     "What will live where when `CudaEngine` has loaded a file"
     family, config, bound = model = open_model(g)
-    p, ledger, tops = plan(g, model=model, wide=wide, **limits), Ledger(), sum(row_tops(bound, wide).values())
+    p, ledger, exponents = plan(g, model=model, is_hopper=is_hopper, **limits), Ledger(), sum(row_max_exponents(bound, is_hopper).values())
     for t in bound.unique: ledger.add('weights', t.name, aligned(padded_bytes(t.shape, t.type)))
     for i in range(config.n_layer):
         for x in 'kv': ledger.add('kv_cache', f'kv.{i}.{x}', aligned(2*prod(cache_shape(config, i, p.n_kv))))
-    for name, (shape, dtype) in workspace(config, p.n_ctx, p.chunk, p.scratch, tops).items():
+    for name, (shape, dtype) in workspace(config, p.n_ctx, p.chunk, p.scratch, exponents).items():
         ledger.add('workspace', name, aligned(prod(shape) * np.dtype(dtype).itemsize))
     return ledger
 

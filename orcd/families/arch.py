@@ -79,7 +79,7 @@ class Bound:
         return list({t.name: t for d in (self.model, *self.layers) for t in d.values() if t is not None}.values())
 
     @cached_property
-    def looks(self):
+    def signatures(self):
         "Of each layer the first one that has tensors of the same types and shapes"
         first = {}
         return [first.setdefault(tuple((role, t and (t.type, t.shape)) for role, t in roles.items()), i) for i, roles in enumerate(self.layers)]
@@ -187,7 +187,7 @@ class Trace:
         w = self.config.windows[i]
         return self.add('attention', [q, k, v], q.shape, (f'window {w}' if w else 'all positions') + (', sinks' if sinks is not None else ''))
     def swiglu(self, gate, up): return self.add('swiglu', [gate, up], up.shape)
-    def swiglu_oai(self, gate, up): return self.add('swiglu_oai', [gate, up], up.shape)
+    def clamped_swiglu(self, gate, up): return self.add('clamped_swiglu', [gate, up], up.shape)
     def route(self, logits, k): return self.add('route', [logits], (1, k), f'best {k} of {logits.shape[1]}')
     def expert_linear(self, x, W, bias, route):
         return self.add('expert_linear', [x, route], (route.shape[1], W.shape[1]), W.role + (' + bias' if bias is not None else ''))
@@ -207,7 +207,7 @@ def trace(
 
 # %% ../../nbs/3_families/11_arch.ipynb #cd736670
 COLOR = dict(x='#dddddd', rms_norm='#cfe8cf', head_norm='#cfe8cf', linear='#cfdcf2', expert_linear='#cfdcf2', expert_sum='#cfdcf2', route='#f2dccf',
-    attention='#f2cfcf', rope='#f2eccf', split='#eeeeee', swiglu='#e3cff2', swiglu_oai='#e3cff2')
+    attention='#f2cfcf', rope='#f2eccf', split='#eeeeee', swiglu='#e3cff2', clamped_swiglu='#e3cff2')
 
 def _places(steps):
     "(x, depth) of every box: as deep as its longest way from the input, below what it reads unless boxes would collide"

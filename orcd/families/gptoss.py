@@ -41,5 +41,5 @@ class GptOss(Architecture):
         route = ops.route(ops.linear(h, w.ffn_gate_inp, w.ffn_gate_inp_bias), c.n_expert_used)
         gate = ops.expert_linear(h, w.ffn_gate_exps, w.ffn_gate_exps_bias, route)
         up = ops.expert_linear(h, w.ffn_up_exps, w.ffn_up_exps_bias, route)
-        down = ops.expert_linear(ops.swiglu_oai(gate, up), w.ffn_down_exps, w.ffn_down_exps_bias, route)
+        down = ops.expert_linear(ops.clamped_swiglu(gate, up), w.ffn_down_exps, w.ffn_down_exps_bias, route)
         return ops.expert_sum(down, route, residual=x)

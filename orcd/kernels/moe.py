@@ -7,9 +7,9 @@ __all__ = ['route', 'expert_sum', 'expert_gemv', 'Groups', 'group', 'expert_shap
 
 # %% ../../nbs/4_kernels/25_moe.ipynb #0830946d
 from ..errors import KernelError
-from .gemm import PLAIN, HalfRows
+from .gemm import PLAIN, Fp16Activations
 from .gemv import check_choice, gemvs, matrix, n_rows
-from .nvrtc import QTensor, kernel, only, stride, vector
+from .nvrtc import QTensor, kernel, type_defines, stride, vector
 
 # %% ../../nbs/4_kernels/25_moe.ipynb #5ecc14cc
 import numpy as np
@@ -100,7 +100,7 @@ def expert_shapes(W, h, groups):
 
 def expert_gemm(
     W:QTensor,     # (n_expert, n_out, n_in), any type
-    h:HalfRows,    # activations sorted by expert: `to_half` with `groups`
+    h:Fp16Activations,    # activations sorted by expert: `to_half` with `groups`
     groups:Groups, # from `group`
     out,           # float32 (T*k, n_out), written, a row a slot
     bias=None,     # float32 (n_expert, n_out)
@@ -111,6 +111,6 @@ def expert_gemm(
     if W.type in PLAIN: return expert_gemv(W, h.x, groups.ids, out, bias, stream)
     ldo = stride('out', out, groups.n_slots, n_out)
     args = (W, h.half, h.inv, h.sums, groups.offset, groups.slots, out, vector('bias', bias, n_expert*n_out),
-        *map(np.int32, (n_expert, n_out, n_in, h.held, h.ld)), np.int64(ldo))
-    kernel('expert_gemm', f'expert_gemm_{W.type.name.lower()}', only(W.type))((groups.tiles, -(-n_out//64)), (256,), args, stream=stream)
+        *map(np.int32, (n_expert, n_out, n_in, h.padded_rows, h.ld)), np.int64(ldo))
+    kernel('expert_gemm', f'expert_gemm_{W.type.name.lower()}', type_defines(W.type))((groups.tiles, -(-n_out//64)), (256,), args, stream=stream)
     return out

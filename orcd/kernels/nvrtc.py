@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CUDA_DIR', 'CUDA_FOLDERS', 'OPTIONS', 'MAX_ENTRY', 'MAX_ARGS', 'FLOAT', 'TILE', 'read_source', 'with_includes',
            'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'target', 'cubin', 'device_arch', 'context_of',
-           'enter', 'quick', 'Kernel', 'kernel', 'Recording', 'only', 'load_all', 'wait_for', 'check', 'stride',
-           'vector', 'padded_bytes', 'QTensor']
+           'set_context', 'driver_call', 'Kernel', 'kernel', 'Recording', 'type_defines', 'load_all', 'wait_for',
+           'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #59e5ad29
 import ctypes, hashlib, os, re, stat, struct, sys, tempfile, threading, zlib
@@ -219,14 +219,14 @@ def _driver(result):
 def context_of(
     device:int, # CUDA index
 ):
-    "Make a device the current one in this thread. Returns its context for `enter`."
+    "Make a device the current one in this thread. Returns its context for `set_context`."
     from cupy.cuda import Device, runtime
     from cuda.bindings import driver as cu
     Device(device).use()
     runtime.free(0) # creates the context
     return _driver(cu.cuCtxGetCurrent())
 
-def enter(
+def set_context(
     context, # from `context_of`
 ):
     "Make a context the current one in this thread. The driver may be busy for long, and CuPy's way to do it waits with Python's lock held; the bindings let go of it."
@@ -234,7 +234,7 @@ def enter(
     _driver(cu.cuCtxSetCurrent(context))
 
 @lru_cache(None)
-def quick(
+def driver_call(
     name:str, # of a function of the driver
     *types,   # its arguments', of `ctypes`
 ):
@@ -247,7 +247,7 @@ def quick(
     return call
 
 def _launch(launches):
-    launch = quick('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)
+    launch = driver_call('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)
     for config, handle, at in launches: launch(config.getPtr(), int(handle), at, None)
 
 def _load_functions(module):
@@ -355,7 +355,7 @@ def _kernel(module, name, device, defines): return Kernel(_module(module, device
 def kernel(
     module:str,      # the cell's name
     name:str,        # the function in it
-    defines:tuple=(), # e.g. `only(type)`
+    defines:tuple=(), # e.g. `type_defines(type)`
     device:int=None, # CUDA device, the current one by default
 )->Kernel:
     "A kernel, compiled and loaded on first use"
@@ -403,7 +403,7 @@ class Recording:
         _launch(self.launches)
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #b4c0b5e8
-def only(type:GGMLType)->tuple:
+def type_defines(type:GGMLType)->tuple:
     "Defines that compile the kernels of one weight type alone"
     return f'ONLY_NAME={type.name.lower()}', f'ONLY_TYPE={type.name}'
 
@@ -420,7 +420,7 @@ def load_all(
     arch, context, few = device_arch(device), context or context_of(device), ThreadPoolExecutor(4, 'orcd-modules')
     compilers = ThreadPoolExecutor(len(wanted), 'orcd-nvrtc')
     def load(name, defines):
-        enter(context)
+        set_context(context)
         _module(name, device, defines)
     def look(name, defines):
         path = _cache_path(name, read_source(name), arch, defines)
@@ -492,7 +492,7 @@ class QTensor:
     shape:tuple
     data:object
     name:str = ''
-    top:object = None   # uint8, the exponent of each row's largest scale, for the products that need it
+    row_max_exponent:object = None   # uint8, the exponent of each row's largest scale, for the products that need it
 
     def __post_init__(self):
         t = self.type

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FLAGS', 'MIN_TOKEN', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature', 'TopK', 'TopP', 'MinP', 'Penalty',
            'Seed', 'MAX_READ', 'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'path', 'address', 'device',
-           'seconds', 'url', 'yes', 'Flag', 'settle', 'read_text', 'read_settings', 'is_loopback', 'read_token',
-           'guard', 'model_path', 'complete_model', 'from_flags', 'worker_settings', 'head_start', 'serve', 'as_device',
-           'open_model', 'stream', 'as_text', 'from_stdin', 'read_line', 'has_chat', 'generate', 'summary', 'fitting',
-           'chat', 'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench', 'floor', 'complete_name', 'pull',
-           'cuda_problem', 'spawn', 'end', 'ask', 'demo', 'checks', 'doctor', 'flush_output', 'run', 'main',
-           'worker_main']
+           'seconds', 'url', 'yes', 'Flag', 'resolve_settings', 'read_text', 'read_settings', 'is_loopback',
+           'read_token', 'guard', 'model_path', 'complete_model', 'from_flags', 'worker_settings', 'warm_start',
+           'serve', 'as_device', 'open_model', 'stream', 'as_text', 'from_stdin', 'read_line', 'has_chat', 'generate',
+           'summary', 'fitting', 'chat', 'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench', 'floor',
+           'complete_name', 'pull', 'cuda_problem', 'spawn', 'end', 'ask', 'demo', 'checks', 'doctor', 'flush_output',
+           'run', 'main', 'worker_main']
 
 # %% ../../nbs/6_serve/39_cli.ipynb #ca78b11e
 import sys
@@ -129,7 +129,7 @@ def _first(name, given, env, ini):
         if len(set(found.values())) > 1: raise UsageError(f"--device: contradicts --gpu-device ({' and '.join(found.values())})")
         for k, v in found.items(): return v, f' ({k} in the {where})' if where == 'settings file' else f' ({k})' if where else ''
 
-def settle(
+def resolve_settings(
     given:dict, # flag -> text, None where not given
     env:dict,   # the environment
     ini:dict,   # the section [worker] of settings.ini
@@ -265,7 +265,7 @@ def worker_settings(
 )->dict:
     "Flags, environment and file -> fields of `worker.Settings`; `UsageError` before anything is imported or started"
     ini = read_settings(settings)
-    s = settle(given, os.environ, ini)
+    s = resolve_settings(given, os.environ, ini)
     unnamed = set()
     if settings is None: unnamed = {k for k in ini if _first(k, given, os.environ, {}) is None}
     if not s['model']: raise UsageError('--model: a GGUF file, a pulled name or demo is required')
@@ -275,7 +275,7 @@ def worker_settings(
     if s['log_format'] == 'auto': s['log_format'] = 'pretty' if sys.stderr.isatty() else 'json'
     return s | dict(token=token)
 
-def head_start(
+def warm_start(
     file:Path, # the model
     device,    # index of a GPU, or 'reference'
 ):
@@ -303,7 +303,7 @@ def serve(settings=None, **given):
     try: file = model_path(s['model'])
     except OrcdError: file = Path(s['model'])
     patience = sys.getswitchinterval()
-    head_start(file, s['gpu_device'])
+    warm_start(file, s['gpu_device'])
     from dataclasses import replace
     from orcd.serve.worker import Settings, load_model, serve as run
     def load(s, progress):                                  # here, so that a missing file is an error of the start, in the log
@@ -449,12 +449,12 @@ def mib(n): return f'{n / 2**20:,.1f} MiB'
 VRAM = Annotated[Optional[int], typer.Option('--vram-mb', metavar='MIB', min=1, help='VRAM to fit into; what the GPU has free, if there is one')]
 
 def gpu_now():
-    "(bytes of VRAM that are free, is it a Hopper GPU?, `gemv.card`) of GPU 0; (None, False, None) where there is none"
+    "(bytes of VRAM that are free, is it a Hopper GPU?, `gemv.device_limits`) of GPU 0; (None, False, None) where there is none"
     if cuda_problem(): return None, False, None
     from cupy.cuda import runtime
-    from orcd.kernels.gemv import card
-    from orcd.kernels.wgmma import wide
-    return runtime.memGetInfo()[0], wide(0), card(0)
+    from orcd.kernels.gemv import device_limits
+    from orcd.kernels.wgmma import is_hopper
+    return runtime.memGetInfo()[0], is_hopper(0), device_limits(0)
 
 @app.command()
 def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
@@ -475,7 +475,7 @@ def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
         for line in words(g): say(f'  {line}')
         free, hopper, limits = gpu_now()
         if free is not None: say(f'GPU 0 has {mib(free)} of VRAM free beside the CUDA context')
-        p = cuda_engine.plan(g, context_length, free=vram_mb << 20 if vram_mb else free, wide=hopper, card=limits)
+        p = cuda_engine.plan(g, context_length, free=vram_mb << 20 if vram_mb else free, is_hopper=hopper, limits=limits)
         say(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
         for what in 'weights', 'kv_cache', 'workspace', 'kernels': say(f'  {what:10} {mib(getattr(p, what, cuda_engine.CODE)):>14}')
 

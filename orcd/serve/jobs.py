@@ -13,7 +13,7 @@ from concurrent.futures import Future
 # %% ../../nbs/6_serve/37_jobs.ipynb #113b5ad1
 from ..errors import Cancelled, CUDAError, OrcdError, OutOfVRAM
 from .logs import bind_contextvars, clear_contextvars, log
-from .protocol import Problem, frame, public_error, token_frame
+from .protocol import ApiError, frame, public_error, token_frame
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #e3555b56
 class Outbox:
@@ -134,17 +134,17 @@ class Jobs:
 # %% ../../nbs/6_serve/37_jobs.ipynb #c212284d
 def _refusal(self,
     job_id, # of a job that may come
-)->Problem:
+)->ApiError:
     "Why such a job would not be accepted now; None when it would"
-    if self.draining: return Problem('SHUTTING_DOWN', 'the worker is shutting down')
+    if self.draining: return ApiError('SHUTTING_DOWN', 'the worker is shutting down')
     if self.fatal: return public_error(self.fatal)
-    if job_id in self.active: return Problem('INVALID_REQUEST', 'a job with this job_id is active', status=409)
-    if len(self.active) > self.depth: return Problem('WORKER_BUSY', 'the worker is busy with another job')
+    if job_id in self.active: return ApiError('INVALID_REQUEST', 'a job with this job_id is active', status=409)
+    if len(self.active) > self.depth: return ApiError('WORKER_BUSY', 'the worker is busy with another job')
 
 def _submit(self,
     job, # a new `Job`
 ):
-    "Accept a job or say why not (`Problem`)"
+    "Accept a job or say why not (`ApiError`)"
     with self.cond:
         refusal = self.refusal(job.id)
         if refusal: raise refusal
@@ -165,7 +165,7 @@ def _cancel(self,
         if found not in self.waiting: return True
         self.waiting.remove(found)
         del self.active[job_id]
-    found.fail(Problem(*STOPPED[found.reason]))
+    found.fail(ApiError(*STOPPED[found.reason]))
     return True
 
 Jobs.refusal, Jobs.submit, Jobs.cancel = _refusal, _submit, _cancel
@@ -194,7 +194,7 @@ def _run(self, job):
         self.healthy = True
         log.info('execute_end', **fields)
     except BaseException as e:
-        problem = Problem(*STOPPED[job.reason or 'cancelled']) if isinstance(e, Cancelled) else public_error(e)
+        problem = ApiError(*STOPPED[job.reason or 'cancelled']) if isinstance(e, Cancelled) else public_error(e)
         type, fields = 'error', dict(code=problem.code, message=problem.message, retriable=problem.retriable)
         self._note(e)
         if problem.code != 'CANCELLED':
@@ -282,7 +282,7 @@ def _drain(self):
         self.draining = True
         waiting, self.waiting = list(self.waiting), deque()
         for job in waiting: del self.active[job.id]
-    for job in waiting: job.fail(Problem('SHUTTING_DOWN', 'the worker is shutting down'))
+    for job in waiting: job.fail(ApiError('SHUTTING_DOWN', 'the worker is shutting down'))
 
 def _stop(self, timeout=10)->bool:
     "Free the model and end the thread; False when it does not end in time"

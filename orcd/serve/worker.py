@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'EXECUTE', 'EVENT', 'CANCEL', 'ERROR', 'STEP', 'Settings', 'EventStream', 'in_thread', 'Worker', 'read_body',
-           'error_response', 'safely', 'make_app', 'Edge', 'Pieces', 'own_names', 'drop_silent', 'make_room',
-           'share_descriptors', 'Connection', 'Server', 'StartError', 'bind', 'uri', 'load_model', 'Process', 'Call',
-           'post', 'serve']
+           'error_response', 'safely', 'make_app', 'RequestMiddleware', 'Pieces', 'own_names', 'drop_silent',
+           'make_room', 'share_descriptors', 'Connection', 'Server', 'StartError', 'bind', 'uri', 'load_model',
+           'Process', 'Call', 'post', 'serve']
 
 # %% ../../nbs/6_serve/38_worker.ipynb #97ea61bd
 import asyncio, errno, gc, hmac, ipaddress, os, resource, select, socket, threading, time, uuid
@@ -30,7 +30,7 @@ from ..errors import Cancelled, ModelError, OrcdError
 from .jobs import STOPPED, Frames, Job, Jobs, Outbox
 from .logs import LoadProgress, configure, log
 from .start import Signals
-from .protocol import (HEARTBEAT, MAX_BODY, Problem, correlation_id, error_body, is_uuid, means_us, parse_json, parse_request,
+from .protocol import (HEARTBEAT, MAX_BODY, ApiError, correlation_id, error_body, is_uuid, means_us, parse_json, parse_request,
     public_error, remaining_ms, rule, shown, to_json)
 
 # %% ../../nbs/6_serve/38_worker.ipynb #0d06203d
@@ -179,7 +179,7 @@ class Worker:
         for job in list(self.jobs.active.values()):
             job.forgive(frozen)
             late = job.must_stop() and now - job.stopped_at > self.settings.hang_s
-            if late: self.jobs.abandon(job, Problem(*STOPPED[job.reason]))
+            if late: self.jobs.abandon(job, ApiError(*STOPPED[job.reason]))
 
     def health(self)->dict:
         "Cached state alone: answers in microseconds, whatever the GPU does"
@@ -193,12 +193,12 @@ class Worker:
 
 # %% ../../nbs/6_serve/38_worker.ipynb #919a67dc
 def _tokens(self, request):
-    "Length of the prompt; refuses one that cannot run (`RequestError`, `Problem`)"
+    "Length of the prompt; refuses one that cannot run (`RequestError`, `ApiError`)"
     n, most = self.jobs.model.count(request.prompt), self.settings.max_tokens_in
     if most is not None and n > most:
         field = 'messages' if isinstance(request.prompt, list) else 'prompt'
         message = f'the prompt has {n} tokens, the worker takes {most}'
-        raise Problem('INVALID_REQUEST', message, errors=[rule(field, f'tokens(1..={most})', message)])
+        raise ApiError('INVALID_REQUEST', message, errors=[rule(field, f'tokens(1..={most})', message)])
     return n
 
 def _check(self, body):
@@ -219,26 +219,26 @@ async def read_body(
 )->bytes:
     "The body, at most 1 MiB of it and not for ever"
     kind = http.headers.get('content-type', '').split(';')[0].strip().lower()
-    if kind != 'application/json': raise Problem('INVALID_REQUEST', 'Content-Type must be application/json', status=415)
+    if kind != 'application/json': raise ApiError('INVALID_REQUEST', 'Content-Type must be application/json', status=415)
     body = bytearray()
     try:
         async with asyncio.timeout(limit_s):
             async for part in http.stream():
                 body += part
-                if len(body) > MAX_BODY: raise Problem('INVALID_REQUEST', f'the body is larger than {MAX_BODY} bytes', status=413)
-    except TimeoutError: raise Problem('INVALID_REQUEST', f'the body did not arrive within {limit_s:g} s', status=408) from None
-    except ClientDisconnect: raise Problem('CANCELLED', 'the client is gone') from None
+                if len(body) > MAX_BODY: raise ApiError('INVALID_REQUEST', f'the body is larger than {MAX_BODY} bytes', status=413)
+    except TimeoutError: raise ApiError('INVALID_REQUEST', f'the body did not arrive within {limit_s:g} s', status=408) from None
+    except ClientDisconnect: raise ApiError('CANCELLED', 'the client is gone') from None
     return bytes(body)
 
 # %% ../../nbs/6_serve/38_worker.ipynb #064af169
 def _accepting(jobs):
     "Say no early to what will be refused anyway"
-    if jobs.draining or jobs.model is None: raise Problem('SHUTTING_DOWN', 'the worker is shutting down')
+    if jobs.draining or jobs.model is None: raise ApiError('SHUTTING_DOWN', 'the worker is shutting down')
     if jobs.fatal: raise public_error(jobs.fatal)
 
 async def _body(self, http):
     "The request's body; the places that are kept for probes take none"
-    if len(self.open) > self.max_connections: raise Problem('WORKER_BUSY', 'too many connections')
+    if len(self.open) > self.max_connections: raise ApiError('WORKER_BUSY', 'too many connections')
     return await read_body(http, self.settings.read_s)
 
 async def _execute(self, http):
@@ -268,7 +268,7 @@ async def _cancel(self, http, job_id=None):
     elif not _is_utf8(http.scope): job_id = None            # else bytes that are none would be another job's id
     if not isinstance(job_id, str) or not 1 <= len(job_id) <= 256:
         broken = rule('job_id', 'string(1..=256)', 'a string of 1 to 256 characters is required', job_id)
-        raise Problem('INVALID_REQUEST', 'job_id is required', errors=[broken])
+        raise ApiError('INVALID_REQUEST', 'job_id is required', errors=[broken])
     status = 'cancelling' if self.jobs.cancel(job_id) else 'not_active'
     return Response(to_json(dict(job_id=job_id, status=status)), 202, media_type='application/json')
 
@@ -294,7 +294,7 @@ async def _router_error(http, e):
     "404 and 405 of the router"
     hint = '; no path of ours ends with a slash' if e.status_code == 404 and http.scope['path'].endswith('/') else ''
     message = f'{e.detail}: {http.method[:32]} on this path{hint}'
-    r = error_response(Problem('INVALID_REQUEST', message, status=e.status_code), http.scope['orcd.id'])
+    r = error_response(ApiError('INVALID_REQUEST', message, status=e.status_code), http.scope['orcd.id'])
     r.headers.update(e.headers or {})
     return r
 
@@ -375,7 +375,7 @@ def _header(scope, name):
     found = [v.decode('latin-1') for k, v in scope['headers'] if k == name]
     return found[0] if len(found) == 1 else None
 
-class Edge:
+class RequestMiddleware:
     "Correlation id, token, errors and access log around an ASGI application"
     def __init__(self, app, settings):
         self.app, self.token = app, settings.token
@@ -406,19 +406,19 @@ class Edge:
 def _admit(self, scope):
     "No requests of web pages, sent behind their reader's back; the bearer token, compared in constant time"
     if any(k == b'origin' for k, _ in scope['headers']):
-        raise Problem('INVALID_REQUEST', 'requests of web pages are not accepted', status=403)
+        raise ApiError('INVALID_REQUEST', 'requests of web pages are not accepted', status=403)
     if self.token is None: return self.check_host(_header(scope, b'host') or '')
     if scope['path'] == '/health': return
     scheme, _, given = (_header(scope, b'authorization') or '').strip().partition(' ')
     if scheme.lower() != 'bearer' or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
-        raise Problem('INVALID_REQUEST', 'a bearer token is required', status=401)
+        raise ApiError('INVALID_REQUEST', 'a bearer token is required', status=401)
 
 def _check_host(self, host):
     if self.names is None or means_us(host, self.names): return
     message = f'{shown(host)} is no name of this machine; ask for localhost, or give the worker a token (--token-file)'
-    raise Problem('INVALID_REQUEST', message, status=403)
+    raise ApiError('INVALID_REQUEST', message, status=403)
 
-Edge.admit, Edge.check_host = _admit, _check_host
+RequestMiddleware.admit, RequestMiddleware.check_host = _admit, _check_host
 
 # %% ../../nbs/6_serve/38_worker.ipynb #e06c2463
 def _raw(status, phrase, problem):
@@ -490,7 +490,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.worker.open[self.client] = self
         if not make_room(self.worker, self.connections, self):
-            transport.write(_raw(503, 'Service Unavailable', Problem('WORKER_BUSY', 'too many connections')))
+            transport.write(_raw(503, 'Service Unavailable', ApiError('WORKER_BUSY', 'too many connections')))
             transport.close()
 
     def connection_lost(self, exc):
@@ -512,7 +512,7 @@ class Connection(H11Protocol):
     def _should_upgrade(self): return False             # some clients offer HTTP/2 with every request; without an answer to that they go on as they are
 
     def send_400_response(self, msg):
-        self.transport.write(_raw(400, 'Bad Request', Problem('INVALID_REQUEST', msg)))
+        self.transport.write(_raw(400, 'Bad Request', ApiError('INVALID_REQUEST', msg)))
         self.transport.close()
 
     @property
@@ -539,7 +539,7 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     "uvicorn without its signal handlers: ours let the running job end first"
     def __init__(self, worker, app):
-        self.worker, self.edge, self.quiet_until = worker, Edge(app, worker.settings), 0.0
+        self.worker, self.edge, self.quiet_until = worker, RequestMiddleware(app, worker.settings), 0.0
         protocol = type('WorkerConnection', (Connection,), dict(worker=worker))
         super().__init__(uvicorn.Config(self.edge, http=protocol, ws='none', lifespan='off', log_config=None, access_log=False,
             server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=5, timeout_graceful_shutdown=2,

@@ -5,7 +5,7 @@ from conftest import once
 from orcd.files.blocks import GGMLType, dequantize
 from orcd.kernels import weight_layout as planes
 from orcd.errors import KernelError
-from orcd.kernels.nvrtc import only, padded_bytes, read_source
+from orcd.kernels.nvrtc import type_defines, padded_bytes, read_source
 from orcd.kernels.weight_layout import random_blocks, to_planes
 
 # As much of CUDA as blocks.cu and repack.cu need
@@ -52,7 +52,7 @@ CALLS = r'''
 #define CALL(name, T) extern "C" void decode_##name(const u8* w, float* y, int rows, int n) { \
     for (int r = 0; r < rows; r++) for (int i = 0; i < n; i++) y[(long)r * n + i] = dequant_one<T>(w, r, n, i); }
 EACH_TYPE(CALL)
-#define SORT(name, T) extern "C" void sort_##name(const Many<Run>* runs, int blocks) { \
+#define SORT(name, T) extern "C" void sort_##name(const BatchedLaunch<Run>* runs, int blocks) { \
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x++) repack<T>(*runs); }
 EACH_QUANT(SORT)
 '''
@@ -84,7 +84,7 @@ def build(tmp_path_factory):
     "Compile blocks.cu (with one mistake) into a shared library"
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
     def make(mutation=None):
-        source = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks')) + read_source('many') + re.sub('#include .*', '', read_source('repack'))      # two lines of PTX; the shim has the same in C
+        source = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks')) + read_source('batched_launch') + re.sub('#include .*', '', read_source('repack'))      # two lines of PTX; the shim has the same in C
         if mutation:
             old, new = MUTATIONS[mutation]
             assert source.count(old) == 1
@@ -123,7 +123,7 @@ def test_sorting_in_pieces(build, monkeypatch):
     "The kernel that sorts, as it is launched, with rows from any address and of many tensors, against NumPy"
     lib, rng, launches = build(), np.random.default_rng(1), []
     def kernel(file, name, defines):
-        assert file == 'repack' and defines == only(GGMLType[name.removeprefix('repack_').upper()])
+        assert file == 'repack' and defines == type_defines(GGMLType[name.removeprefix('repack_').upper()])
         def launch(grid, block, args, stream):
             assert len(grid) == len(args) == 1 and block == (256,)
             launches.append(grid[0])

@@ -3,7 +3,7 @@ import os, sys
 import pytest
 from conftest import PUBLISHED
 from make_models import MODELS, make_model
-from played_cupy import played
+from fake_gpu import played
 pytest.importorskip('cuda.bindings.driver')
 
 
@@ -40,9 +40,9 @@ def test_repeated_launches(path, sm, no_weights, monkeypatch):
     from orcd.kernels import nvrtc
     with orcd.GGUF(path) as g, played(monkeypatch, sm) as gpu, engine.CudaEngine(g) as e:
         _, config, bound = engine.open_model(g)
-        assert e.wide == (sm == '90')
-        assert sorted(map(repr, e.vram.entries)) == sorted(map(repr, view.planned(g, e.wide, free=100 << 30).entries))
-        files = set(engine.kernel_files(config, bound, e.wide, e.plan.chunks))
+        assert e.is_hopper == (sm == '90')
+        assert sorted(map(repr, e.vram.entries)) == sorted(map(repr, view.planned(g, e.is_hopper, free=100 << 30).entries))
+        files = set(engine.kernel_files(config, bound, e.is_hopper, e.plan.chunks))
         assert {(n, d) for n, _, d in nvrtc._modules} == files
         assert {n for n, _ in files - gpu.asked} <= {'elementwise', 'gemm_plain', 'gemm_thin', 'repack'}     # the loader, which is not here, wants the last
         for rows in (0, *e.plan.chunks):

@@ -77,7 +77,7 @@ static uint32_t to_half_bits(float x) {
     const double n = std::nearbyint(std::ldexp(std::fabs((double)x), 10 - e));
     return (x < 0 ? 0x8000 : 0) | (n < 1024 ? (uint32_t)n : (uint32_t)((e + 15) << 10) + (uint32_t)n - 1024);
 }
-static uint32_t two_halves(float lo, float hi) { return to_half_bits(lo) | to_half_bits(hi) << 16; }
+static uint32_t pack_half2(float lo, float hi) { return to_half_bits(lo) | to_half_bits(hi) << 16; }
 // c (16x8) += a (16x16) * b (16x8): where lane 4 g + t has its elements
 static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     Warp& w = warp_of();
@@ -113,8 +113,8 @@ static void wait(u64* b, int phase) {
     leave_until([&] { return (*b & 1) != (u64)phase; });
     reading.push_back({b, now->index.x});
 }
-static void let_next_start() {}
-static void wait_for_last() {}
+static void pdl_launch_dependents() {}
+static void pdl_wait() {}
 static void entry() { body(); now->done = true; moved = turns; leave(); }
 static int run_block() {        // 0; 1 when nobody gets on; 2 when a copy overtook a read
     block = {}; reading.clear(); overtaken = false;
@@ -146,7 +146,7 @@ static int run_block() {        // 0; 1 when nobody gets on; 2 when a copy overt
 }
 '''
 RUN = r'''
-#define PASS(r) w0, w1, w2, out0, out1, out2, bias0, bias1, bias2, n0, n1, n2, b0, b1, b2, ldo0, ldo1, ldo2, residual, ldr, n_in, parts, depth, span, second, oai, x, norm, ldx, eps, per, logits, ids, n_expert, n_used, settled
+#define PASS(r) w0, w1, w2, out0, out1, out2, bias0, bias1, bias2, n0, n1, n2, b0, b1, b2, ldo0, ldo1, ldo2, residual, ldr, n_in, parts, depth, span, second, clamped, x, norm, ldx, eps, per, logits, ids, n_expert, n_used, settled
 #define RUN(f) extern "C" int run_##f(int grid_x, int grid_y, ARGUMENTS) { \
     body = [&] { f(PASS()); }; \
     for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) if (int wrong = run_block()) return wrong; \
@@ -166,9 +166,9 @@ def library(tmp_path_factory):
         defines = tuple(d for d in defines if not d.startswith('RESIDENT'))
         if (defines, change, arch) not in made:
             blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', text('blocks'))
-            source = text('source')
+            source = text('input_prologue')
             source = source[:source.index('// Programmatic dependent launch')] + source[source.index('// 1 / root mean square'):]
-            parts = [blocks, text('reduce'), text('share'), source, text('ring'), text('top'), text('gemv')]
+            parts = [blocks, text('reduce'), text('lane_fragment'), source, text('bulk_pipeline'), text('topk_router'), text('gemv')]
             names = [d.split('=')[1] for d in defines if d.startswith('ONLY_NAME')]
             whole = '\n'.join(parts)
             assert 'asm' not in whole, 'the source has changed'
@@ -201,7 +201,7 @@ def on_cpu(library, monkeypatch):
     state = SimpleNamespace(shapes=[], change=['', ''], arch=900)
     runtime = SimpleNamespace(getDevice=lambda: 0)
     for name, module in (('cupy', SimpleNamespace()), ('cupy.cuda', SimpleNamespace(runtime=runtime))): monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(gemv, 'card', lambda device: (227 << 10, True) if state.arch >= 900 else (64 << 10, False))
+    monkeypatch.setattr(gemv, 'device_limits', lambda device: (227 << 10, True) if state.arch >= 900 else (64 << 10, False))
 
     def kernel(file, name, defines):
         def launch(grid, block, args, shared_mem=0, stream=None, early=False):
@@ -242,7 +242,7 @@ def test_product(on_cpu, t, n_out, k):
 def test_rings_go_round(on_cpu, monkeypatch, t, n_out, n_in, parts):
     "Several tiles a warp, several pieces a tile, few places in a ring"
     t, rng = GGMLType[t], np.random.default_rng(0)
-    monkeypatch.setattr(gemv, 'deal', lambda *a: (parts, [2]))
+    monkeypatch.setattr(gemv, 'partition_rows', lambda *a: (parts, [2]))
     blocks, x = random_blocks(t, n_out, n_in, rng), floats(rng, 1, n_in)
     y, size = gemv.product64(blocks, t, x)
     for depth, span in ((2, 1), (3, 2), (2, 4)):
@@ -274,16 +274,16 @@ def test_matrices_of_two_types(on_cpu):
 
 
 @pytest.mark.parametrize('t', [GGMLType.Q4_K, GGMLType.Q5_0, GGMLType.MXFP4], ids=lambda t: t.name)
-@pytest.mark.parametrize('oai', [False, True])
-def test_gate_and_up(on_cpu, t, oai):
+@pytest.mark.parametrize('clamped', [False, True])
+def test_gate_and_up(on_cpu, t, clamped):
     rng, n_out, n_in = np.random.default_rng(0), 50, 768
     b, x, bias = random_blocks(t, 2*n_out, n_in, rng), floats(rng, 1, n_in)*np.float32(.1), floats(rng, 2*n_out)
     out = Array(np.full((1, n_out), np.nan, np.float32))
-    gemv.gated(*((tensor(b[i:i + n_out], t, (n_out, n_in)), Array(bias[i:i + n_out])) for i in (0, n_out)), Array(x), out, oai)
+    gemv.gated(*((tensor(b[i:i + n_out], t, (n_out, n_in)), Array(bias[i:i + n_out])) for i in (0, n_out)), Array(x), out, clamped)
     y, size = gemv.product64(b, t, x)
     (g, u), (sg, su) = (y[0, :n_out] + bias[:n_out], y[0, n_out:] + bias[n_out:]), (size[0, :n_out] + 1, size[0, n_out:] + 1)
-    if oai: g, u = np.minimum(g, 7), np.clip(u, -7, 7) + 1
-    a = g/(1 + np.exp(-(1.702 if oai else 1)*g))
+    if clamped: g, u = np.minimum(g, 7), np.clip(u, -7, 7) + 1
+    a = g/(1 + np.exp(-(1.702 if clamped else 1)*g))
     assert (abs(out.a[0] - a*u) <= 2e-5*(sg*abs(u) + su*abs(a)) + 1e-6).all()
 
 
@@ -322,10 +322,10 @@ def test_experts(on_cpu, n_out, n_in, k):
     ('        fence_async();\n', ''),                          # reads and the copies that follow them in no order
     ('        __syncwarp();\n#endif\n    }\n    // Ask for the next piece', '#endif\n    }\n    // Ask for the next piece'),     # the other lanes' reads
     ('turn ^= 1;', ''),                                       # sums of a tile where others still read those of the last one
-    ('scale += 4 * Share<T>::GROUPS;', ''), ('begin = part * units / parts', 'begin = part * units / parts + (part > 0)')])
+    ('scale += 4 * LaneFragment<T>::GROUPS;', ''), ('begin = part * units / parts', 'begin = part * units / parts + (part > 0)')])
 def test_mistakes_are_seen(on_cpu, monkeypatch, old, new):
     t, rng, n_out, n_in = GGMLType.Q4_0, np.random.default_rng(0), 300, 1280
-    monkeypatch.setattr(gemv, 'deal', lambda *a: (2, [2]))
+    monkeypatch.setattr(gemv, 'partition_rows', lambda *a: (2, [2]))
     monkeypatch.setattr(gemv, 'pieces', lambda *a: (2, 2, 0))
     on_cpu.change[:] = old, new
     blocks, x = random_blocks(t, n_out, n_in, rng), floats(rng, 1, n_in)

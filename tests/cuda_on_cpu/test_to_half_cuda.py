@@ -3,7 +3,7 @@ import ctypes, re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd.kernels import gemm
-from orcd.kernels.gemm import Gated, HalfRows, half_bytes, to_half
+from orcd.kernels.gemm import Gated, Fp16Activations, half_bytes, to_half
 from orcd.kernels.gemv import Normed
 from orcd.kernels.nvrtc import read_source
 from test_blocks_cuda import compiled
@@ -26,7 +26,7 @@ def library(tmp_path_factory):
     made = {}
     def build(threads, change=('', '')):
         if (threads, change) not in made:
-            source = read_source('source')
+            source = read_source('input_prologue')
             factor = source[source.index('// 1 / root mean square'):source.index('// Element i of row')]
             kernel = re.sub(r'#include .*', '', read_source('to_half'))
             assert not change[0] or kernel.count(change[0]) == 1, 'the source has changed'
@@ -65,12 +65,12 @@ class Buffer(Array):
 
 def halves(rows, n):
     "Poisoned memory for rows of n halves"
-    return HalfRows(Buffer(np.full(half_bytes(rows, n), 255, np.uint8)), rows, n)
+    return Fp16Activations(Buffer(np.full(half_bytes(rows, n), 255, np.uint8)), rows, n)
 
 
 def columns(h, rows):
     "What lies in `half`, by row and column"
-    x = h.half.a.reshape(-1, h.held, 8, 8)                          # span, row, place, half
+    x = h.half.a.reshape(-1, h.padded_rows, 8, 8)                          # span, row, place, half
     out = np.empty((rows, h.ld), np.uint16)
     for t in range(rows):
         for c in range(8):                                          # chunk c: of 16 columns the even or the odd ones
@@ -101,7 +101,7 @@ def test_rows(on_cpu, n):
         x64, u64 = x.astype(np.float64), other.astype(np.float64)
         normed = x64/np.sqrt((x64**2).mean(1, keepdims=True) + 1e-5)*w[0]
         for what, made in ((X, x64), (Normed(X, W, 1e-5), normed), (Gated(X, U), x64/(1 + np.exp(-x64))*u64),
-                           (Gated(X, U, oai=True), np.minimum(x64, 7)/(1 + np.exp(-1.702*np.minimum(x64, 7)))*(np.clip(u64, -7, 7) + 1))):
+                           (Gated(X, U, clamped=True), np.minimum(x64, 7)/(1 + np.exp(-1.702*np.minimum(x64, 7)))*(np.clip(u64, -7, 7) + 1))):
             h = halves(rows, n)
             to_half(what, h)
             check(what, h, rows, made)

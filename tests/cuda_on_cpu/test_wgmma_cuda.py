@@ -10,7 +10,7 @@ from orcd.kernels.weight_layout import random_blocks, to_planes
 from rounded import as_hopper
 from test_blocks_cuda import compiled
 from test_gemv_cuda import FIBERS, THREADS, Array, floats
-from test_slab_cuda import HALVES, plain_slab, tops
+from test_wgmma_mainloop_cuda import HALVES, plain_slab, tops
 from test_to_half_cuda import halves
 
 BARRIERS = r'''
@@ -31,8 +31,8 @@ static void bulk_copy(void* to, const void* from, int bytes, u64* b) {
     of(b).bytes -= bytes; settle(b);
 }
 static void wait(u64* b, int phase) { leave_until([&] { return (int)of(b).phase != phase; }); }
-static void let_next_start() {}
-static void wait_for_last() {}
+static void pdl_launch_dependents() {}
+static void pdl_wait() {}
 static uint32_t address_of(const void* p) { return (unsigned char*)p - (unsigned char*)shared; }
 static u64 described(uint32_t address) { if (address & 1023) abort(); return address >> 4; }
 static void wgmma_fence() {}
@@ -82,7 +82,7 @@ def source():
     text = lambda name: re.sub(r'#include .*', '', read_source(name))
     blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', text('blocks'))
     kernel = re.sub(r'__shared__ (u64|u16) (barriers|order)', r'static \1 \2', text('gemm_wgmma'))
-    whole = '\n'.join((blocks, text('share'), plain_slab(text('slab')), kernel))
+    whole = '\n'.join((blocks, text('lane_fragment'), plain_slab(text('wgmma_mainloop')), kernel))
     assert 'asm' not in whole, 'the source has changed'
     return whole
 
@@ -98,7 +98,7 @@ def library(tmp_path_factory):
             fibers = FIBERS[:FIBERS.index("// A barrier's word")] + BARRIERS + FIBERS[FIBERS.index('static void entry()'):]
             fibers = re.sub(r'struct float2.*\nstruct float4.*\n', '', fibers)                     # `HALVES` has them, and the halves
             fibers = re.sub(r'static uint32_t to_half_bits[^}]*\}\n', '', fibers)
-            fibers = re.sub(r'static uint32_t two_halves.*\n', '', fibers)
+            fibers = re.sub(r'static uint32_t pack_half2.*\n', '', fibers)
             fibers = fibers.replace('if (turns < asleep', 'if (f.index.x > 127 && turns % 4 || turns < asleep') # one warpgroup is ahead of the others
             fibers = fibers.replace('alignas(16) unsigned char shared[256 << 10]', 'alignas(1024) unsigned short shared[128 << 10]').replace('256', str(threads)).replace('warps[8]', 'warps[16]')
             text = '\n'.join(f'#define {d.replace("=", " ")}' for d in (*defines, '__CUDA_ARCH_FEAT_SM90_ALL=1')) + THREADS + HALVES + fibers + MORE + whole + RUN + f'RUN({name})'
@@ -133,7 +133,7 @@ def activations(rng, rows, n_in):
     h = halves(rows, n_in)
     x = (rng.standard_normal((rows, n_in))*3000).astype(np.float16)
     h.half.a[:] = 0x7E00                                                    # NaNs where nobody should look
-    lie = h.half.a.reshape(-1, h.held, 8, 8)                                # span, row, place, half
+    lie = h.half.a.reshape(-1, h.padded_rows, 8, 8)                                # span, row, place, half
     whole = np.zeros((rows, h.ld), np.float16)
     whole[:, :n_in] = x
     for r in range(rows):

@@ -69,8 +69,8 @@ def test_limit_of_the_card(plan_of):
     from orcd.errors import KernelError, ModelError
     model = dict(n_ff=28672, types='Q4_0', n_layer=1)
     plan_of(**model)
-    plan_of(limits=dict(card=(227 << 10, True)), **model)
-    with pytest.raises(ModelError, match='28672 columns .*99 KiB'): plan_of(limits=dict(card=(99 << 10, True)), **model)
+    plan_of(limits=dict(limits=(227 << 10, True)), **model)
+    with pytest.raises(ModelError, match='28672 columns .*99 KiB'): plan_of(limits=dict(limits=(99 << 10, True)), **model)
     with pytest.raises(KernelError, match='28672 columns .*99 KiB'): gemv.pieces([GGMLType.Q4_0], 28672, 8, 1, 99 << 10, False)
 
 
@@ -79,7 +79,7 @@ def test_no_kernel_at_a_load(tmp_path, monkeypatch):
     pytest.importorskip('cuda.bindings.driver')
     import orcd
     from orcd.errors import ModelError
-    from played_cupy import played
+    from fake_gpu import played
     path, copied = make_model(tmp_path / 'm.gguf', 'llama', head_dim=80, n_embd=160), []
     with played(monkeypatch) as gpu, pytest.raises(ModelError, match='heads of 80 numbers'): orcd.load(path, progress=lambda done, total: copied.append(done))
     assert not gpu.alive and not gpu.pinned and not any(copied)
@@ -117,9 +117,9 @@ def test_decode_finds_its_kernels(arch, request, tmp_path):
     wanted = set()
 
     def product(Ws, k=1, mode='gemv'):
-        for group in gemv.launches([W.type for W in Ws]):
+        for group in gemv.group_by_type([W.type for W in Ws]):
             ws = [Ws[i] for i in group]
-            wanted.add(gemv.code([W.type for W in ws], gemv.layout(ws, mode, 1 if mode == 'mix' else k, k)[2])[:2])
+            wanted.add(gemv.kernel_variant([W.type for W in ws], gemv.layout(ws, mode, 1 if mode == 'mix' else k, k)[2])[:2])
 
     class Ops(CudaOps):
         def run(self, launcher, *args, **kw):
@@ -139,4 +139,4 @@ def test_decode_finds_its_kernels(arch, request, tmp_path):
             family.layer(ops, Shape((1, config.n_embd)), w, i)
             ops.flush()
         product([bound.model['output']])
-        assert wanted and wanted <= decode_files(config, bound) <= set(kernel_files(config, bound)) & set(kernel_files(config, bound, wide=True))
+        assert wanted and wanted <= decode_files(config, bound) <= set(kernel_files(config, bound)) & set(kernel_files(config, bound, is_hopper=True))

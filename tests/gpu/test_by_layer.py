@@ -17,9 +17,9 @@ N_LAYER, NAMES = 2, ('qwen2', 'phi3', 'gpt-oss')
 def case(request, tmp_path_factory):
     "Streams of the NumPy engine with the roundings of the CUDA engine, and an oracle. Takes all experts, so that nothing is chosen."
     path = make_model(tmp_path_factory.mktemp('model') / 'm.gguf', seed=3, n_layer=N_LAYER, n_vocab=331, **MODELS[request.param] | dict(n_expert_used=6))
-    with orcd.GGUF(path) as g: residuals = Rounded(g, wide=True).residuals(np.random.default_rng(0).integers(0, 331, 64))
+    with orcd.GGUF(path) as g: residuals = Rounded(g, is_hopper=True).residuals(np.random.default_rng(0).integers(0, 331, 64))
     oracle = Oracle(path, 'cpu', halves=True, keep=True)
-    oracle.wide = True
+    oracle.is_hopper = True
     return residuals, oracle
 
 

@@ -18,12 +18,12 @@ def test_haiku(name):
     experts, and by 5e-2 without the roundings. Two such engines whose sums have another order are up to 8e-3 apart."""
     import orcd
     from orcd.demo import haiku as H
-    from orcd.kernels.wgmma import wide
+    from orcd.kernels.wgmma import is_hopper
     asked = [(t, H.MINUTES[7*k % 60]) for k, t in enumerate(['GPU computing', *[t for t in H.TOPICS if t != 'GPU computing'][:29]])]
     with orcd.load(FILES[name], device='reference', progress=False) as ref, orcd.load(FILES[name], progress=False) as model, orcd.GGUF(FILES[name]) as g:
         assert model.engine.kind == 'cuda' and model.engine.resident
         moe, worst, same, valid, choices = name == 'gpt-oss', 0, 0, 0, []
-        oracle = Rounded(g, wide=wide()) if moe else ref.engine
+        oracle = Rounded(g, is_hopper=is_hopper()) if moe else ref.engine
         for k, (topic, minute) in enumerate(asked):
             messages = [{'role': 'user', 'content': f'Write a haiku about {topic} with the word "{minute}"'}]
             a, b = (m.generate(messages, max_tokens=80, temperature=0) for m in (ref, model))

@@ -17,8 +17,8 @@ rng = np.random.default_rng()
 
 def on_device(x, pad=5):
     "A column slice of a wider array that is NaN around it"
-    wide = cp.full((x.shape[0], x.shape[1] + pad), cp.nan, cp.float32)
-    view = wide[:, 2:2 + x.shape[1]]
+    is_hopper = cp.full((x.shape[0], x.shape[1] + pad), cp.nan, cp.float32)
+    view = is_hopper[:, 2:2 + x.shape[1]]
     view[:] = cp.asarray(x, cp.float32)
     return view
 
@@ -93,8 +93,8 @@ def test_gates_add_copy(T, n):
     ga, gb, o, a8, b8 = on_device(a), on_device(b), poisoned(T, n), a.astype('f8'), b.astype('f8')
     ke.swiglu(ga, gb, o); close(o, a8 / (1 + np.exp(-a8)) * b8)
     g8, u8 = np.minimum(a8, 7), np.clip(b8, -7, 7)
-    ke.swiglu_oai(ga, gb, o); close(o, g8 / (1 + np.exp(-1.702*g8)) * (u8 + 1))
-    same_bits(lambda: ke.swiglu_oai(ga, gb, o), o)
+    ke.clamped_swiglu(ga, gb, o); close(o, g8 / (1 + np.exp(-1.702*g8)) * (u8 + 1))
+    same_bits(lambda: ke.clamped_swiglu(ga, gb, o), o)
     ke.add(ga, gb, o); assert (o.get() == a + b).all()
     ke.copy(ga, o); assert (o.get() == a).all()
 

@@ -63,10 +63,10 @@ def test_against_reference(name, hopper, model_file, monkeypatch):
     from routing import forced, recorded
     ids, path = prompt(300), model_file(name)
     from orcd.kernels import wgmma
-    if hopper and not wgmma.wide(): pytest.skip('another GPU')
-    monkeypatch.setattr(wgmma, 'wide', lambda device=None: hopper)
+    if hopper and not wgmma.is_hopper(): pytest.skip('another GPU')
+    monkeypatch.setattr(wgmma, 'is_hopper', lambda device=None: hopper)
     g = orcd.GGUF(path) # the NumPy engines read from it as they go along
-    plain, rounded = ReferenceEngine(g), Rounded(g, wide=hopper)
+    plain, rounded = ReferenceEngine(g), Rounded(g, is_hopper=hopper)
     moe, n_layer = name == 'gpt-oss', plain.config.n_layer
     with g, cuda(path) as engine:
         for n in (1, 2, 33, 300):
@@ -114,8 +114,8 @@ def test_captured_chunks(name, model_file, monkeypatch):
             out = engine.logits(ids[:n])
             engine.prefill(ids[:n])
             return out, [i for i, _ in engine.decode(SamplingParams(temperature=0.), 20)]
-        for n, cost in ((1, engine_module.PASS), (40, engine_module.PASS), (129, engine_module.PASS), (480, engine_module.PASS), (300, 0)): # a graph that costs nothing: two of them
-            monkeypatch.setattr(engine_module, 'PASS', cost)
+        for n, cost in ((1, engine_module.LAUNCH_COST_ROWS), (40, engine_module.LAUNCH_COST_ROWS), (129, engine_module.LAUNCH_COST_ROWS), (480, engine_module.LAUNCH_COST_ROWS), (300, 0)): # a graph that costs nothing: two of them
+            monkeypatch.setattr(engine_module, 'LAUNCH_COST_ROWS', cost)
             if not cost: assert len(engine._pieces(n)) == 2
             graphs = run(n)
             monkeypatch.setattr(CudaEngine, 'replay', False)
@@ -325,4 +325,4 @@ def test_loads_what_it_runs(name, model_file, monkeypatch):
         e.prefill(prompt(200))
         assert len(list(e.decode(SamplingParams(temperature=.5, top_k=5, repetition_penalty=1.1), 3))) == 3
         _, config, bound = engine.open_model(g)
-        assert {(n, d) for n, _, d in nvrtc._modules} == set(engine.kernel_files(config, bound, e.wide, e.plan.chunks))
+        assert {(n, d) for n, _, d in nvrtc._modules} == set(engine.kernel_files(config, bound, e.is_hopper, e.plan.chunks))

@@ -25,13 +25,13 @@ def off(got, want):
     return np.abs(d).max(), np.sqrt(np.square(d).mean())
 
 
-def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
+def against_pytorch(path, ids, logits, residuals, took, is_hopper, device='cuda'):
     """What is further from the oracle than it may be; prints all that it compares. In float32 throughout, then with the roundings to FP16 that our prefill
     makes by design (on Hopper of weights too): those must explain the difference. What they leave are roundings that went the other way because a sum came
     out another in its last bits. The oracle says itself how much that may be, see `by_layer`: over all layers a limit for that is no sharp one, over one it is."""
     from torch_oracle import Oracle
     oracle, failed = Oracle(str(path), device, keep=True), []
-    oracle.wide, follow = wide, took.follow if oracle.n_expert else lambda: None
+    oracle.is_hopper, follow = is_hopper, took.follow if oracle.n_expert else lambda: None
     n_layer = 4 if oracle.n_expert else oracle.n_layer # gpt-oss's experts take minutes to dequantise on the CPU
 
     def judge(what, value, limit, more=''):
@@ -54,7 +54,7 @@ def against_pytorch(path, ids, logits, residuals, took, wide, device='cuda'):
     streams, want = run(False)
     judge('residual stream', far(residuals, streams), 2e-2)
     if n_layer == oracle.n_layer:
-        judge('logits, max |diff| / std', off(logits, want)[0], .15 if wide else 5e-2, f', same argmax {(logits.argmax(1) == want.argmax(1)).mean():.0%}')
+        judge('logits, max |diff| / std', off(logits, want)[0], .15 if is_hopper else 5e-2, f', same argmax {(logits.argmax(1) == want.argmax(1)).mean():.0%}')
     choices(2e-2)
 
     print(f'with our roundings, {n_layer} layers')
@@ -85,7 +85,7 @@ def test_full_shape(path):
     import cupy as cp
     import orcd
     from orcd.engine.cuda_engine import CudaEngine
-    from orcd.kernels.wgmma import wide
+    from orcd.kernels.wgmma import is_hopper
     from orcd.text.sampling import SamplingParams
     cp.cuda.runtime.free(0)
     before = cp.cuda.runtime.memGetInfo()[0]
@@ -123,6 +123,6 @@ def test_full_shape(path):
         engine.close()
     after = cp.cuda.runtime.memGetInfo()[0]
     print(f'VRAM not given back after close: {(before - after) / 2**20:.1f} MiB (loaded kernels)')
-    failed = against_pytorch(path, ids, logits, residuals, took, wide())
+    failed = against_pytorch(path, ids, logits, residuals, took, is_hopper())
     torch.cuda.empty_cache()
     assert not failed, failed

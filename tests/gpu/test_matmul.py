@@ -23,23 +23,23 @@ def gemv_out(cp, t, blocks, x, n_out, bias=None, residual=None, kernel=None):
 
 
 def gemm_out(cp, t, blocks, x, n_out, bias=None, residual=None):
-    from orcd.kernels.gemm import HalfRows, gemm, half_bytes, to_half
+    from orcd.kernels.gemm import Fp16Activations, gemm, half_bytes, to_half
     from orcd.kernels.nvrtc import QTensor
     rows, n_in = x.shape
     W, out = QTensor.upload(blocks, t, (n_out, n_in)), cp.full((rows, n_out), np.nan, cp.float32)
-    h = to_half(cp.asarray(x), HalfRows(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in))
+    h = to_half(cp.asarray(x), Fp16Activations(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in))
     return gemm(W, h, out, *(None if a is None else cp.asarray(a) for a in (bias, residual))).get()
 
 
 def wide_out(cp, t, blocks, x, n_out, bias=None, residual=None):
     "The same with Hopper's kernels, where there are any"
-    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
-    from orcd.kernels.wgmma import gemms, wide, with_tops
+    from orcd.kernels.gemm import Fp16Activations, half_bytes, to_half
+    from orcd.kernels.wgmma import gemms, is_hopper, with_row_max_exponents
     from orcd.kernels.nvrtc import QTensor
-    if t.block_size == 1 or not wide(): pytest.skip('no kernel of its own')
+    if t.block_size == 1 or not is_hopper(): pytest.skip('no kernel of its own')
     rows, n_in = x.shape
-    W, out = with_tops(QTensor.upload(blocks, t, (n_out, n_in))), cp.full((rows, n_out), np.nan, cp.float32)
-    h = to_half(cp.asarray(x), HalfRows(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in))
+    W, out = with_row_max_exponents(QTensor.upload(blocks, t, (n_out, n_in))), cp.full((rows, n_out), np.nan, cp.float32)
+    h = to_half(cp.asarray(x), Fp16Activations(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in))
     gemms([(W, out, None if bias is None else cp.asarray(bias))], h, None if residual is None else cp.asarray(residual))
     return out.get()
 
@@ -125,23 +125,23 @@ def test_same_bits_in_any_tile(cp, t, n_out):
 @pytest.mark.parametrize('types', [('Q5_0', 'Q5_0', 'Q8_0'), ('Q4_K', 'Q6_K'), ('MXFP4', 'Q4_1', 'Q5_1', 'Q8_0'), ('F16', 'Q4_0')], ids=str)
 def test_gemms(cp, types):
     "Several matrices in a launch"
-    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.gemm import Fp16Activations, half_bytes, to_half
     from orcd.kernels.gemv import Normed, product64, random_blocks
-    from orcd.kernels.wgmma import gemms, with_tops
+    from orcd.kernels.wgmma import gemms, with_row_max_exponents
     from orcd.kernels.nvrtc import QTensor
     rng, rows, n_in = np.random.default_rng(), 77, 768
     x, w = rng.standard_normal((rows, n_in), np.float32), rng.standard_normal(n_in, np.float32)
     parts = [(GGMLType[t], random_blocks(GGMLType[t], n, n_in, rng), n) for t, n in zip(types, (150, 33, 64, 16))]
-    jobs = [(with_tops(QTensor.upload(b, t, (n, n_in))), cp.full((rows, n), np.nan, cp.float32), cp.asarray(rng.standard_normal(n, np.float32))) for t, b, n in parts]
-    gemms(jobs, to_half(Normed(cp.asarray(x), cp.asarray(w), 1e-6), HalfRows(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in)))
+    jobs = [(with_row_max_exponents(QTensor.upload(b, t, (n, n_in))), cp.full((rows, n), np.nan, cp.float32), cp.asarray(rng.standard_normal(n, np.float32))) for t, b, n in parts]
+    gemms(jobs, to_half(Normed(cp.asarray(x), cp.asarray(w), 1e-6), Fp16Activations(cp.full(half_bytes(rows, n_in), 255, cp.uint8), rows, n_in)))
     d = x.astype(np.float64)
     d = d*w/np.sqrt((d*d).mean(1, keepdims=True) + 1e-6)
     for (t, b, n), (_, out, bias) in zip(parts, jobs): assert by_norm(out.get(), product64(b, t, d)[0] + bias.get()) < 2e-3, t.name
 
 
 def unpacked(h):
-    "Halves of `HalfRows` as float64 (rows, n_in)"
-    a = h.half.get().view(np.float16).reshape(h.ld//64, h.held, 8, 8)[:, :h.rows]              # span, row, place, of a chunk's 8 halves
+    "Halves of `Fp16Activations` as float64 (rows, n_in)"
+    a = h.half.get().view(np.float16).reshape(h.ld//64, h.padded_rows, 8, 8)[:, :h.rows]              # span, row, place, of a chunk's 8 halves
     place = np.arange(8) ^ (np.arange(h.rows) & 7)[:, None]                                      # where chunk c of a row is
     a = np.take_along_axis(a, place[None, :, :, None], 2).reshape(h.ld//64, h.rows, 4, 2, 8)     # 16 columns: the even ones, then the odd ones
     a = a.swapaxes(3, 4).reshape(h.ld//64, h.rows, 64).swapaxes(0, 1).reshape(h.rows, h.ld)
@@ -151,11 +151,11 @@ def unpacked(h):
 
 @pytest.mark.parametrize('rows,n', [(1, 32), (5, 37), (130, 896), (9, 4864)])
 def test_halves(cp, rows, n):
-    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.gemm import Fp16Activations, half_bytes, to_half
     rng = np.random.default_rng()
     x, w, up = (rng.standard_normal(s).astype(np.float32)*3 for s in ((rows, n), n, (rows, n)))
     for lazy, v in vectors(cp, x, w) + gates(cp, x, up):
-        h = to_half(lazy, HalfRows(cp.full(half_bytes(rows, n), 255, cp.uint8), rows, n))
+        h = to_half(lazy, Fp16Activations(cp.full(half_bytes(rows, n), 255, cp.uint8), rows, n))
         got = unpacked(h)
         assert (abs(got - v) <= 2.0**-11*abs(v) + 2.0**-20*abs(v).max(1, keepdims=True)).all()
         sums = h.sums.get()[:rows*h.ld//32].reshape(rows, -1) * h.inv.get()[:rows, None]
@@ -167,19 +167,19 @@ def test_halves(cp, rows, n):
 @pytest.mark.parametrize('rows,n,k', [(1, 64, 1), (150, 208, 3), (300, 1104, 1)])
 def test_gated(cp, t, rows, n, k):
     "Gate and up in one launch, also when they are one matrix; a token alone and in company"
-    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.gemm import Fp16Activations, half_bytes, to_half
     from orcd.kernels.gemv import product64, random_blocks
-    from orcd.kernels.wgmma import Rows, gated, wide, with_tops
+    from orcd.kernels.wgmma import Rows, gated, is_hopper, with_row_max_exponents
     from orcd.kernels.nvrtc import QTensor
-    if not wide(): pytest.skip('no kernel of its own')
+    if not is_hopper(): pytest.skip('no kernel of its own')
     rng, n_in = np.random.default_rng(), columns(t, k)
     blocks, x, bias = random_blocks(t, 2*n, n_in, rng), rng.standard_normal((rows, n_in), np.float32)/np.float32(n_in**.5), rng.standard_normal(2*n, np.float32)
-    one = with_tops(QTensor.upload(blocks, t, (2*n, n_in)))
-    two = [with_tops(QTensor.upload(b, t, (n, n_in))) for b in (blocks[:n], blocks[n:])]
+    one = with_row_max_exponents(QTensor.upload(blocks, t, (2*n, n_in)))
+    two = [with_row_max_exponents(QTensor.upload(b, t, (n, n_in))) for b in (blocks[:n], blocks[n:])]
     biases = cp.asarray(bias[:n]), cp.asarray(bias[n:])
 
     def run(x, gate, up):
-        buffer = lambda m: HalfRows(cp.full(half_bytes(len(x), m), 255, cp.uint8), len(x), m)
+        buffer = lambda m: Fp16Activations(cp.full(half_bytes(len(x), m), 255, cp.uint8), len(x), m)
         return unpacked(gated(gate, up, to_half(cp.asarray(x), buffer(n_in)), buffer(n), *biases))
     y = product64(blocks, t, x)[0] + bias
     y = y[:, :n]/(1 + np.exp(-y[:, :n]))*y[:, n:]
@@ -193,24 +193,24 @@ def test_gated(cp, t, rows, n, k):
 @pytest.mark.parametrize('t', TYPES, ids=ids)
 def test_views(cp, t):
     "Inputs and outputs that are columns of wider arrays; in-place residual"
-    from orcd.kernels.gemm import HalfRows, gemm, half_bytes, to_half
+    from orcd.kernels.gemm import Fp16Activations, gemm, half_bytes, to_half
     from orcd.kernels.gemv import gemv
     from orcd.kernels.nvrtc import QTensor
     n_in, n_out, rows = columns(t, 2), 45, 9
     blocks, x, bias, res = inputs(t, rows, n_out, n_in)
     W = QTensor.upload(blocks, t, (n_out, n_in))
     for shift in (4, 3):                # rows at 16 bytes and not
-        wide, target = cp.full((rows, n_in + 4 + shift), np.nan, cp.float32), cp.full((rows, n_out + 5), 7, cp.float32)
-        xv, ov = wide[:, shift:shift+n_in], target[:, 2:2+n_out]
+        is_hopper, target = cp.full((rows, n_in + 4 + shift), np.nan, cp.float32), cp.full((rows, n_out + 5), 7, cp.float32)
+        xv, ov = is_hopper[:, shift:shift+n_in], target[:, 2:2+n_out]
         xv[...] = cp.asarray(x)
         ov[...] = cp.asarray(res)
-        if wide.strides[0] % 16 == 0 and shift == 4 or n_in % 4:
+        if is_hopper.strides[0] % 16 == 0 and shift == 4 or n_in % 4:
             gemv(W, xv, ov, cp.asarray(bias), ov)
             assert np.array_equal(ov.get(), gemv_out(cp, t, blocks, x, n_out, bias, res))
         else:
             with pytest.raises(KernelError, match='multiples of 16'): gemv(W, xv, ov, cp.asarray(bias), ov)
         ov[...] = cp.asarray(res)
-        h = to_half(xv, HalfRows(cp.empty(half_bytes(rows, n_in), cp.uint8), rows, n_in))
+        h = to_half(xv, Fp16Activations(cp.empty(half_bytes(rows, n_in), cp.uint8), rows, n_in))
         gemm(W, h, ov, cp.asarray(bias), ov)
         assert np.array_equal(ov.get(), gemm_out(cp, t, blocks, x, n_out, bias, res))
         edge = target.get()
@@ -374,8 +374,8 @@ def test_many(cp, types, rows, n_in):
 
 
 @pytest.mark.parametrize('t', [t for t in TYPES if t.block_size > 1], ids=ids)
-@pytest.mark.parametrize('n_out,k,oai', [(1, 1, False), (33, 3, True), (200, 11, False)])
-def test_gated_row(cp, t, n_out, k, oai):
+@pytest.mark.parametrize('n_out,k,clamped', [(1, 1, False), (33, 3, True), (200, 11, False)])
+def test_gated_row(cp, t, n_out, k, clamped):
     from orcd.kernels.gemv import Normed, gated, product64
     from orcd.kernels.nvrtc import QTensor
     n_in = columns(t, k)
@@ -385,18 +385,18 @@ def test_gated_row(cp, t, n_out, k, oai):
     Wg, Wu = (QTensor.upload(b[i*n_out:(i + 1)*n_out], t, (n_out, n_in)) for i in (0, 1))
     for lazy, v in vectors(cp, x, w):
         out = cp.full((1, n_out), np.nan, cp.float32)
-        gated((Wg, cp.asarray(bias[0])), (Wu, cp.asarray(bias[1])), lazy, out, oai)
+        gated((Wg, cp.asarray(bias[0])), (Wu, cp.asarray(bias[1])), lazy, out, clamped)
         y, size = product64(b, t, v)
         (g, u), (sg, su) = (y[0, :n_out] + bias[0], y[0, n_out:] + bias[1]), (size[0, :n_out] + 1, size[0, n_out:] + 1)
-        if oai: g, u = np.minimum(g, 7), np.clip(u, -7, 7) + 1
-        a = g/(1 + np.exp(-(1.702 if oai else 1)*g))
+        if clamped: g, u = np.minimum(g, 7), np.clip(u, -7, 7) + 1
+        a = g/(1 + np.exp(-(1.702 if clamped else 1)*g))
         assert (abs(out.get()[0] - a*u) <= 2e-5*(sg*abs(u) + su*abs(a)) + 1e-6).all()
 
 
 # ---- wrong calls
 
 def test_refused(cp):
-    from orcd.kernels.gemm import HalfRows, gemm, half_bytes, to_half
+    from orcd.kernels.gemm import Fp16Activations, gemm, half_bytes, to_half
     from orcd.kernels.gemv import gemv
     from orcd.kernels.nvrtc import QTensor
     blocks, x, bias, _ = inputs(GGMLType.Q8_0, 2, 32, 64)
@@ -406,8 +406,8 @@ def test_refused(cp):
     calls = [lambda: gemv(W, z(2, 63), out), lambda: gemv(W, z(2, 64, d=cp.float64), out), lambda: gemv(W, x, z(3, 32)),
         lambda: gemv(W, x, out, z(31)), lambda: gemv(W, x, out, None, z(2, 31)), lambda: gemv(W, z(2, 128)[:, ::2], out),
         lambda: gemv(W, z(64, 2).T, out), lambda: gemv(QTensor.upload(blocks, GGMLType.Q8_0, (2, 16, 64)), x, out),
-        lambda: HalfRows(z(100, d=cp.uint8), 2, 64), lambda: gemm(W, HalfRows(z(size, d=cp.uint8), 2, 64), out),
-        lambda: gemm(W, to_half(z(2, 96), HalfRows(z(size, d=cp.uint8), 2, 96)), out)]
+        lambda: Fp16Activations(z(100, d=cp.uint8), 2, 64), lambda: gemm(W, Fp16Activations(z(size, d=cp.uint8), 2, 64), out),
+        lambda: gemm(W, to_half(z(2, 96), Fp16Activations(z(size, d=cp.uint8), 2, 96)), out)]
     for call in calls:
         with pytest.raises(KernelError): call()
     assert half_bytes(1, 32) == half_bytes(1, 64)

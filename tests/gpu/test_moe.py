@@ -64,8 +64,8 @@ def test_group(cp, T, n, k):
 
 
 def products(cp, t, ids, x, blocks, shape, bias, runs=1):
-    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
-    from orcd.kernels.wgmma import experts, with_tops
+    from orcd.kernels.gemm import Fp16Activations, half_bytes, to_half
+    from orcd.kernels.wgmma import experts, with_row_max_exponents
     from orcd.kernels.moe import Groups, expert_gemm, expert_gemv, group
     from orcd.kernels.nvrtc import QTensor
     n_slots, n_in = ids.size, x.shape[1]
@@ -74,9 +74,9 @@ def products(cp, t, ids, x, blocks, shape, bias, runs=1):
         a, b, c = cp.full((3, n_slots, shape[1]), np.nan, cp.float32)
         expert_gemv(W, xd, idd, a, bd)
         g = group(idd, Groups(cp.full(Groups.size(n_slots, shape[0]), -1, cp.int32), n_slots, shape[0]))
-        h = to_half(xd, HalfRows(cp.full(half_bytes(g.positions, n_in), 255, cp.uint8), g.positions, n_in), g)
+        h = to_half(xd, Fp16Activations(cp.full(half_bytes(g.positions, n_in), 255, cp.uint8), g.positions, n_in), g)
         expert_gemm(W, h, g, b, bd)
-        experts(with_tops(W), h, g, c, bd)
+        experts(with_row_max_exponents(W), h, g, c, bd)
         yield a.get(), b.get(), c.get()
 
 
@@ -132,17 +132,17 @@ def test_same_bits(cp):
 @pytest.mark.parametrize('T,E,k,n,m', [(1, 8, 2, 96, 160), (33, 4, 3, 320, 96), (300, 3, 2, 64, 320), (70, 2, 1, 160, 2208)])
 def test_gated_experts(cp, T, E, k, n, m):
     "gpt-oss's feed-forward part with Hopper's kernels; a token's bits alone and in company"
-    from orcd.kernels.gemm import HalfRows, half_bytes, to_half
+    from orcd.kernels.gemm import Fp16Activations, half_bytes, to_half
     from orcd.kernels.gemv import random_blocks
-    from orcd.kernels.wgmma import experts, experts_gated, wide, with_tops
+    from orcd.kernels.wgmma import experts, experts_gated, is_hopper, with_row_max_exponents
     from orcd.kernels.moe import Groups, group
     from orcd.kernels.nvrtc import QTensor
-    if not wide(): pytest.skip('no kernel of its own')
+    if not is_hopper(): pytest.skip('no kernel of its own')
     t, rng, shapes = GGMLType.MXFP4, np.random.default_rng(), ((m, n), (m, n), (n, m))
     blocks = [random_blocks(t, E*s[0], s[1], rng) for s in shapes]
-    gate, up, down = (with_tops(QTensor.upload(b, t, (E, *s))) for b, s in zip(blocks, shapes))
+    gate, up, down = (with_row_max_exponents(QTensor.upload(b, t, (E, *s))) for b, s in zip(blocks, shapes))
     x, bias, ids = rng.standard_normal((T, n), np.float32)/np.float32(n**.5), [rng.standard_normal((E, s[0]), np.float32) for s in shapes], choose(rng, T, E, k)
-    rows = lambda g, n: HalfRows(cp.full(half_bytes(g.positions, n), 255, cp.uint8), g.positions, n)
+    rows = lambda g, n: Fp16Activations(cp.full(half_bytes(g.positions, n), 255, cp.uint8), g.positions, n)
 
     def run(x, ids):
         g = group(cp.asarray(ids), Groups(cp.full(Groups.size(ids.size, E), -1, cp.int32), ids.size, E))

@@ -1,4 +1,4 @@
-"The three families in plain PyTorch float32, weights dequantised by gguf-py: shares no code with orcd, but for the weights of `wide`"
+"The three families in plain PyTorch float32, weights dequantised by gguf-py: shares no code with orcd, but for the weights of `is_hopper`"
 import math
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
@@ -22,12 +22,12 @@ def as_half(x):
 class Oracle:
     """Residual streams and logits of a whole prompt. With `halves`, what our prefill rounds to FP16 by design is rounded: the inputs of products with
     quantised weights, keys, values and, in tiles of 64 keys, the probabilities. What then remains of a difference is not explained by that rounding.
-    With `wide` as well, what Hopper's kernels round beyond that: the weights, and the activation between two products.
+    With `is_hopper` as well, what Hopper's kernels round beyond that: the weights, and the activation between two products.
     With `noise`, every product with quantised weights is off by that share of itself, at random: what another order of summation may do.
     `choose`, when given, picks the experts: it gets the scores (T, n_expert) of one router after the other and returns ids (T, k)."""
     def __init__(self, path, device='cuda', halves=False, keep=False):
         r = GGUFReader(path)
-        self.halves, self.wide, self.noise, self.choose = halves, False, 0, None
+        self.halves, self.is_hopper, self.noise, self.choose = halves, False, 0, None
         self.random = torch.Generator(device).manual_seed(0)
         self.t = {t.name: t for t in r.tensors}
         self.device, self.pool, self.keep, self.ready, self.kept = device, ThreadPoolExecutor(16), keep, {}, {}
@@ -56,7 +56,7 @@ class Oracle:
 
     def rounds(self, name):
         "Are these weights rounded? Not the head's, which is a product of one row, and a power of two rounds nothing."
-        return self.halves and self.wide and name.startswith('blk.') and self.t[name].tensor_type.name not in ('F32', 'F16', 'BF16', 'MXFP4')
+        return self.halves and self.is_hopper and name.startswith('blk.') and self.t[name].tensor_type.name not in ('F32', 'F16', 'BF16', 'MXFP4')
 
     def prefetch(self, n_layer):
         "Dequantise the weights of some layers in threads"
@@ -66,7 +66,7 @@ class Oracle:
                 if key not in self.kept: self.ready[key] = self.pool.submit(self.numbers, name, part)
 
     def half(self, x): return as_half(x) if self.halves else x
-    def between(self, y, scale): return (y*scale).half().float()/scale if self.halves and self.wide else y
+    def between(self, y, scale): return (y*scale).half().float()/scale if self.halves and self.is_hopper else y
     def norm(self, x, w): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * w
 
     def product(self, x, name, part=None):

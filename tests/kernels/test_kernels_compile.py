@@ -25,7 +25,7 @@ JOBS = [(name, arch, t) for name in CUDA for arch in ARCHS for t in (QUANTS if (
 def test_compiles(monkeypatch, name, arch, only):
     source = nvrtc.read_source(name)
     if arch in FAST: monkeypatch.setattr(nvrtc, 'OPTIONS', (*nvrtc.OPTIONS, '--Ofast-compile=max'))
-    c = nvrtc.compile_text(name, source, nvrtc.target(source, f'sm_{arch}'), nvrtc.only(only) if only is not None else ())
+    c = nvrtc.compile_text(name, source, nvrtc.target(source, f'sm_{arch}'), nvrtc.type_defines(only) if only is not None else ())
     assert c.cubin[:4] == b'\x7fELF'
     if arch == '90':
         assert c.resources or not c.log.count('Compiling entry')

@@ -87,8 +87,8 @@ def test_every_flag_is_documented():
 
 
 def test_settings_file_of_the_repository():
-    from orcd.serve.cli import read_settings, settle
-    assert settle({'model': 'x'}, {}, read_settings(ROOT / 'settings.ini'))['port'] == 8080
+    from orcd.serve.cli import read_settings, resolve_settings
+    assert resolve_settings({'model': 'x'}, {}, read_settings(ROOT / 'settings.ini'))['port'] == 8080
 
 
 # --- serve
@@ -237,7 +237,7 @@ def test_info(path, capsys):
 def test_info_where_there_is_a_gpu(path, capsys, monkeypatch, free, code):
     "The model has to fit into what the GPU has free, on the kernels of that GPU"
     pytest.importorskip('cuda.bindings.driver')
-    from played_cupy import played
+    from fake_gpu import played
     with played(monkeypatch, free=free): assert run(['info', str(path)]) == code
     said = capsys.readouterr()
     assert f'GPU 0 has {free / 2**20:,.1f} MiB of VRAM free' in said.out
@@ -252,7 +252,7 @@ def test_bench(path, capsys):
 def test_bench_says_what_reading_alone_would_take(tmp_path, capsys, monkeypatch):
     pytest.importorskip('cuda.bindings.driver')
     from make_models import make_model
-    from played_cupy import played
+    from fake_gpu import played
     model = make_model(tmp_path/'m.gguf', 'qwen2', types='Q4_K', n_layer=3, n_embd=256, n_ff=512, head_dim=64, n_head=4, n_head_kv=2)
     with played(monkeypatch): assert run(['bench', str(model), '--prompt', '8', '--tokens', '4', '--repeat', '1']) == 0
     assert re.search(r'decode +[\d.]+ tok/s +\([\d.]+ ms a token; reading \d+ MB at 17\.18 TB/s takes \d+% of that\)', capsys.readouterr().out)     # 2 GiB in an eighth of a millisecond
@@ -391,7 +391,7 @@ def test_as_a_module():
 
 def test_a_password_is_not_repeated():
     "The usage error for a callback's URL with a user name and a password names neither"
-    from orcd.serve.cli import UsageError, settle
+    from orcd.serve.cli import UsageError, resolve_settings
     for bad in 'http://someone:hunter2@host/x', 'someone:hunter2@host':
-        with pytest.raises(UsageError) as e: settle({'callback-url': bad}, {}, {})
+        with pytest.raises(UsageError) as e: resolve_settings({'callback-url': bad}, {}, {})
         assert 'hunter2' not in str(e.value) and 'host' in str(e.value) and '--callback-url' in str(e.value)

@@ -233,9 +233,9 @@ def test_answers_without_a_request_have_the_headers_of_all_answers():
 
 
 def test_places_taken_are_told_with_retry_after():
-    from orcd.serve.protocol import Problem
+    from orcd.serve.protocol import ApiError
     from orcd.serve.worker import _raw
-    head, _, body = _raw(503, 'Service Unavailable', Problem('WORKER_BUSY', 'too many connections')).decode().partition('\r\n\r\n')
+    head, _, body = _raw(503, 'Service Unavailable', ApiError('WORKER_BUSY', 'too many connections')).decode().partition('\r\n\r\n')
     headers = dict(l.split(': ') for l in head.split('\r\n')[1:])
     assert headers['Retry-After'] == '1' and headers['X-Correlation-ID'] == json.loads(body)['correlation_id'] and int(headers['Content-Length']) == len(body)
 

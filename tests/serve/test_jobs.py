@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from fake_engine import EOS, fake_model, piece, say
 from orcd.errors import CUDAError, OrcdError, OutOfVRAM
 from orcd.serve.jobs import STOPPED, Frames, Job, Jobs, Outbox
-from orcd.serve.protocol import ERRORS, Problem, read_events
+from orcd.serve.protocol import ERRORS, ApiError, read_events
 from speed import cost
 from worker_tools import check, quiet_logs
 
@@ -49,7 +49,7 @@ def test_every_path_has_one_end(script, prefill, deeds, depth, timeout, max_toke
         accepted = []
         for j in mine:
             try: jobs.submit(j); accepted.append(j)
-            except Problem as e: assert e.code == 'WORKER_BUSY'
+            except ApiError as e: assert e.code == 'WORKER_BUSY'
         assert len(accepted) >= depth + 1
         def act():
             for wait, deed in deeds:
@@ -87,7 +87,7 @@ def test_a_lost_context_ends_everything():
         for j in mine: jobs.submit(j)
         ends = [(await read(j))[-1] for j in mine]
         assert [e['code'] for e in ends] == ['CUDA_ERROR'] * 3 and len(died) == 1 and not jobs.healthy
-        with pytest.raises(Problem): jobs.submit(Job(request('9'), 'c', None))
+        with pytest.raises(ApiError): jobs.submit(Job(request('9'), 'c', None))
         jobs.thread.join(60)
         assert not jobs.thread.is_alive()
     asyncio.run(go())
@@ -162,7 +162,7 @@ def test_nothing_outside_a_job_ends_the_thread_in_silence(error, where, monkeypa
         assert not jobs.thread.is_alive() and not jobs.healthy and len(died) == 1 and jobs.fatal is died[0] and not jobs.active and not jobs.waiting
         n_fine = sum(e['type'] == 'end' for e in ends)
         assert n_fine == dict(memory=1, log=0, next=1, close=3)[where] and all(e['code'] in ('INTERNAL', 'CUDA_ERROR') for e in ends if e['type'] == 'error')
-        with pytest.raises(Problem): jobs.submit(Job(request('9'), 'c', None))
+        with pytest.raises(ApiError): jobs.submit(Job(request('9'), 'c', None))
         assert jobs.refusal('9').code in ('INTERNAL', 'CUDA_ERROR')
     asyncio.run(go())
 

@@ -6,8 +6,8 @@ from doubling import doubling
 from fake_engine import EOS, fake_model, say
 from orcd.serve import protocol
 from orcd.serve.jobs import Jobs
-from orcd.serve.protocol import Problem, frame, parse_json, parse_request, read_events, to_json, token_frame
-from orcd.serve.worker import Edge, Settings, Worker, make_app
+from orcd.serve.protocol import ApiError, frame, parse_json, parse_request, read_events, to_json, token_frame
+from orcd.serve.worker import RequestMiddleware, Settings, Worker, make_app
 from worker_tools import quiet_logs
 
 
@@ -24,7 +24,7 @@ class InProcess:
         self.jobs = Jobs(lambda: fake_model(script))
         self.jobs.thread.start(); self.jobs.loaded.result()
         self.worker = Worker(Settings(model='x.gguf', **kw), self.jobs)
-        self.app = Edge(make_app(self.worker), self.worker.settings)
+        self.app = RequestMiddleware(make_app(self.worker), self.worker.settings)
 
     def request(self, method, path, **kw):
         async def go():
@@ -118,7 +118,7 @@ def test_parser_agrees_with_pythons(x):
     s = json.dumps({'a': x})
     if finite(x): assert parse_json(s.encode()) == json.loads(s)
     else:
-        with pytest.raises(Problem): parse_json(s.encode())
+        with pytest.raises(ApiError): parse_json(s.encode())
 
 
 @quick
@@ -132,7 +132,7 @@ def test_frames_survive_every_character(t):
 def test_nesting_is_counted_outside_of_strings():
     assert parse_json(b'{"a":"' + b'[' * 1000 + b'\\"' + b'{' * 1000 + b'"}')
     assert parse_json(b'{"a":' + b'[' * 31 + b']' * 31 + b'}')
-    with pytest.raises(Problem, match='brackets'): parse_json(b'{"a":' + b'[' * 32 + b']' * 32 + b'}')
+    with pytest.raises(ApiError, match='brackets'): parse_json(b'{"a":' + b'[' * 32 + b']' * 32 + b'}')
 
 
 def filled(head, unit, tail):
@@ -152,7 +152,7 @@ BODIES = dict(
 def ask(body):
     "Everything that a body passes before the model is asked"
     try: return parse_request(parse_json(body))
-    except Problem: return None
+    except ApiError: return None
 
 
 @pytest.mark.parametrize('name', BODIES)
@@ -165,10 +165,10 @@ def test_values_of_any_size_are_reported_cheaply(name):
     "A wrong value is quoted in the answer, a little of it"
     body = BODIES[name](protocol.MAX_BODY - 30)
     try: value = parse_json(body)
-    except Problem as e: assert len(e.message) < 300
+    except ApiError as e: assert len(e.message) < 300
     else:
         for x in value, value.get('a'):
-            with pytest.raises(Problem) as e: parse_request(dict(job_id=x, prompt='a', top_k='1', seed=x, stop=x))
+            with pytest.raises(ApiError) as e: parse_request(dict(job_id=x, prompt='a', top_k='1', seed=x, stop=x))
             assert len(to_json(e.value.errors)) < 2000
 
 
@@ -187,7 +187,7 @@ def test_headers_take_linear_time():
 
 
 def test_stop_strings_are_measured_in_tokens():
-    with pytest.raises(Problem) as e: parse_request(dict(job_id='1', prompt='a', stop=['x' * 33]), tokens=len)
+    with pytest.raises(ApiError) as e: parse_request(dict(job_id='1', prompt='a', stop=['x' * 33]), tokens=len)
     assert e.value.errors[0]['constraint'] == 'tokens(1..=32)'
     assert parse_request(dict(job_id='1', prompt='a', stop='x' * 32), tokens=len).stop == ('x' * 32,)
 

@@ -395,8 +395,8 @@ def test_a_port_in_use_is_named():
 
 
 def test_addresses_in_brackets():
-    from orcd.serve.cli import guard, settle
-    assert settle({'host': '[::1]'}, {}, {})['host'] == '::1'
+    from orcd.serve.cli import guard, resolve_settings
+    assert resolve_settings({'host': '[::1]'}, {}, {})['host'] == '::1'
     guard('::1', None, False)
 
 
@@ -405,7 +405,7 @@ def test_addresses_in_brackets():
 def test_tilde_is_the_home(tmp_path, monkeypatch):
     "In every place where a path is taken"
     import orcd as package
-    from orcd.serve.cli import complete_model, model_path, read_settings, read_token, settle
+    from orcd.serve.cli import complete_model, model_path, read_settings, read_token, resolve_settings
     from orcd.files.hub import model_file, models_dir
     model = tmp_path / 'x.gguf'
     model.write_bytes(model_file('demo').read_bytes())
@@ -414,8 +414,8 @@ def test_tilde_is_the_home(tmp_path, monkeypatch):
     assert model_path('~/x.gguf') == model
     with package.load('~/x.gguf', device='reference', progress=False) as m: assert m.config.arch == 'qwen2'
     with package.GGUF('~/x.gguf') as g: assert g.path == str(model)
-    s = settle({}, {}, read_settings('~/s.ini'))
-    assert s['port'] == 7 and read_token(s['token_file']) == '0123456789abcdef' and settle({}, {'ORCD_TOKEN_FILE': '~/t'}, {})['token_file'] == str(tmp_path / 't')
+    s = resolve_settings({}, {}, read_settings('~/s.ini'))
+    assert s['port'] == 7 and read_token(s['token_file']) == '0123456789abcdef' and resolve_settings({}, {'ORCD_TOKEN_FILE': '~/t'}, {})['token_file'] == str(tmp_path / 't')
     assert complete_model('~/x') == ['~/x.gguf']
     monkeypatch.setenv('ORCD_CACHE_DIR', '~/cache')
     assert models_dir() == tmp_path / 'cache' / 'models'
@@ -438,9 +438,9 @@ def test_no_home(monkeypatch):
 
 
 def test_an_empty_variable_is_none(monkeypatch):
-    from orcd.serve.cli import settle
+    from orcd.serve.cli import resolve_settings
     empty = {f'ORCD_{k}': v for k, v in dict(PORT='', HOST=' ', MODEL='', TOKEN_FILE='', DEVICE='', GPU_DEVICE='reference').items()}
-    s = settle({}, empty, {'port': '7', 'model': 'm'})
+    s = resolve_settings({}, empty, {'port': '7', 'model': 'm'})
     assert (s['port'], s['host'], s['model'], s['token_file'], s['gpu_device']) == (7, '127.0.0.1', 'm', None, 'reference')
 
 

@@ -1,7 +1,7 @@
 #include "math/reduce.cu"
-#include "math/turn.cu"
-#include "math/source.cu"
-#include "types/fragments.cu"
+#include "math/rope_angle.cu"
+#include "math/input_prologue.cu"
+#include "types/mma_operands.cu"
 #ifndef HEAD_DIM
 #define HEAD_DIM 64
 #endif
@@ -16,8 +16,8 @@ __device__ __forceinline__ int cache_row(int pos, int rows, bool ring) { return 
 // float32 k, v (n_rows, n_head_kv * D) -> FP16 caches (n_head_kv, rows, D); a ring keeps the last `rows` of them
 extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache, const int* state,
                                     int n_rows, int n_head_kv, int rows, int ring) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const int t = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
     n_rows -= state[4];
     if (t >= n_rows || c >= n_head_kv * D || (ring && t < n_rows - rows)) return;
@@ -31,8 +31,8 @@ extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v
 // A window layer's prefill: row j of the staging buffers is position pos - rows + j, the past from the ring, the rest from k and v
 extern "C" __global__ void stage_window(const float* k, i64 k_stride, const float* v, i64 v_stride, const f16* k_ring, const f16* v_ring,
                                         f16* k_staged, f16* v_staged, const int* state, int n_rows, int n_head_kv, int rows) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const int j = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x, pos = state[0] - rows + j;
     if (j >= rows + n_rows || c >= n_head_kv * D || pos < 0) return;
     const i64 to = ((i64)(c / D) * (rows + n_rows) + j) * D + c % D;
@@ -49,12 +49,12 @@ extern "C" __global__ void stage_window(const float* k, i64 k_stride, const floa
 extern "C" __global__ void __launch_bounds__(256) turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache,
         const int* state, const float* inv_freq, float mscale, int n_rot, int neox, int n_rows, int n_head, int n_head_kv, int rows) {
     constexpr int PAIRS = D / 2, AT_ONCE = 256 / PAIRS;
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const int t = blockIdx.x, pos = state[0] + t, j = threadIdx.x % PAIRS, half = n_rot / 2;
     if (threadIdx.x >= AT_ONCE * PAIRS) return;
     const bool store = k_cache && t < n_rows - state[4] && pos >= 0 && pos < rows, turns = j < half;
-    const float2 turn = turns ? turn_of(pos, inv_freq[j], mscale) : make_float2(1.f, 0.f);
+    const float2 turn = turns ? rope_angle(pos, inv_freq[j], mscale) : make_float2(1.f, 0.f);
     const int a = !turns ? n_rot + 2 * (j - half) : neox ? j : 2 * j, b = turns && neox ? j + half : a + 1;
     #pragma unroll 4
     for (int h = threadIdx.x / PAIRS; h < n_head + n_head_kv; h += AT_ONCE) {
@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(256) turn_rows(float* q, i64 q_stri
     }
     if (store) for (int h = threadIdx.x / PAIRS; h < n_head_kv; h += AT_ONCE) {
         const float2 x = make_float2(v[t * v_stride + h * D + 2 * j], v[t * v_stride + h * D + 2 * j + 1]);
-        *(u32*)(v_cache + ((i64)h * rows + pos) * D + 2 * j) = two_halves(x.x, x.y);
+        *(u32*)(v_cache + ((i64)h * rows + pos) * D + 2 * j) = pack_half2(x.x, x.y);
     }
 }
 
@@ -105,11 +105,11 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
     const int kv = blockIdx.y, group = n_head / n_head_kv, head0 = kv * group + blockIdx.z * HEADS, heads = min(HEADS, group - (int)blockIdx.z * HEADS);
     const int pos = state[0], row = cache_row(pos, rows, ring), n = ring ? min(pos + 1, rows) : pos + 1;
     const int splits = (n + SPLIT - 1) / SPLIT, max_splits = (rows + SPLIT - 1) / SPLIT;
-    if (row < 0) { wait_for_last(); return; }
+    if (row < 0) { pdl_wait(); return; }
     if (blockIdx.x >= splits) return;
     k_cache += (i64)kv * rows * D, v_cache += (i64)kv * rows * D;
     if (!inv_freq) n_rot = 0;
-    for (int i = threadIdx.x; i < n_rot / 2; i += 128) turns[i] = turn_of(pos, inv_freq[i], mscale);
+    for (int i = threadIdx.x; i < n_rot / 2; i += 128) turns[i] = rope_angle(pos, inv_freq[i], mscale);
     __syncthreads();
     float* ml = partial + (i64)n_head * max_splits * D;
     bool waiting = true;
@@ -142,14 +142,14 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                     keys[m][h][c] = r < n && r != fresh ? *(const Keys*)(from + c * 4 * LOAD) : Keys{};
                 }
             }
-        if (waiting) { wait_for_last(); let_next_start(); waiting = false; }
+        if (waiting) { pdl_wait(); pdl_launch_dependents(); waiting = false; }
         if (fresh >= 0) {
             copy_wait<0>();         // a thread's own copies: none may come after what is written here
             __syncthreads();
             for (int c = tid * 8; c < D; c += 128 * 8) {
                 const float* x = v + kv * D + c;
                 *(uint4*)(v_cache + (i64)fresh * D + c) = *(uint4*)&vs[(fresh - begin) * PAD + c] =
-                    make_uint4(two_halves(x[0], x[1]), two_halves(x[2], x[3]), two_halves(x[4], x[5]), two_halves(x[6], x[7]));
+                    make_uint4(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]), pack_half2(x[4], x[5]), pack_half2(x[6], x[7]));
             }
             #pragma unroll
             for (int m = 0; m < 2; m++)
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                         #pragma unroll
                         for (int i = 0; i < LOAD / 4; i++) {
                             const float4 y = turned(k + kv * D, c * 4 * LOAD + t * LOAD + 4 * i, turns, n_rot, neox);
-                            x.pair[2 * i] = two_halves(y.x, y.y), x.pair[2 * i + 1] = two_halves(y.z, y.w);
+                            x.pair[2 * i] = pack_half2(y.x, y.y), x.pair[2 * i + 1] = pack_half2(y.z, y.w);
                         }
                         *(Keys*)(k_cache + (i64)fresh * D + t * LOAD + c * 4 * LOAD) = x;
                     }
@@ -176,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                 float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
                 if (g < heads) x = turned(q + (head0 + g) * D, c * 4 * LOAD + t * LOAD + s * 4, turns, n_rot, neox);
                 x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
-                const u32 b0 = two_halves(x.x, x.y), b1 = two_halves(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
+                const u32 b0 = pack_half2(x.x, x.y), b1 = pack_half2(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
                 #pragma unroll
                 for (int m = 0; m < 2; m++) {
                     mma(acc[m], keys[m][0][c].pair[2 * s], keys[m][1][c].pair[2 * s], keys[m][0][c].pair[2 * s + 1], keys[m][1][c].pair[2 * s + 1], b0, b1);
@@ -293,8 +293,8 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
         const float* sinks, float* out, i64 out_stride, float scale, int n_rows, int n_head, int n_head_kv, int kv_rows, int window) {
     __shared__ __align__(16) f16 ks[TILE * PAD];
     __shared__ __align__(16) f16 vs[TILE * PAD];
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, head = blockIdx.y;
     const int pos0 = state[0], base = window ? pos0 - window : 0, end = min(pos0 + n_rows - state[4], base + kv_rows), tile = (end - 1) / TILE - blockIdx.x;
     if (pos0 < 0 || end <= pos0 || tile < pos0 / TILE) return;
@@ -313,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
             const int r = row[e & 1];
             if (r >= pos0 && r < end) x = *(const float2*)(q + (r - pos0) * q_stride + head * D + s * 16 + (e >> 1) * 8 + 2 * t);
             x.x *= scale, x.y *= scale;
-            qh[s][e] = two_halves(x.x, x.y);
+            qh[s][e] = pack_half2(x.x, x.y);
             ql[s][e] = pack_rest(x.x, x.y, qh[s][e]);
         }
     float o[D / 8][4] = {}, m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f};
@@ -366,8 +366,8 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
         __syncthreads();  // the values are here
         #pragma unroll
         for (int c = 0; c < TILE / 16; c++) {
-            const u32 a0 = two_halves(s[2 * c][0], s[2 * c][1]), a1 = two_halves(s[2 * c][2], s[2 * c][3]);
-            const u32 a2 = two_halves(s[2 * c + 1][0], s[2 * c + 1][1]), a3 = two_halves(s[2 * c + 1][2], s[2 * c + 1][3]);
+            const u32 a0 = pack_half2(s[2 * c][0], s[2 * c][1]), a1 = pack_half2(s[2 * c][2], s[2 * c][3]);
+            const u32 a2 = pack_half2(s[2 * c + 1][0], s[2 * c + 1][1]), a3 = pack_half2(s[2 * c + 1][2], s[2 * c + 1][3]);
             #pragma unroll
             for (int j = 0; j < D / 8; j += 2) {
                 u32 b[4];

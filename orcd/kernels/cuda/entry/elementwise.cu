@@ -1,12 +1,12 @@
 #include "math/reduce.cu"
-#include "math/turn.cu"
-#include "math/source.cu"
+#include "math/rope_angle.cu"
+#include "math/input_prologue.cu"
 typedef long long i64;
 
 // y = x / sqrt(mean(x^2) + eps) * w; one block a row
 extern "C" __global__ void rms_norm(const float* x, i64 x_stride, const float* w, float eps, float* out, i64 out_stride, int n_rows, int n) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const int row = blockIdx.x;
     if (row >= n_rows) return;
     x += row * x_stride, out += row * out_stride;
@@ -51,7 +51,7 @@ extern "C" __global__ void rope(const float* x, i64 x_stride, const float* inv_f
         out[a] = x[a], out[a + 1] = x[a + 1];
         return;
     }
-    const float2 turn = turn_of(state[0] + row, inv_freq[i], mscale);
+    const float2 turn = rope_angle(state[0] + row, inv_freq[i], mscale);
     const int a = neox ? i : 2 * i, b = neox ? i + half : 2 * i + 1;
     const float p = x[a], q = x[b];
     out[a] = p * turn.x - q * turn.y, out[b] = q * turn.x + p * turn.y;
@@ -66,7 +66,7 @@ extern "C" __global__ void swiglu(const float* gate, i64 gate_stride, const floa
 }
 
 // the clamped SwiGLU of gpt-oss: g sigmoid(1.702 g) (u + 1), g at most 7, u within +-7. A NaN stays one.
-extern "C" __global__ void swiglu_oai(const float* gate, i64 gate_stride, const float* up, i64 up_stride, float* out, i64 out_stride, int n_rows, int n) {
+extern "C" __global__ void clamped_swiglu(const float* gate, i64 gate_stride, const float* up, i64 up_stride, float* out, i64 out_stride, int n_rows, int n) {
     const int row = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= n_rows || i >= n) return;
     float g = gate[row * gate_stride + i], u = up[row * up_stride + i];

@@ -1,4 +1,4 @@
-#include "math/tile.cu"
+#include "math/mma_tile.cu"
 
 // The grid has room for the worst case, (slots/128 + experts) tiles; a block finds its expert by walking the offsets, surplus blocks leave.
 template<int T>

@@ -1,4 +1,4 @@
-#include "math/slab.cu"
+#include "math/wgmma_mainloop.cu"
 enum { R = 2, D = 3, MOST = 128 };     // rows of W by 64, stages of MOST tokens; of fewer tokens there are more stages
 
 // Blocks on an SM: two, unless a type wants too many registers
@@ -42,8 +42,8 @@ __device__ __forceinline__ void expert(const u8* w0, const u8* w1, const u8* top
 template<int T, bool GATED>
 __device__ __forceinline__ void experts(const u8* w0, const u8* w1, const u8* top0, const u8* top1, const float* bias0, const float* bias1, const int* offset, const int* slots,
     int n_expert, int n_out, int n_in, const u16* x, const float* inv, int x_rows, float* out, long long ldo, u16* half, float* half_inv, int half_rows) {
-    let_next_start();
-    wait_for_last();            // for the offsets
+    pdl_launch_dependents();
+    pdl_wait();            // for the offsets
     int e = 0, tile = blockIdx.x;
     for (; e < n_expert; e++) {
         int tiles = (offset[e + 1] - offset[e] + MOST - 1) / MOST;

@@ -1,4 +1,4 @@
-#include "math/tile.cu"
+#include "math/mma_tile.cu"
 
 // blockIdx.x: 128 rows of x (fastest, so that neighbours share W in the L2 cache), blockIdx.y: 64 rows of W
 #define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256, 2) gemm_##name(const u8* w, const u16* x, const float* xinv, \

@@ -1,6 +1,6 @@
 #include "types/blocks.cu"
 #include "math/reduce.cu"
-#include "math/source.cu"
+#include "math/input_prologue.cu"
 
 // F32 and BF16 weights with few rows, such as a router: 4 rows of x a block, 4 rows of W a warp; a lane adds up every 32nd
 // four columns, then lanes are added
@@ -11,8 +11,8 @@ template<int T> __device__ __forceinline__ float4 four(const u8* row, int k) {
 }
 template<int T> __device__ __forceinline__ void thin(const u8* w, const float* x, float* out, const float* bias, const float* residual,
     int n_rows, int n_out, int n_in, long long ldx, long long ldo, long long ldr) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const int lane = threadIdx.x & 31, t0 = 4 * blockIdx.x, o0 = 32 * blockIdx.y + 4 * (threadIdx.x / 32);
     if (o0 >= n_out) return;
     const u8* rows[4];

@@ -1,4 +1,4 @@
-#include "math/slab.cu"
+#include "math/wgmma_mainloop.cu"
 // Defines: TOKENS x 64 ROWS is a block's tile, its columns dealt to SPLITS parts, stages DEPTH deep; BLOCKS on an SM. Or one part after the other, TURNS in all.
 #ifndef TOKENS
 #define TOKENS 256
@@ -21,7 +21,7 @@ __device__ __forceinline__ void product(const Matrix& m, int tile, const u16* x,
     extern __shared__ __align__(1024) u16 shared[];
     __shared__ u64 barriers[2 * SPLITS * DEPTH];
     __shared__ u16 order[TURNS > 1 ? ORDERED : 1];
-    let_next_start();
+    pdl_launch_dependents();
     if (TURNS > 1) put_in_order<TURNS>(order, groups_of(n_in));
     Stages<TOKENS, ROWS, SPLITS, DEPTH>::prepare(barriers);
     Tile<T, TOKENS, ROWS, SPLITS, DEPTH, TURNS> s;
@@ -64,7 +64,7 @@ __device__ __forceinline__ void gated_product(const Matrix& gate, const Matrix& 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && ROWS == 2
     extern __shared__ __align__(1024) u16 shared[];
     __shared__ u64 barriers[2 * SPLITS * DEPTH];
-    let_next_start();
+    pdl_launch_dependents();
     Stages<TOKENS, ROWS, SPLITS, DEPTH>::prepare(barriers);
     Tile<T, TOKENS, ROWS, SPLITS, DEPTH> s;
     Matrix m = gate;

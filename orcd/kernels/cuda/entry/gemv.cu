@@ -1,7 +1,7 @@
-#include "types/share.cu"
-#include "math/source.cu"
-#include "copy/ring.cu"
-#include "math/top.cu"
+#include "types/lane_fragment.cu"
+#include "math/input_prologue.cu"
+#include "copy/bulk_pipeline.cu"
+#include "math/topk_router.cu"
 #ifndef WARPS
 #define WARPS 8             // of a block
 #endif
@@ -21,7 +21,7 @@ __device__ __forceinline__ int padded_blocks(int n) { return (n + 255) / 256 * 8
 
 // From `rows` rows of x, ldx apart. Returns this thread's part of the sum of squares.
 template<int T, bool MANY>
-__device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Source& src, int rows, long long ldx, int n) {
+__device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const InputPrologue& src, int rows, long long ldx, int n) {
     constexpr int AT_ONCE = 2;                                  // whose loads are on their way together
     const int blocks = padded_blocks(n), each = 4 * blocks, items = rows * each;
     float square = 0;
@@ -32,7 +32,7 @@ __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Sou
         for (int i = 0; i < AT_ONCE; i++) {
             const int item = from + 32 * WARPS * i, row = MANY ? item / each : 0, at = 32 * ((item - row * each) / 4) + 4 * (item & 3);
             if (item < items && at < n) {
-                const Source one(src.x, src.w, row, ldx, src.eps);
+                const InputPrologue one(src.x, src.w, row, ldx, src.eps);
                 one.four(x[i], at, square); one.four(x[i] + 4, at + 16, square);
             } else for (int k = 0; k < 8; k++) x[i][k] = 0;
         }
@@ -53,9 +53,9 @@ __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Sou
             for (int k = 0; k < 4; k++) {
                 const int p = k / 2 * 4 + (k & 1);
                 const float y = x[i][p] * scale, z = x[i][p + 2] * scale;
-                hi[k] = two_halves(y, z);
+                hi[k] = pack_half2(y, z);
                 const float y0 = half_bits(hi[k]), z0 = half_bits(hi[k] >> 16);
-                lo[k] = two_halves(y - y0, z - z0);
+                lo[k] = pack_half2(y - y0, z - z0);
                 over[k / 2] += (k & 1 ? Type<T>::odd : Type<T>::even) * ((y0 + half_bits(lo[k])) + (z0 + half_bits(lo[k] >> 16)));
             }
             if (Type<T>::even) for (int d = 1; d < 4; d *= 2) for (int k = 0; k < 2; k++) over[k] += __shfl_xor_sync(~0u, over[k], d);
@@ -72,13 +72,13 @@ __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Sou
 // row holds the sums of block t, and only there its scale is needed.
 // own: where this lane's column of the unit's first group lies; zero: zeros, as many bytes
 template<int T>
-__device__ __forceinline__ void multiply(float (&acc)[2], const Share<T>& b, const Masks& c, const u8* own, const u8* zero, const float4* block, int lane) {
+__device__ __forceinline__ void multiply(float (&acc)[2], const LaneFragment<T>& b, const Masks& c, const u8* own, const u8* zero, const float4* block, int lane) {
     const int t = lane & 3, mine = lane / 8;            // the block whose column this lane holds
     const u8* from[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) from[j] = j == mine ? own : zero;
 #pragma unroll
-    for (int g = 0; g < Share<T>::GROUPS; g++) {
+    for (int g = 0; g < LaneFragment<T>::GROUPS; g++) {
         float sum[2][4] = {};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -104,7 +104,7 @@ struct Segment { const u8* w; float* out; const float* bias; int n_out; long lon
 // its units, in pieces of `span` units. Pieces are asked for `depth` ahead, before the vector is there: weights never change.
 template<int T, int MODE>
 __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, const float* norm, long long ldx, float eps, int n_in, const float* residual, long long ldr,
-    int block, int blocks, int parts, int depth, int span, bool oai, int row, int per, const float* logits, const int* ids, int n_expert, int n_used, bool settled) {
+    int block, int blocks, int parts, int depth, int span, bool clamped, int row, int per, const float* logits, const int* ids, int n_expert, int n_used, bool settled) {
     extern __shared__ __align__(16) u8 shared[];
     constexpr int MAX_TERMS = MODE == MIX ? 4 : MODE == GATED ? 2 : 1;
     constexpr bool ASK_FIRST = T == MXFP4;      // for the next piece, before the last products of this one; after them the wait for its loads is over anyway
@@ -119,14 +119,14 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
     constexpr int UNIT = 16 * p.PER * p.SIZE;
     const int units = p.units(), tiles = (s[0].n_out + 15) / 16, stride = blocks * (WARPS / parts), begin = part * units / parts, end = (part + 1) * units / parts;
     const long long tile_bytes = 16ll * p.SIZE * p.blocks, matrix = tiles * tile_bytes;         // matrix: of one expert
-    Ring ring(vector + vectors * vector_bytes + warp * (depth * span * UNIT + 64), span * UNIT, depth, lane);
+    BulkPipeline ring(vector + vectors * vector_bytes + warp * (depth * span * UNIT + 64), span * UNIT, depth, lane);
     if (threadIdx.x < 256) ((u32*)zero)[threadIdx.x] = 0;
 
     int id = 0;
     float weight = 1;
-    if (MODE == PRODUCT && ids) { wait_for_last(); id = ids[row]; if (id < 0 || id >= n_expert) return; }
+    if (MODE == PRODUCT && ids) { pdl_wait(); id = ids[row]; if (id < 0 || id >= n_expert) return; }
     if (MODE != PRODUCT && logits) {
-        if (!settled) wait_for_last();
+        if (!settled) pdl_wait();
         top_experts(logits + (MODE == MIX ? row : row / n_used) * n_expert, n_expert, n_used, id, weight);
         if (MODE != MIX) id = __shfl_sync(~0u, id, row % n_used);
     }
@@ -163,9 +163,9 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
         }
     };
     fetch(first);
-    wait_for_last();
-    let_next_start();           // so that all that was launched before the last launch is done when the next one starts
-    const Source src(x, norm, MODE == MIX ? row * terms : row / per, ldx, eps);
+    pdl_wait();
+    pdl_launch_dependents();           // so that all that was launched before the last launch is done when the next one starts
+    const InputPrologue src(x, norm, MODE == MIX ? row * terms : row / per, ldx, eps);
     const float square = warp_sum(prepare<T, MODE == MIX>(vector, vector_bytes, src, vectors, ldx, n_in));
     if (lane == 0) squares[warp] = square;
     auto fetch_old = [&](int tile) { if (residual && writes(tile)) old = residual[row * ldr + 16 * tile + lane]; };
@@ -181,8 +181,8 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
 #pragma unroll 1
             for (int term = 0; term < terms; term++) {
                 const Vector v(vector + (MODE == MIX ? term * vector_bytes : 0), n_blocks);
-                const u8* own = v.part + 512 * Share<T>::GROUPS * begin + 16 * lane;
-                const float4* scale = v.block + 4 * Share<T>::GROUPS * begin;
+                const u8* own = v.part + 512 * LaneFragment<T>::GROUPS * begin + 16 * lane;
+                const float4* scale = v.block + 4 * LaneFragment<T>::GROUPS * begin;
                 float acc[2] = {0, 0};
 #pragma unroll 1
                 for (int unit = begin; unit < end;) {
@@ -193,12 +193,12 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
                     const int stop = min(end, unit + span);
 #pragma unroll 1
                     for (; unit < stop; unit++) {
-                        Share<T> b;
+                        LaneFragment<T> b;
                         b.load(piece, p.left(unit), lane);
                         if (ASK_FIRST && unit + 1 == stop) { ring.done(); ask(); }
                         multiply(acc, b, masks, own, zero, scale, lane);
                         if (!ASK_FIRST && unit + 1 == stop) { ring.done(); ask(); }
-                        piece += UNIT; own += 512 * Share<T>::GROUPS; scale += 4 * Share<T>::GROUPS;
+                        piece += UNIT; own += 512 * LaneFragment<T>::GROUPS; scale += 4 * LaneFragment<T>::GROUPS;
                     }
                 }
 #pragma unroll
@@ -222,8 +222,8 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
         float out = y[0];
         if (MODE == GATED) {
             float a = y[0], b = y[MAX_TERMS - 1];
-            if (oai) { a = a > 7.f ? 7.f : a; b = (b > 7.f ? 7.f : b < -7.f ? -7.f : b) + 1.f; }       // gpt-oss's variant
-            out = a / (1.f + expf(oai ? -1.702f * a : -a)) * b;
+            if (clamped) { a = a > 7.f ? 7.f : a; b = (b > 7.f ? 7.f : b < -7.f ? -7.f : b) + 1.f; }       // gpt-oss's variant
+            out = a / (1.f + expf(clamped ? -1.702f * a : -a)) * b;
         }
         if (MODE == MIX) {
             out = 0;
@@ -241,9 +241,9 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
 // settled: the router's logits were there before the launch before this one began.
 #define ARGUMENTS const u8* w0, const u8* w1, const u8* w2, \
     float* out0, float* out1, float* out2, const float* bias0, const float* bias1, const float* bias2, int n0, int n1, int n2, int b0, int b1, int b2, \
-    long long ldo0, long long ldo1, long long ldo2, const float* residual, long long ldr, int n_in, int parts, int depth, int span, int second, int oai, \
+    long long ldo0, long long ldo1, long long ldo2, const float* residual, long long ldr, int n_in, int parts, int depth, int span, int second, int clamped, \
     const float* x, const float* norm, long long ldx, float eps, int per, const float* logits, const int* ids, int n_expert, int n_used, int settled
-#define CALL(T, MODE) gemv<T, MODE>(m, x, norm, ldx, eps, n_in, residual, ldr, block, blocks, parts, depth, span, oai, blockIdx.y, per, logits, ids, n_expert, n_used, settled)
+#define CALL(T, MODE) gemv<T, MODE>(m, x, norm, ldx, eps, n_in, residual, ldr, block, blocks, parts, depth, span, clamped, blockIdx.y, per, logits, ids, n_expert, n_used, settled)
 #define KERNEL(name, A, B) extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) gemv_##name(ARGUMENTS) { \
     int block = blockIdx.x, blocks = b0, i = 0; \
     Segment m[2] = {{w0, out0, bias0, n0, ldo0}, {w1, out1, bias1, n1, ldo1}}; \

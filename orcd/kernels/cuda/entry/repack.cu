@@ -1,5 +1,5 @@
 #include "types/blocks.cu"
-#include "types/many.cu"
+#include "types/batched_launch.cu"
 
 // From the file's blocks to units. A run: n_rows rows of blocks at src as they lie in the file, any alignment; they become rows first_row… of a
 // stack of matrices of n_out rows of n weights at dst, each padded to whole tiles. Its blocks are `begin` to the next run's. A thread moves the
@@ -18,9 +18,9 @@ template<int T> __device__ __forceinline__ u32 packed(u32 a, u32 b) {
     return fields(low_nibbles(a), LOW + 4, LOW) | turn_right(fields(low_nibbles(b), LOW + 4, LOW));
 }
 
-template<int T> __device__ void repack(const Many<Run>& runs) {
+template<int T> __device__ void repack(const BatchedLaunch<Run>& runs) {
     using Y = Type<T>;
-    const Run& r = whose(runs, blockIdx.x);
+    const Run& r = find_item(runs, blockIdx.x);
     const Planes<T> p(r.dst, r.n);
     const int groups = is_k<T>() ? 2 * p.blocks : (p.blocks + 3) / 4;
     const long long item = (blockIdx.x - r.begin) * (long long)blockDim.x + threadIdx.x;
@@ -79,5 +79,5 @@ template<int T> __device__ void repack(const Many<Run>& runs) {
         if (Y::h && left == 4) *(u32*)(high_at + 4 * at) = high;
     }
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) repack_##name(const __grid_constant__ Many<Run> runs) { repack<T>(runs); }
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) repack_##name(const __grid_constant__ BatchedLaunch<Run> runs) { repack<T>(runs); }
 EACH_QUANT(KERNEL)

@@ -1,10 +1,10 @@
-#include "math/source.cu"
-#include "math/top.cu"
+#include "math/input_prologue.cu"
+#include "math/topk_router.cu"
 
 // Row t of logits (n experts, at most 1024): the k largest in order, ties to the lower id; weights: softmax over those k. One warp a row.
 extern "C" __global__ void __launch_bounds__(32) route(const float* logits, int* ids, float* weights, int n, int k, long long ld) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     int t = blockIdx.x, lane = threadIdx.x, id;
     float weight;
     top_experts(logits + t * ld, n, k, id, weight);
@@ -14,8 +14,8 @@ extern "C" __global__ void __launch_bounds__(32) route(const float* logits, int*
 // out[t] = sum over rank r of weights[t][r] * y[t k + r] (+ residual[t]), in rank order
 extern "C" __global__ void __launch_bounds__(256) expert_sum(const float* y, const float* weights, const float* residual, float* out,
     int n, int k, long long ldy, long long ldo, long long ldr) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     int i = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
     if (i >= n) return;
     float sum = 0;
@@ -30,8 +30,8 @@ extern "C" __global__ void __launch_bounds__(256) expert_sum(const float* y, con
 extern "C" __global__ void __launch_bounds__(1024) group_slots(const int* ids, int* offset, int* slots, int n_slots, int n_expert) {
     __shared__ int count[1025];
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     for (int e = warp; e < n_expert; e += 32) {
         int c = 0;
 #pragma unroll 8

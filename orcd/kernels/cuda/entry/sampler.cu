@@ -1,4 +1,4 @@
-#include "math/source.cu"
+#include "math/input_prologue.cu"
 constexpr int THREADS = 256, CHUNK = 1024, BINS = 2048;  // a block takes CHUNK ids
 
 struct Params {              // as SAMPLER_PARAMS in Python
@@ -112,8 +112,8 @@ extern "C" __global__ void sample_reset(Header* h, u32* seen, int n_words) {
 // 1: temperature and repetition penalty; the largest; log-sum-exp. Draws at once when the temperature is 0.
 extern "C" __global__ void __launch_bounds__(THREADS) sample_prepare(const float* logits, const Params* params, Header* h, int* state, u32* seen,
                                                                      u64* ring, int ring_size, int n_vocab) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const int tid = threadIdx.x;
     float raw[CHUNK / THREADS], max = NEG_INF, sum = 0.f;
     #pragma unroll
@@ -230,16 +230,16 @@ __device__ void histogram(Header* h, const Mine& x, int level, u32 prefix) {
 
 // 2: histogram by the top 11 bits of the key
 extern "C" __global__ void __launch_bounds__(THREADS) sample_weigh(const Params* params, Header* h) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const Mine x = my_logits(h);
     if (!h->drawn && has_prefix(params)) histogram(h, x, 0, 0);
 }
 
 // 3 and 4: the next bits, of the keys in the bin where the prefix ends
 extern "C" __global__ void __launch_bounds__(THREADS) sample_refine(const Params* params, Header* h, int level) {
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const Mine x = my_logits(h);
     if (h->drawn || !has_prefix(params)) return;
     const Found f = find_bin(h, params, level - 1);
@@ -252,8 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_draw(const float* l
                                                                   u64* ring, int ring_size) {
     __shared__ u64 rest;         // of the random number, within the chunk
     __shared__ int chosen, ties_before;
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     if (h->drawn) return;
     const int tid = threadIdx.x, n_valid = h->n_valid, n_chunk = gridDim.x;
     const float* l = adjusted(h, n_chunk);

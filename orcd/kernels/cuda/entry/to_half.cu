@@ -1,4 +1,4 @@
-#include "math/source.cu"
+#include "math/input_prologue.cu"
 #include "math/mma.cu"
 
 enum { AS_IS = 0, NORM = 1, SWIGLU = 2, SWIGLU_OAI = 3 };
@@ -41,8 +41,8 @@ struct Lazy {
 extern "C" __global__ void __launch_bounds__(256) to_half(const float* x, const float* other, long long ldx, long long ldother, float eps, int mode,
     const int* slots, const int* end, int per, u16* half, float* inv, float* sums, int n, int ld, int rows) {
     __shared__ float top[8], squares[8];
-    let_next_start();
-    wait_for_last();
+    pdl_launch_dependents();
+    pdl_wait();
     const int t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     if (slots && (t >= *end || slots[t] < 0)) return;
     const Lazy src(x, other, slots ? slots[t] / per : t, ldx, ldother, mode);

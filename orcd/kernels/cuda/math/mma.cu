@@ -17,7 +17,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u3
 
 __device__ __forceinline__ u32 to_half_bits(float x) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
 // Two floats rounded to halves, the first in the low bits
-__device__ __forceinline__ u32 two_halves(float lo, float hi) {
+__device__ __forceinline__ u32 pack_half2(float lo, float hi) {
 #if __CUDA_ARCH__ >= 800
     u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r;
 #else

@@ -4,7 +4,7 @@
 #include "math/mma.cu"
 
 // A lane's share of a unit: of two of its 16 rows, 16 bytes of quants each a group of 128 weights
-template<int T> struct Share {
+template<int T> struct LaneFragment {
     static constexpr int GROUPS = is_k<T>() ? 2 : 1, WORDS = T == Q8_0 ? 8 : 4;
     u32 q[GROUPS][2][WORDS], h[GROUPS][2][2], s[GROUPS][2];
     uint4 head[2];

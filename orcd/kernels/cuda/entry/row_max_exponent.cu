@@ -1,11 +1,11 @@
 #include "types/blocks.cu"
-#include "types/many.cu"
+#include "types/batched_launch.cu"
 
 // Of each row the largest scale's exponent: that of a half, 1 at least, or MXFP4's own. One warp a row.
 struct Rows { const u8* w; u8* top; long long rows; int n_out, n, begin; };
-template<int T> __device__ __forceinline__ void tops(const Many<Rows>& many) {
+template<int T> __device__ __forceinline__ void row_max_exponent(const BatchedLaunch<Rows>& many) {
     using Y = Type<T>;
-    const Rows& m = whose(many, blockIdx.x);
+    const Rows& m = find_item(many, blockIdx.x);
     const long long row = (long long)(blockIdx.x - m.begin) * 8 + threadIdx.x / 32, at = row / m.n_out * ((m.n_out + 15) / 16 * 16) + row % m.n_out;
     if (row >= m.rows) return;
     const Planes<T> p(m.w, m.n);
@@ -24,5 +24,5 @@ template<int T> __device__ __forceinline__ void tops(const Many<Rows>& many) {
     for (int o = 16; o; o >>= 1) most = max(most, __shfl_xor_sync(~0u, most, o));
     if (!(threadIdx.x & 31)) m.top[row] = most;
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) tops_##name(const __grid_constant__ Many<Rows> many) { tops<T>(many); }
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) row_max_exponent_##name(const __grid_constant__ BatchedLaunch<Rows> many) { row_max_exponent<T>(many); }
 EACH_QUANT(KERNEL)

@@ -5,14 +5,14 @@
 #include "copy/copies.cu"
 typedef unsigned char u8;
 
-struct Ring {
+struct BulkPipeline {
     u8* pieces;                 // `depth` pieces of `size` bytes
     u64* full;                  // a barrier for each
     int size, depth, lane, put = 0, got = 0;
     u32 parity = 0;
 
     // memory: depth * (size + 8) bytes of shared memory, 16-byte aligned; size is a multiple of 16
-    __device__ __forceinline__ Ring(u8* memory, int size, int depth, int lane) : pieces(memory), full((u64*)(memory + depth * size)), size(size), depth(depth), lane(lane) {
+    __device__ __forceinline__ BulkPipeline(u8* memory, int size, int depth, int lane) : pieces(memory), full((u64*)(memory + depth * size)), size(size), depth(depth), lane(lane) {
 #if __CUDA_ARCH__ >= 900
         if (lane < depth) barrier_init(full + lane, 1);
         barriers_ready();

@@ -5,7 +5,7 @@ typedef long long i64;
 
 // what rounding to halves lost, as halves again: x = hi + lo to about 22 bits
 __device__ __forceinline__ u32 pack_rest(float lo, float hi, u32 rounded) {
-    return two_halves(lo - half_bits(rounded), hi - half_bits(rounded >> 16));
+    return pack_half2(lo - half_bits(rounded), hi - half_bits(rounded >> 16));
 }
 
 // d += a b: a is 16 x 16 (rows g and g + 8, columns 2t and 2t + 8), b is 16 x 8, d is 16 x 8 in float32; g = lane / 4, t = lane % 4

@@ -97,7 +97,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
         table = (ctypes.c_uint64*lengths[int(f)]).from_address(arguments)
         launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), [ctypes.c_uint64.from_address(a).value for a in table]))
         return 0,
-    def quick(name, *types):
+    def driver_call(name, *types):
         "What a loader queues, done at once; nothing is copied"
         def wait(stream, at, value, equal):
             while ctypes.c_uint32.from_address(at).value != value: time.sleep(1e-5)
@@ -110,7 +110,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
     def module(name, device, defines=()):
         assert threading.get_ident() in entered, 'a thread without a context'
         return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
-    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (nvrtc, '_launch', lambda launches: [launch(*a) for a in launches]), (loader, 'quick', quick), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
-    for f in (nvrtc._kernel, nvrtc._config, gemv.card, wgmma.wide): f.cache_clear()
+    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (nvrtc, '_launch', lambda launches: [launch(*a) for a in launches]), (loader, 'driver_call', driver_call), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
+    for f in (nvrtc._kernel, nvrtc._config, gemv.device_limits, wgmma.is_hopper): f.cache_clear()
     with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
-    for f in (nvrtc._kernel, nvrtc._config, gemv.card, wgmma.wide): f.cache_clear()
+    for f in (nvrtc._kernel, nvrtc._config, gemv.device_limits, wgmma.is_hopper): f.cache_clear()

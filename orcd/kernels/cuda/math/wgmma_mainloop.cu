@@ -1,19 +1,19 @@
 // 64 rows of W times N tokens by a warpgroup: weights become halves in registers, which the tensor cores read as they are
 #ifndef ORCD_SLAB
 #define ORCD_SLAB
-#include "types/share.cu"
+#include "types/lane_fragment.cu"
 #include "math/wgmma.cu"
-#include "math/source.cu"
+#include "math/input_prologue.cu"
 
 // The integers of two weights, in the mantissas of two halves without exponents, are subnormal halves: 2^-24 times the integers or so. So one multiply-add makes weights of
 // them: with the block's scale, lifted by a power of two that brings the row's largest below 2^15, and its minimum. What is left is a factor of the
 // row's sums. `top` is the exponent of the row's largest scale.
-template<int T> struct Lift {
+template<int T> struct ScaleShift {
     int top;
     __device__ __forceinline__ int up() const { return (is_k<T>() ? T == Q6_K ? 22 : 23 : 29) - top; }
     __device__ __forceinline__ float factor() const { return T == MXFP4 ? .5f * mxfp4_scale(top) : __uint_as_float((127 + 24 - up()) << 23); }
     // Lifted scale and minimum of block t of group g in row e as halves; of Q6_K two scales
-    __device__ __forceinline__ u32 halves(const Share<T>& b, int g, int e, int t) const {
+    __device__ __forceinline__ u32 halves(const LaneFragment<T>& b, int g, int e, int t) const {
         if (T == MXFP4) {
             const int f = (int)b.s[0][e] - top + 15;
             return to_half_bits(f < -24 ? 0.f : __uint_as_float((127 + f) << 23));
@@ -30,7 +30,7 @@ template<int T> struct Lift {
 __device__ __forceinline__ u32 times(u32 a, u32 b) { u32 r; asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 
 // The four pairs of block j that lane t holds of row e; v: the block's `halves`
-template<int T> __device__ __forceinline__ void weights(u32 (&w)[4], const Share<T>& b, const Masks& c, int g, int e, int j, u32 v) {
+template<int T> __device__ __forceinline__ void weights(u32 (&w)[4], const LaneFragment<T>& b, const Masks& c, int g, int e, int j, u32 v) {
     const u32 first = __byte_perm(v, 0, 0x1010), second = __byte_perm(v, 0, 0x3232);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
@@ -73,7 +73,7 @@ template<int P> __device__ __forceinline__ void put_in_order(u16* order, int gro
 // dealt to S warpgroups, of which this is number `part`; or (Q > 1) one takes Q parts in turns, in `order`, and adds their sums up as S = Q would:
 // the same bits. `issuer`: the one thread that asks for stages.
 template<int T, int N, int R, int S, int D, int Q>
-__device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p, int tile, const Lift<T> (&lift)[2], const u16* x, long long span, int n_in,
+__device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p, int tile, const ScaleShift<T> (&lift)[2], const u16* x, long long span, int n_in,
     const Stages<N, R, S, D>& s, int part, bool issuer, const u16* order) {
     constexpr bool K = is_k<T>();
     const int lane = threadIdx.x & 31, t = lane & 3, groups = groups_of(n_in), mine = Q > 1 ? groups : size_of<S>(part, groups);
@@ -82,7 +82,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p
     const Masks c(pair_bits<T>());
     constexpr int UNIT = 16 * Planes<T>::PER * Planes<T>::SIZE;
     const u8* rows = p.at(tile, 0);
-    Share<T> b[K ? 1 : 2];      // two groups, in turns: a K block, or two steps
+    LaneFragment<T> b[K ? 1 : 2];      // two groups, in turns: a K block, or two steps
     auto group_of = [&](int k) { return Q > 1 ? (int)order[k] : 2 * (part + S * (k / 2)) + (k & 1); };
     auto copy = [&](int k, int slot) {
         arrive_expecting(s.full + slot, 2 * N * 128);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p
     };
     load(0, 0); load(1, 1);
     if (K && mine) b[0].heads(rows + group_of(0) / 2 * UNIT, lane);
-    wait_for_last();            // weights are there, x is not yet
+    pdl_wait();            // weights are there, x is not yet
     if (issuer) for (int k = 0; k < D && k < mine; k++) copy(k, k);
     int slot = 0, phase = 0, last = 0, last_phase = 0;
     auto step = [&](int k, int g) {       // group k; g = k & 1
@@ -106,7 +106,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Planes<T>& p
             for (int i = 0; i < N / 2; i++) { total[Q > 1 ? i : 0] = turn ? total[Q > 1 ? i : 0] + acc[i] : acc[i]; acc[i] = 0; }
             until += size_of<Q>(++turn, groups);
         }
-        const Share<T>& now = b[K ? 0 : g];
+        const LaneFragment<T>& now = b[K ? 0 : g];
         const u32 v[2] = {lift[0].halves(now, K ? g : 0, 0, t), lift[1].halves(now, K ? g : 0, 1, t)};
         if (K && g == 1 && k + 1 < mine) b[0].heads(rows + group_of(k + 1) / 2 * UNIT, lane);
         wait(s.full + slot, phase);
@@ -151,7 +151,7 @@ template<int T, int N, int R, int S, int D, int Q = 1> struct Tile {
     __device__ __forceinline__ bool run(const u8* w, const u8* top, int first_tile, int row0, int n_out, int n_in, const u16* x, long long span,
         u16* shared, u64* barriers, const u16* order = nullptr) {
         const Planes<T> p(w, n_in);
-        const Lift<T> lift[2] = {{top[min(row0 + mine, n_out - 1)]}, {top[min(row0 + mine + 8, n_out - 1)]}};
+        const ScaleShift<T> lift[2] = {{top[min(row0 + mine, n_out - 1)]}, {top[min(row0 + mine + 8, n_out - 1)]}};
         multiply<T, N, R, S, D, Q>(acc, p, first_tile + min(row0 + tid / 32 * 16, n_out - 1) / 16, lift, x, span, n_in, Stages<N, R, S, D>(shared, barriers, part), part, r == 0 && tid == 0, order);
         for (int e = 0; e < 2; e++) factor[e] = lift[e].factor();
         if (S > 1) {                // the parts' sums, in their order

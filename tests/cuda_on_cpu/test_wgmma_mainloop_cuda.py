@@ -9,7 +9,7 @@ from orcd.kernels.weight_layout import random_blocks, to_planes
 from rounded import as_hopper
 from test_blocks_cuda import SHIM, compiled, placed, pointer
 
-# What share.cu and slab.cu need beyond that; halves are rounded from double, once
+# What lane_fragment.cu and wgmma_mainloop.cu need beyond that; halves are rounded from double, once
 HALVES = r'''
 #include <cmath>
 struct float2 { float x, y; };
@@ -24,7 +24,7 @@ static uint32_t rounded_half(double x) {
 static double low(uint32_t v) { return half_bits(v & 65535); }
 static double high(uint32_t v) { return half_bits(v >> 16); }
 static uint32_t to_half_bits(float x) { return rounded_half(x); }
-static uint32_t two_halves(float lo, float hi) { return rounded_half(lo) | rounded_half(hi) << 16; }
+static uint32_t pack_half2(float lo, float hi) { return rounded_half(lo) | rounded_half(hi) << 16; }
 static uint32_t times(uint32_t a, uint32_t b) { return rounded_half(low(a) * low(b)) | rounded_half(high(a) * high(b)) << 16; }
 static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) { return rounded_half(low(a) * low(b) + low(c)) | rounded_half(high(a) * high(b) + high(c)) << 16; }
 '''
@@ -34,12 +34,12 @@ template<int T> void slab(const u8* w, const u8* top, float* y, int rows, int n)
     const Planes<T> p(w, n);
     const Masks c(pair_bits<T>());
     for (int tile = 0; 16 * tile < rows; tile++) for (int unit = 0; unit < p.units(); unit++) {
-        Share<T> b[32];
+        LaneFragment<T> b[32];
         for (int lane = 0; lane < 32; lane++) b[lane].load(p.at(tile, unit), p.left(unit), lane);
-        for (int lane = 0; lane < 32; lane++) for (int g = 0; g < Share<T>::GROUPS; g++) for (int e = 0; e < 2; e++) for (int j = 0; j < 4; j++) {
+        for (int lane = 0; lane < 32; lane++) for (int g = 0; g < LaneFragment<T>::GROUPS; g++) for (int e = 0; e < 2; e++) for (int j = 0; j < 4; j++) {
             const int row = 16 * tile + 8 * e + lane / 4, at = (is_k<T>() ? 256 : 128) * unit + 128 * g + 32 * j + 4 * (lane & 3);
             if (row >= rows || at >= n) continue;
-            const Lift<T> lift = {top[row]};
+            const ScaleShift<T> lift = {top[row]};
             u32 v[4];
             weights<T>(v, b[lane], c, g, e, j, lift.halves(b[lane / 4 * 4 + j], g, e, j));
             for (int r = 0; r < 4; r++) for (int k = 0; k < 2; k++)
@@ -50,16 +50,16 @@ template<int T> void slab(const u8* w, const u8* top, float* y, int rows, int n)
 #define CALL(name, T) extern "C" void slab_##name(const u8* w, const u8* top, float* y, int rows, int n) { slab<T>(w, top, y, rows, n); }
 EACH_QUANT(CALL)
 #undef KERNEL
-#define TOPS(name, T) extern "C" void tops_##name(const Many<Rows>* many, int blocks) { \
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x += 32) tops<T>(*many); }
+#define TOPS(name, T) extern "C" void row_max_exponent_##name(const BatchedLaunch<Rows>* many, int blocks) { \
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x += 32) row_max_exponent<T>(*many); }
 EACH_QUANT(TOPS)
 '''
 
 
 def plain_slab(slab):
-    "slab.cu without its PTX"
+    "wgmma_mainloop.cu without its PTX"
     slab = re.sub(r'.*u32 times\(.*\n', '', slab)
-    slab = re.sub(r'u32 h;\s*asm\("cvt\.rn\.f16x2\.f32 .*?"f"\((\w+)\), "f"\((\w+)\)\);\s*return h;', r'return two_halves(\2, \1);', slab)
+    slab = re.sub(r'u32 h;\s*asm\("cvt\.rn\.f16x2\.f32 .*?"f"\((\w+)\), "f"\((\w+)\)\);\s*return h;', r'return pack_half2(\2, \1);', slab)
     slab, n = re.subn(r'asm\("fma\.rn\.f16x2 .*?" : "=r"\((.*?)\) : "r"\((.*)\), "r"\((.*)\), "r"\((.*)\)\);', r'\1 = fma2(\2, \3, \4);', slab)
     assert n == 1, 'the source has changed'
     return slab
@@ -68,13 +68,13 @@ def plain_slab(slab):
 def device_source():
     "The sources without their PTX, which the shim has in C"
     blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', read_source('blocks'))
-    share = re.sub(r'#include .*', '', read_source('share'))
-    slab = read_source('slab')
-    slab = plain_slab(slab[slab.index('template<int T> struct Lift'):slab.index('// D stages of 128 columns')])
+    share = re.sub(r'#include .*', '', read_source('lane_fragment'))
+    slab = read_source('wgmma_mainloop')
+    slab = plain_slab(slab[slab.index('template<int T> struct ScaleShift'):slab.index('// D stages of 128 columns')])
     assert 'asm' not in slab + share, 'the source has changed'
-    tops, n = re.subn(r'for \(int o = 16; .*|extern "C" __global__.*|EACH_QUANT.*|#define KERNEL.*|#include .*', '', read_source('tops'))   # one lane looks at all blocks
+    tops, n = re.subn(r'for \(int o = 16; .*|extern "C" __global__.*|EACH_QUANT.*|#define KERNEL.*|#include .*', '', read_source('row_max_exponent'))   # one lane looks at all blocks
     assert tops.count('b += 32') == 1
-    return blocks + share.replace('fmaf(', 'fmaf_(') + slab + read_source('many') + tops.replace('b += 32', 'b++')
+    return blocks + share.replace('fmaf(', 'fmaf_(') + slab + read_source('batched_launch') + tops.replace('b += 32', 'b++')
 
 
 @pytest.fixture(scope='module')
@@ -89,7 +89,7 @@ def build(tmp_path_factory):
 
 
 def tops(blocks, t):
-    "What tops.cu finds"
+    "What row_max_exponent.cu finds"
     b = blocks.view(t.dtype).reshape(len(blocks), -1)
     if t == GGMLType.MXFP4: return b['e'].max(1).astype(np.uint8)
     return np.maximum(1, np.max([(b[f].view(np.uint16).reshape(len(b), -1) >> 10 & 31).max(1) for f in {'d', 'm', 'dmin'} & set(b.dtype.names)], 0)).astype(np.uint8)
@@ -127,10 +127,10 @@ def test_tops(build, monkeypatch):
     for t in (t for t in GGMLType if t.block_size > 1):
         for k, n_out in ((1, 21), (3, 7), (6, 1))*(30 if t.name == 'Q4_K' else 1):
             n, blocks = k*t.block_size, random_blocks(t, 21, k*t.block_size, rng)
-            matrices.append(QTensor(t, (21//n_out, n_out, n), placed(to_planes(blocks, t, n_out)).view(Array), top=np.zeros(21, np.uint8).view(Array)))
+            matrices.append(QTensor(t, (21//n_out, n_out, n), placed(to_planes(blocks, t, n_out)).view(Array), row_max_exponent=np.zeros(21, np.uint8).view(Array)))
             wanted.append(tops(blocks, t))
-    wgmma.find_tops(matrices)
-    for W, want in zip(matrices, wanted): assert np.array_equal(W.top, want), W.type.name
+    wgmma.find_row_max_exponents(matrices)
+    for W, want in zip(matrices, wanted): assert np.array_equal(W.row_max_exponent, want), W.type.name
 
 
 def test_mistakes_are_seen(build):

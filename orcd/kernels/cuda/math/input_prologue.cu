@@ -7,14 +7,14 @@
 
 // Programmatic dependent launch (from Hopper on): the next kernel may start when all blocks of this one have said so, and what it reads of
 // this one's results it reads after it has waited for its end.
-__device__ __forceinline__ void let_next_start() {
+__device__ __forceinline__ void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     delay();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     delay();
 #endif
 }
-__device__ __forceinline__ void wait_for_last() {
+__device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
     delay();
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -31,10 +31,10 @@ __device__ __forceinline__ float norm_factor(bool norm, const float* squares, in
 }
 
 // Element i of row `row` is x[i], or x[i] * w[i] when there are weights of a norm: its common factor is applied to the products
-struct Source {
+struct InputPrologue {
     const float *x, *w;
     float eps;
-    __device__ Source(const float* x, const float* w, long long row, long long ldx, float eps) : x(x + row * ldx), w(w), eps(eps) {}
+    __device__ InputPrologue(const float* x, const float* w, long long row, long long ldx, float eps) : x(x + row * ldx), w(w), eps(eps) {}
 
     __device__ __forceinline__ void four(float* to, int i, float& square) const {       // i is a multiple of 4, x and w are aligned
         float4 a = *(const float4*)(x + i);
