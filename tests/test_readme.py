@@ -1,46 +1,69 @@
-"README.md is index.ipynb as text; `python tests/test_readme.py` writes it"
-import json, re
+"README.md and the sidebar are what `nbdev-export` makes of the front page and the tree, and no link is dead"
+import json, re, subprocess
 from pathlib import Path
+import yaml
+from orcd import book
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / 'README.md').read_text()
+CHAPTERS = sorted((p for p in (ROOT / 'nbs').rglob('*.ipynb') if p.name != 'index.ipynb'), key=lambda p: p.name)
 
 
-def readme():
-    "The front page: its text cells, its code cells as blocks, what they printed below them"
-    out = []
-    for c in json.loads((ROOT / 'nbs' / 'index.ipynb').read_text())['cells']:
-        src = ''.join(c['source'])
-        if c['cell_type'] == 'markdown': out.append(src.replace('](images/', '](nbs/images/'))
-        elif c['cell_type'] == 'code':
-            out.append(f'```python\n{src}\n```')
-            for o in c['outputs']:
-                if text := ''.join(o.get('text', [])).rstrip(): out.append(f'```text\n{text}\n```')
-    return '\n\n'.join(out) + '\n'
+def markdown(path): return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown']
 
 
-def test_readme_is_the_front_page(): assert (ROOT / 'README.md').read_text() == readme()
+def test_export_changes_nothing():
+    "On copies of the pages: what they are made of may lie anywhere"
+    cells = book.read_cells(ROOT / 'nbs' / 'index.ipynb')
+    chapters = book.read_chapters(ROOT / 'nbs')
+    assert book.with_table(cells, chapters) == cells, 'nbs/index.ipynb is not in step with the chapters: run nbdev-export'
+    assert book.readme(cells) == README, 'README.md is not index.ipynb as text: run nbdev-export'
+    quarto, urls = (ROOT / '_quarto.yml').read_text(), book.read_urls((ROOT / 'pyproject.toml').read_text())
+    assert book.with_sidebar(quarto, chapters, urls) == quarto, '_quarto.yml is not in step with the chapters: run nbdev-export'
+
+
+def test_every_chapter_has_its_row():
+    "Read from the notebooks without the module that writes the table"
+    rows = re.findall(r'^\| (\d\d) \| \[(.*)\]\((\S+)\) \| (.*) \|$', README, re.M)
+    want = []
+    for p in CHAPTERS:
+        title, summary = [l for l in markdown(p)[0].splitlines() if l.strip()][:2]
+        want.append((p.name[:2], title.removeprefix('# '), str(p.relative_to(ROOT)), summary.removeprefix('> ')))
+    assert [(n, t, p, s.replace(r'\|', '|')) for n, t, p, s in rows] == want
 
 
 def test_links_and_commands_exist():
-    text = readme()
-    for target in re.findall(r'\]\((?!http)([^)#]+)\)', text): assert (ROOT / target).exists(), target
+    for target in re.findall(r'\]\((?!http)([^)#]+)\)', README): assert (ROOT / target).exists(), target
     targets = re.findall(r'^(\w+):', (ROOT / 'Makefile').read_text(), re.M)
-    for name in re.findall(r'\bmake (\w+)', text): assert name in targets or name == 'and', f'make {name}'
+    for name in re.findall(r'`make (\w+)|^make (\w+)', README, re.M): assert ''.join(name) in targets, f'make {name}'
 
 
 def test_links_between_chapters_and_files_exist():
     "A relative link of any chapter leads to a file that is there"
     dead = []
-    for nb in sorted((ROOT / 'nbs').rglob('*.ipynb')):
-        text = '\n'.join(''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == 'markdown')
+    for path in [*(ROOT / 'nbs').rglob('*.ipynb'), *ROOT.glob('*.md')]:
+        text = '\n'.join(markdown(path)) if path.suffix == '.ipynb' else path.read_text()
+        text = re.sub(r'```.*?```', '', text, flags=re.S)
         for target in re.findall(r'\]\((?!https?:|attachment:|#)([^)\s#]+)', text):
-            if not (nb.parent / target).exists(): dead.append(f'{nb.name}: {target}')
+            if not (path.parent / target).exists(): dead.append(f'{path.name}: {target}')
     assert not dead, dead
 
 
 def test_sidebar_lists_every_notebook():
-    listed = re.findall(r'[\w/]+\.ipynb', (ROOT / '_quarto.yml').read_text())
-    assert sorted(listed) == sorted(str(p.relative_to(ROOT / 'nbs')) for p in (ROOT / 'nbs').rglob('*.ipynb'))
+    def leaves(entries):
+        for e in entries: yield from leaves(e['contents']) if isinstance(e, dict) else [e]
+    sidebar = yaml.safe_load((ROOT / '_quarto.yml').read_text())['website']['sidebar']['contents']
+    assert list(leaves(sidebar)) == ['index.ipynb', *(str(p.relative_to(ROOT / 'nbs')) for p in CHAPTERS)]
 
 
-if __name__ == '__main__': (ROOT / 'README.md').write_text(readme())
+def test_addresses_have_one_home():
+    "While [project.urls] names no repository and no site, no page links to one of this project's"
+    import tomllib
+    urls = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project'].get('urls', {})
+    quarto = yaml.safe_load((ROOT / '_quarto.yml').read_text())['website']
+    assert (quarto.get('site-url'), quarto.get('repo-url')) == (urls.get('Documentation') or None, urls.get('Repository') or None)
+    if any(urls.values()): return
+    written = subprocess.run(['git', 'ls-files', 'orcd', 'nbs', '*.md', '*.yml', '*.toml'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in written:
+        if name.endswith('.gguf'): continue
+        assert not re.search(r'(github\.com|github\.io|gitlab\.com)[/:][\w.-]*/?(worker-)?orcd', (ROOT / name).read_text(errors='replace'), re.I), name
