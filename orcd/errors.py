@@ -8,14 +8,15 @@ __all__ = ['UNSAFE', 'PROSE', 'LONGEST', 'printable', 'brief', 'for_output', 'Or
            'InferenceTimeout', 'DeviceError', 'InsufficientVRAM', 'OutOfVRAM', 'CUDAError', 'KernelError']
 
 # %% ../nbs/00_errors.ipynb #d6599ee4
-import re
+import os, re
+from typing import TextIO
 
 # %% ../nbs/00_errors.ipynb #e8394a71
-UNSAFE = re.compile('[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')   # controls, line ends, directions, halves
+UNSAFE: re.Pattern[str] = re.compile('[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')   # controls, line ends, directions, halves
 PROSE = '\n\t\u061c\u200e\u200f\u2028\u2029'   # of these, what a text of several lines in any script may hold
 
 def printable(
-    text,          # a string, or anything with one
+    text:object,   # a string, or anything with one
     keep:str='',   # characters that stay as they are, like `PROSE`
 )->str:
     "`text` with an escape for every character that could steer a terminal or begin a line"
@@ -30,8 +31,8 @@ def brief(
     return text if len(text) <= LONGEST else f'{text[:LONGEST//2]} … {text[-LONGEST//4:]}'
 
 def for_output(
-    text:str,  # what a model wrote
-    out,       # a text stream
+    text:str,    # what a model wrote
+    out:TextIO,  # a text stream
 )->str:
     "`text` as it goes to `out`: unchanged into a file or a pipe, printable on a terminal"
     return printable(text, keep=PROSE) if out.isatty() else text
@@ -39,24 +40,29 @@ def for_output(
 # %% ../nbs/00_errors.ipynb #95d92749
 class OrcdError(Exception):
     "Base of every error of this package. `except OrcdError` catches them all."
-    code, retriable, exit_code = 'INTERNAL', True, 1
+    code: str = 'INTERNAL'   # of the worker's contract
+    retriable: bool = True   # may the same request work later?
+    exit_code: int = 1       # of a program that ends with it
 
-    def __str__(self): return brief(printable(super().__str__(), keep='\n\t'))
+    def __str__(self)->str: return brief(printable(super().__str__(), keep='\n\t'))
 
 # %% ../nbs/00_errors.ipynb #93e0007a
 class GGUFError(OrcdError, ValueError):
     "The file is not a GGUF file that we can trust"
     code, retriable = 'MODEL_LOAD_FAILED', False
+    message: str
+    path: str | os.PathLike[str] | None
+    offset: int | None
 
     def __init__(self,
-        message:str,      # what is wrong and what to do
-        path=None,        # the file, when known
-        offset:int=None,  # the byte where it is wrong, when known
-    ):
+        message:str,                             # what is wrong and what to do
+        path:str | os.PathLike[str] | None=None, # the file, when known
+        offset:int | None=None,                  # the byte where it is wrong, when known
+    )->None:
         self.message, self.path, self.offset = message, path, offset
         super().__init__(message, path, offset)
 
-    def __str__(self):
+    def __str__(self)->str:
         where = '' if self.path is None else f'{self.path}: '
         return brief(printable(f'{where}{self.message}' + ('' if self.offset is None else f' (byte {self.offset})'), keep='\n\t'))
 
@@ -75,6 +81,7 @@ class TokenizerError(OrcdError, ValueError):
 class ChatTemplateError(OrcdError, ValueError):
     "A chat template that fails, takes too long or refuses the messages"
     code, retriable = 'INVALID_REQUEST', False
+    kind: str = 'failed'   # 'limit': it was stopped; 'refused': by the template; 'start': the process that renders it is not there
 
 class HubError(OrcdError):
     "A model could not be fetched: no network, unknown name, wrong size or checksum"
@@ -83,6 +90,7 @@ class HubError(OrcdError):
 class RequestError(OrcdError, ValueError):
     "Bad arguments to `generate`, a prompt longer than the context, …"
     code, retriable = 'INVALID_REQUEST', False
+    errors: list[dict[str, str]]   # each broken rule: field, constraint, message, value; not there when none is known by name
 
 class UsageError(OrcdError):
     "A wrong flag or value on the command line"
@@ -91,7 +99,7 @@ class UsageError(OrcdError):
 class Cancelled(OrcdError):
     "The job was cancelled"
     code, retriable = 'CANCELLED', False
-    def __init__(self, message='the job was cancelled'): super().__init__(message)
+    def __init__(self, message:str='the job was cancelled')->None: super().__init__(message)
 
 class InferenceTimeout(OrcdError):
     "The job took longer than allowed"
@@ -105,12 +113,15 @@ class DeviceError(OrcdError):
 class InsufficientVRAM(OrcdError):
     "The model does not fit; found out before the first byte is copied"
     code, retriable = 'INSUFFICIENT_VRAM', False
+    required_bytes: int
+    available_bytes: int
+    max_context: int | None
     def __init__(self,
-        message:str,             # what to say
-        required_bytes:int=0,    # weights + KV cache + workspace + CUDA context
-        available_bytes:int=0,   # free memory of the device
-        max_context:int=None,    # the largest context that would fit; 0 when not even one token does
-    ):
+        message:str,                  # what to say
+        required_bytes:int=0,         # weights + KV cache + workspace + CUDA context
+        available_bytes:int=0,        # free memory of the device
+        max_context:int | None=None,  # the largest context that would fit; 0 when not even one token does
+    )->None:
         super().__init__(message)
         self.required_bytes, self.available_bytes, self.max_context = required_bytes, available_bytes, max_context
 
@@ -122,10 +133,11 @@ class OutOfVRAM(OrcdError):
 class CUDAError(OrcdError):
     "A CUDA call failed"
     code, retriable = 'CUDA_ERROR', True
+    sticky: bool
     def __init__(self,
         message:str,         # the call and what CUDA said
         sticky:bool=False,   # the context is lost, only a new process helps
-    ):
+    )->None:
         super().__init__(message)
         self.sticky = sticky
         if sticky: self.retriable = False
