@@ -2,7 +2,7 @@
 import os
 if 'PYTEST_XDIST_WORKER' in os.environ:     # there is a process for every core already; NumPy and PyTorch read it when they are imported
     for name in 'OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS': os.environ.setdefault(name, '1')
-import re, shutil, subprocess, sys
+import re, shutil, signal, subprocess, sys
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -15,6 +15,10 @@ try: # no example has to be ready within some milliseconds; the gate's runs repe
 except ImportError: pass
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# nohup, and a shell for what it runs in the background, have signals ignored; programs that tests start would inherit that, and keep to it
+for ignored, handler in (signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL):
+    if signal.getsignal(ignored) is signal.SIG_IGN: signal.signal(ignored, handler)
 
 
 def has_gpu():
