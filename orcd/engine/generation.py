@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['BUSY', 'CLOSED', 'prefix_table', 'StopMatcher', 'TextStream', 'Token', 'Stop', 'Generation', 'Model', 'generate',
-           'logits', 'device_number', 'find_model', 'progress_bar', 'load']
+           'logits', 'device_number', 'progress_bar', 'load']
 
 # %% ../../nbs/5_engine/32_generation.ipynb #c6d5c6c0
-import html, numbers, os, sys, threading, time
+import html, numbers, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/5_engine/32_generation.ipynb #4cfa710c
+from ..files.hub import find_model
 from ..errors import Cancelled, ChatTemplateError, DeviceError, ModelError, OrcdError, RequestError, for_output
 from ..text.chat import check_messages
 from ..text.sampling import SamplingParams, check_params, random_seed, request_error
@@ -384,7 +384,7 @@ def generate(self:Model,
     if stop and self.tokenizer is None: errors += _broken('stop', 'vocabulary', 'a model without vocabulary has no text to stop at').errors
     if cancelled is not None and not callable(cancelled): errors += _broken('cancelled', 'callable', 'cancelled must be a function').errors
     try: ids = self._encode(prompt)
-    except RequestError as e: errors += e.errors if hasattr(e, 'errors') else _broken('prompt', 'usable', str(e)).errors
+    except RequestError as e: errors += e.errors or _broken('prompt', 'usable', str(e)).errors
     if errors: raise request_error(errors)
     max_tokens = int(asked.pop('max_tokens', 2048))
     params = SamplingParams(**asked | dict(seed=int(asked.get('seed', random_seed()))))
@@ -423,16 +423,6 @@ def device_number(
     if kind != 'cuda' or not (n.isascii() and n.isdigit() or ':' not in str(device)):
         raise _broken('device', 'cuda:N or reference', f'device {str(device)[:40]!r} is neither "cuda:N" nor "reference"')
     return int(n or 0)
-
-# %% ../../nbs/5_engine/32_generation.ipynb #fd1373bb
-def find_model(
-    model, # a path, 'demo', or the name of a pulled model
-)->Path:
-    "The file that `model` means"
-    if not isinstance(model, (str, os.PathLike)):
-        raise _broken('path', 'type(path)', f'a model is a path or a name, not {type(model).__name__}')
-    from orcd.files import hub
-    return hub.model_file(model)   # or an error that says how to get it
 
 # %% ../../nbs/5_engine/32_generation.ipynb #efcbda4a
 def _in_jupyter():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'TRIES', 'TIMEOUT', 'AGAIN', 'Remote', 'remote', 'cache_root', 'models_dir', 'place', 'find', 'is_there',
-           'model_file', 'sha256', 'check', 'pull']
+           'find_model', 'sha256', 'check', 'pull']
 
 # %% ../../nbs/1_files/04_hub.ipynb #38618757
 import errno, hashlib, os, re, shutil, stat, sys, time
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 # %% ../../nbs/1_files/04_hub.ipynb #5aabc3de
-from ..errors import HubError, ModelError
+from ..errors import HubError, ModelError, RequestError
 
 # %% ../../nbs/1_files/04_hub.ipynb #07a07711
 @dataclass(frozen=True)
@@ -93,10 +93,13 @@ def is_there(
         raise ModelError(f'{str(path)[:200]!r}: {getattr(e, "strerror", None) or e}') from None
     return True
 
-def model_file(
+def find_model(
     name, # 'demo', a path (`~` works), or the name of a pulled model
 )->Path:
     "The file that is meant; `ModelError` says what is wrong with the name"
+    if not isinstance(name, (str, os.PathLike)):
+        message = f'a model is a path or a name, not {type(name).__name__}'
+        raise RequestError(message, [dict(field='path', constraint='type(path)', message=message)])
     path = Path(os.path.expanduser(name))
     if str(name) == 'demo': path = Path(__file__).parents[1]/'demo'/'haiku-qwen2-q4_k_m.gguf'
     elif not str(name) or not is_there(path): return find(str(name))

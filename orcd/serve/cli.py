@@ -6,11 +6,11 @@
 __all__ = ['FLAGS', 'MIN_TOKEN', 'app', 'Model', 'Device', 'Context', 'Tokens', 'Temperature', 'TopK', 'TopP', 'MinP', 'Penalty',
            'Seed', 'MAX_READ', 'VRAM', 'ENGINES', 'whole', 'auto', 'choice', 'text', 'path', 'address', 'device',
            'seconds', 'url', 'yes', 'Flag', 'resolve_settings', 'read_text', 'read_settings', 'is_loopback',
-           'read_token', 'guard', 'model_path', 'complete_model', 'from_flags', 'worker_settings', 'warm_start',
-           'serve', 'as_device', 'open_model', 'stream', 'as_text', 'from_stdin', 'read_line', 'has_chat', 'generate',
-           'summary', 'fitting', 'chat', 'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench', 'floor',
-           'complete_name', 'pull', 'cuda_problem', 'spawn', 'end', 'ask', 'demo', 'checks', 'doctor', 'flush_output',
-           'run', 'main', 'worker_main']
+           'read_token', 'guard', 'complete_model', 'from_flags', 'worker_settings', 'warm_start', 'serve', 'as_device',
+           'open_model', 'stream', 'as_text', 'from_stdin', 'read_line', 'has_chat', 'generate', 'summary', 'fitting',
+           'chat', 'by_type', 'mib', 'gpu_now', 'info', 'words', 'bench', 'floor', 'complete_name', 'pull',
+           'cuda_problem', 'spawn', 'end', 'ask', 'demo', 'checks', 'doctor', 'flush_output', 'run', 'main',
+           'worker_main']
 
 # %% ../../nbs/6_serve/39_cli.ipynb #ca78b11e
 import sys
@@ -27,6 +27,8 @@ import typer
 
 # %% ../../nbs/6_serve/39_cli.ipynb #896bb58c
 from .. import __version__
+from ..files import hub
+from ..files.hub import find_model
 from ..errors import PROSE, OrcdError, RequestError, UsageError, for_output, printable
 
 # %% ../../nbs/6_serve/39_cli.ipynb #63923d7a
@@ -217,16 +219,8 @@ def guard(
             f'decides {", ".join(found)}; if that is meant: --settings settings.ini')
 
 # %% ../../nbs/6_serve/39_cli.ipynb #a45defdc
-def model_path(
-    name:str, # MODEL of the command line
-)->Path:
-    "The file that is meant; `ModelError` says what is wrong with the name"
-    from orcd.files import hub
-    return hub.model_file(name)
-
 def complete_model(incomplete:str):
     "Names and paths that begin like this"
-    from orcd.files import hub
     names = [n for n in ['demo', *hub.MODELS] if n.startswith(incomplete)]
     folder, _, start = incomplete.rpartition('/')
     here = Path(os.path.expanduser(folder) or ('/' if incomplete.startswith('/') else '.'))
@@ -300,14 +294,13 @@ def warm_start(
 def serve(settings=None, **given):
     "Serve a model over HTTP (SSE)."
     s = worker_settings({k.replace('_', '-'): None if v is None else str(v) for k, v in given.items()}, settings)
-    try: file = model_path(s['model'])
+    try: file = find_model(s['model'])
     except OrcdError: file = Path(s['model'])
     patience = sys.getswitchinterval()
     warm_start(file, s['gpu_device'])
-    from dataclasses import replace
     from orcd.serve.worker import Settings, load_model, serve as run
-    def load(s, progress):                                  # here, so that a missing file is an error of the start, in the log
-        try: return load_model(replace(s, model=str(model_path(s.model))), progress)
+    def load(s, progress):
+        try: return load_model(s, progress)
         finally: sys.setswitchinterval(patience)
     raise typer.Exit(run(Settings(**s | dict(model_ref=s['model_ref'] or file.name)), load, start.signals))
 
@@ -334,7 +327,7 @@ def open_model(name, device_text, context=None):
     d = as_device(device_text)
     from orcd.engine.generation import load
     d = d if d == 'reference' else f'cuda:{d}'
-    return load(str(model_path(name)), device=d, context_length=context, progress=sys.stderr.isatty())
+    return load(name, device=d, context_length=context, progress=sys.stderr.isatty())
 
 def stream(out):
     "Print a generation as it comes; returns its text"
@@ -463,7 +456,7 @@ def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
     from orcd.engine import cuda_engine
     from orcd.files.gguf import GGUF
     def say(line): print(printable(line))                    # a file's names steer no terminal
-    with GGUF(str(model_path(model))) as g:
+    with GGUF(find_model(model)) as g:
         _, c = arch.resolve(g)
         n = sum(t.n_elements for t in g.tensors.values())
         say(f'{c.name or Path(model).name}: {c.arch}, {c.quant_kind}, {n / 1e6:,.1f} M parameters in {len(g.tensors)} tensors')
@@ -527,7 +520,6 @@ def floor(
     return f'; reading {size / 1e6:,.0f} MB at {bandwidth / 1e12:.2f} TB/s takes {size / bandwidth / seconds:.0%} of that'
 
 def complete_name(incomplete:str):
-    from orcd.files import hub
     return [n for n in hub.MODELS if n.startswith(incomplete)]
 
 @app.command()
@@ -536,7 +528,6 @@ def pull(
     no_verify:Annotated[bool, typer.Option('--no-verify', help='take a file too whose SHA-256 the hub does not state')]=False,
 ):
     "Fetch a model from the Hugging Face hub."
-    from orcd.files import hub
     print(hub.pull(name, verify=not no_verify))
 
 # %% ../../nbs/6_serve/39_cli.ipynb #45d426e7
@@ -677,7 +668,7 @@ def checks():
     yield 'nvrtc', *_nvrtc()
     problem = cuda_problem()
     yield 'gpu engine', problem is None, problem or 'GPU 0 answers'
-    demo = model_path('demo')
+    demo = find_model('demo')
     yield 'demo model', demo.is_file(), demo.name if demo.is_file() else 'reinstall orcd: its package data is missing'
     yield 'hub (optional)', True, _version('huggingface_hub') or 'orcd pull needs: pip install "orcd[hub]"'
 

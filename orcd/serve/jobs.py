@@ -92,7 +92,7 @@ class Job:
         self.outbox.put((type, fields))
         return True
 
-    def fail(self, problem): return self.finish('error', code=problem.code, message=problem.message, retriable=problem.retriable)
+    def fail(self, problem): return self.finish('error', **problem.fields)
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #42098548
 class Frames:
@@ -195,7 +195,7 @@ def _run(self, job):
         log.info('execute_end', **fields)
     except BaseException as e:
         problem = ApiError(*STOPPED[job.reason or 'cancelled']) if isinstance(e, Cancelled) else public_error(e)
-        type, fields = 'error', dict(code=problem.code, message=problem.message, retriable=problem.retriable)
+        type, fields = 'error', problem.fields
         self._note(e)
         if problem.code != 'CANCELLED':
             log.error('error', code=problem.code, message=str(e), exc_info=e if problem.code == 'INTERNAL' else None)

@@ -576,7 +576,7 @@ class Server(uvicorn.Server):
 # %% ../../nbs/6_serve/38_worker.ipynb #4f9a688e
 class StartError(OrcdError):
     "The worker cannot start, for a reason that is not the model's"
-    code, retriable = 'MODEL_LOAD_FAILED', False         # of the contract's codes the one for a start
+    code = 'MODEL_LOAD_FAILED'                           # of the contract's codes the one for a start
 
 _why = {errno.EADDRINUSE: 'is in use by another program; give another one, or 0 for a free one',
     errno.EADDRNOTAVAIL: 'is no address of this machine', errno.EACCES: 'may not be opened by this user; give one above 1023'}

@@ -100,9 +100,7 @@ def request_error(
     errors:list, # broken rules, at least one
 )->RequestError: # with `.errors`
     "One exception that names every broken rule"
-    e = RequestError('; '.join(e['message'] + (f" (got {e['value']})" if 'value' in e else '') for e in errors))
-    e.errors = errors
-    return e
+    return RequestError('; '.join(e['message'] + (f" (got {e['value']})" if 'value' in e else '') for e in errors), errors)
 
 # %% ../../nbs/2_text/09_sampling.ipynb #0222a12f
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from conftest import has_gpu
 from fake_engine import FakeEngine, fake_config
 import orcd
 from orcd.errors import DeviceError, GGUFError, ModelError, OrcdError, RequestError
-from orcd.engine.generation import Model, device_number, find_model
+from orcd.engine.generation import Model, device_number
+from orcd.files.hub import find_model
 from orcd.text.sampling import Sampler, SamplingParams
 
 DEMO = Path(orcd.__file__).parent / 'demo' / 'haiku-qwen2-q4_k_m.gguf'

@@ -2,7 +2,7 @@
 import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from orcd.engine.generation import find_model
+from orcd.files.hub import find_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

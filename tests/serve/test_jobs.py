@@ -4,9 +4,9 @@ from types import SimpleNamespace as NS
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from fake_engine import EOS, fake_model, piece, say
-from orcd.errors import CUDAError, OrcdError, OutOfVRAM
+from orcd.errors import CODES, CUDAError, OrcdError, OutOfVRAM
 from orcd.serve.jobs import STOPPED, Frames, Job, Jobs, Outbox
-from orcd.serve.protocol import ERRORS, ApiError, read_events
+from orcd.serve.protocol import ApiError, read_events
 from speed import cost
 from worker_tools import check, quiet_logs
 
@@ -66,7 +66,7 @@ def test_every_path_has_one_end(script, prefill, deeds, depth, timeout, max_toke
             check(events)
             assert not j.outbox.items, 'something after the end'
             last = events[-1]
-            if last['type'] == 'error': assert last['code'] in ERRORS and 'secret' not in last['message']
+            if last['type'] == 'error': assert last['code'] in CODES and 'secret' not in last['message']
             else: assert last['tokens_out'] <= max_tokens and last['stop_reason'] in ('MAX_TOKENS', 'EOS', 'STOP_SEQUENCE')
         assert not jobs.active and not jobs.waiting
         if not jobs.draining:                                   # the next job runs, whatever happened

@@ -79,9 +79,9 @@ def test_generated_text_on_a_terminal(monkeypatch):
 
 
 def test_info_of_a_file_with_a_wicked_name(tmp_path, capsys):
-    with orcd.GGUF(str(cli.model_path('demo'))) as g: name = g.metadata['general.name'].encode()
+    with orcd.GGUF(str(cli.find_model('demo'))) as g: name = g.metadata['general.name'].encode()
     wicked = b'o\x1b[1m\x07\nx\x7f'.ljust(len(name), b'!')
-    (tmp_path / 'x.gguf').write_bytes(cli.model_path('demo').read_bytes().replace(name, wicked, 1))
+    (tmp_path / 'x.gguf').write_bytes(cli.find_model('demo').read_bytes().replace(name, wicked, 1))
     assert len(wicked) == len(name)
     assert cli.run(['info', str(tmp_path / 'x.gguf')]) == 0
     out = capsys.readouterr().out

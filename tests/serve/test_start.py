@@ -246,9 +246,9 @@ def test_closed_descriptors():
 
 def test_the_first_file_does_not_become_stderr(tmp_path):
     "A worker without stderr serves, and its model is what it was"
-    from orcd.files.hub import model_file
+    from orcd.files.hub import find_model
     model = tmp_path / 'm.gguf'
-    model.write_bytes(model_file('demo').read_bytes())
+    model.write_bytes(find_model("demo").read_bytes())
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
     p = subprocess.Popen([sys.executable, '-m', 'orcd.serve.cli', 'serve', '--model', str(model), '--device', 'reference', '--port', str(port)], preexec_fn=close(0, 1, 2), cwd=ROOT, env=dict(os.environ, PYTHONPATH=PATH))
     try:
@@ -257,7 +257,7 @@ def test_the_first_file_does_not_become_stderr(tmp_path):
             try: socket.create_connection(('127.0.0.1', port), 5).close(); break
             except OSError: assert time.monotonic() < end and p.poll() is None; time.sleep(.05)
         links = [os.readlink(f'/proc/{p.pid}/fd/{n}') for n in range(3)]
-        assert links == ['/dev/null'] * 3 and model.read_bytes() == model_file('demo').read_bytes()
+        assert links == ['/dev/null'] * 3 and model.read_bytes() == find_model("demo").read_bytes()
         p.terminate()
         assert p.wait(FAR) == 0
     finally:
@@ -405,13 +405,13 @@ def test_addresses_in_brackets():
 def test_tilde_is_the_home(tmp_path, monkeypatch):
     "In every place where a path is taken"
     import orcd as package
-    from orcd.serve.cli import complete_model, model_path, read_settings, read_token, resolve_settings
-    from orcd.files.hub import model_file, models_dir
+    from orcd.serve.cli import complete_model, read_settings, read_token, resolve_settings
+    from orcd.files.hub import find_model, models_dir
     model = tmp_path / 'x.gguf'
-    model.write_bytes(model_file('demo').read_bytes())
+    model.write_bytes(find_model("demo").read_bytes())
     (tmp_path / 's.ini').write_text('[worker]\nport = 7\ntoken-file = ~/t\n'); (tmp_path / 't').write_text('0123456789abcdef')
     monkeypatch.setenv('HOME', str(tmp_path))
-    assert model_path('~/x.gguf') == model
+    assert find_model('~/x.gguf') == model
     with package.load('~/x.gguf', device='reference', progress=False) as m: assert m.config.arch == 'qwen2'
     with package.GGUF('~/x.gguf') as g: assert g.path == str(model)
     s = resolve_settings({}, {}, read_settings('~/s.ini'))
@@ -433,8 +433,8 @@ def test_no_home(monkeypatch):
     monkeypatch.setattr(Path, 'home', nobody)
     for k in 'ORCD_CACHE_DIR', 'XDG_CACHE_HOME': monkeypatch.delenv(k, raising=False)
     with pytest.raises(HubError, match='ORCD_CACHE_DIR'): hub.models_dir()
-    with pytest.raises(ModelError, match='ORCD_CACHE_DIR'): hub.model_file('qwen2.5-0.5b')
-    assert nvrtc.cache_dir() is None and hub.model_file('demo').is_file()
+    with pytest.raises(ModelError, match='ORCD_CACHE_DIR'): hub.find_model('qwen2.5-0.5b')
+    assert nvrtc.cache_dir() is None and hub.find_model('demo').is_file()
 
 
 def test_an_empty_variable_is_none(monkeypatch):

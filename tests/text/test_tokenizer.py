@@ -734,8 +734,8 @@ def test_phi3_equals_sentencepiece_order(published):
 def test_a_long_prompt_leaves_the_lock_to_others(monkeypatch):
     "In a worker, while a prompt is tokenised, another thread goes on. The ids are those of the short way."
     import threading
-    from orcd.files.hub import model_file
-    bpe = Tokenizer.from_gguf(GGUF(model_file('demo'))).backend.bpe
+    from orcd.files.hub import find_model
+    bpe = Tokenizer.from_gguf(GGUF(find_model('demo'))).backend.bpe
     text = '😀 rain\n' * 4000
     monkeypatch.delenv('TOKENIZERS_PARALLELISM', raising=False)
     expected = library_ids(bpe, text)
