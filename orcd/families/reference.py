@@ -7,43 +7,46 @@ __all__ = ['PIECE', 'rms_norm', 'angles', 'rotate', 'visible', 'softmax', 'atten
            'Route', 'route', 'Budget', 'Weight', 'Cache', 'product', 'NumpyOps', 'ReferenceModel', 'ReferenceEngine']
 
 # %% ../../nbs/3_families/13_reference.ipynb #3fe7e17d
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 # %% ../../nbs/3_families/13_reference.ipynb #5ecc14cc
 import numpy as np
 
 # %% ../../nbs/3_families/13_reference.ipynb #3eeedfe7
-from .arch import bind, resolve
-from ..files.blocks import dequantize
+from .arch import Architecture, bind, resolve
+from .config import ModelConfig
+from ..files.blocks import GGMLType, dequantize
+from ..files.gguf import GGUF, TensorInfo
 from ..errors import Cancelled, RequestError
 from ..text.sampling import Sampler, SamplingParams
 
 # %% ../../nbs/3_families/13_reference.ipynb #3f32664e
 def rms_norm(
-    x,   # float32 (..., n)
-    w,   # (n,)
-    eps:float,
-):
+    x:np.ndarray,   # float32 (..., n)
+    w:np.ndarray,   # (n,)
+    eps:float,      # so that nothing is divided by zero
+)->np.ndarray:      # the same shape
     "Divide by the root mean square, multiply by `w`"
     return x * (1/np.sqrt(np.mean(x*x, axis=-1, keepdims=True) + np.float32(eps))) * w
 
 # %% ../../nbs/3_families/13_reference.ipynb #ce1d03bc
 def angles(
-    inv_freq,     # (n_rot/2,) radians a position
-    pos,          # (T,) positions
-    mscale=1.,
-):                # cos and sin, float32 (T, 1, n_rot/2): the same for all heads
+    inv_freq:np.ndarray,     # (n_rot/2,) radians a position
+    pos:np.ndarray,          # (T,) positions
+    mscale:float=1.,         # factor of both
+)->tuple[np.ndarray, np.ndarray]:   # cos and sin, float32 (T, 1, n_rot/2): the same for all heads
     "What `rotate` wants for these positions"
     a = pos.astype(np.float32)[:, None, None] * inv_freq
     return np.cos(a)*np.float32(mscale), np.sin(a)*np.float32(mscale)
 
 def rotate(
-    x,        # (T, heads, head_dim)
-    cos, sin, # from `angles`
-    style,    # 'neox' | 'norm'
-):
+    x:np.ndarray,    # (T, heads, head_dim)
+    cos:np.ndarray,  # from `angles`
+    sin:np.ndarray,  # likewise
+    style:str,       # 'neox' | 'norm'
+)->np.ndarray:       # the same shape
     "Rotary encoding. Returns a new array."
     n = cos.shape[-1]
     a, b = (slice(0, n), slice(n, 2*n)) if style == 'neox' else (slice(0, 2*n, 2), slice(1, 2*n, 2))
@@ -54,19 +57,20 @@ def rotate(
 
 # %% ../../nbs/3_families/13_reference.ipynb #6d9fed5d
 def visible(
-    pos,      # (T,) positions of the queries
-    first, n, # keys at positions first … first+n-1
-    window=0, # how many positions a query sees, itself included; 0: all
-):            # bool (T, n)
+    pos:np.ndarray,  # (T,) positions of the queries
+    first:int,       # position of the first key
+    n:int,           # keys at positions first … first+n-1
+    window:int=0,    # how many positions a query sees, itself included; 0: all
+)->np.ndarray:       # bool (T, n)
     "Which key may which query see?"
     key = np.arange(first, first + n)
     seen = key <= pos[:, None]
     return seen & (key > pos[:, None] - window) if window else seen
 
 def softmax(
-    z,          # (..., n) scores; -inf where nothing may be seen
-    sink=None,  # broadcastable to (..., 1): one more score, without a column
-):
+    z:np.ndarray,                # (..., n) scores; -inf where nothing may be seen
+    sink:np.ndarray | None=None, # broadcastable to (..., 1): one more score, without a column
+)->np.ndarray:                   # the same shape
     "Softmax over the last axis"
     m = z.max(-1, keepdims=True)
     if sink is not None: m = np.maximum(m, sink)
@@ -76,14 +80,15 @@ def softmax(
 
 # %% ../../nbs/3_families/13_reference.ipynb #ab52b1f5
 def attend(
-    q,             # float32 (T, n_head, head_dim), turned
-    K, V,          # float32 (n_head_kv, S, head_dim): keys and values of the positions first … first+S-1
-    pos,           # (T,) positions of the queries
-    first=0,
-    window=0,      # 0: all
-    sinks=None,    # (n_head,)
-    scale=None,    # of the scores, 1/sqrt(head_dim) by default
-):                 # float32 (T, n_head*head_dim)
+    q:np.ndarray,                  # float32 (T, n_head, head_dim), turned
+    K:np.ndarray,                  # float32 (n_head_kv, S, head_dim): keys of the positions first … first+S-1
+    V:np.ndarray,                  # their values
+    pos:np.ndarray,                # (T,) positions of the queries
+    first:int=0,                   # position of the first key
+    window:int=0,                  # 0: all
+    sinks:np.ndarray | None=None,  # (n_head,)
+    scale:float | None=None,       # of the scores, 1/sqrt(head_dim) by default
+)->np.ndarray:                     # float32 (T, n_head*head_dim)
     "Causal attention with grouped queries"
     (T, H, D), (G, S, _) = q.shape, K.shape
     q = q.reshape(T, G, H//G, D).transpose(1, 2, 0, 3).reshape(G, -1, D) * np.float32(scale or D**-.5)
@@ -93,14 +98,14 @@ def attend(
     return (p.reshape(G, -1, S) @ V).reshape(G, H//G, T, D).transpose(2, 0, 1, 3).reshape(T, H*D)
 
 # %% ../../nbs/3_families/13_reference.ipynb #563046f5
-def sigmoid(z):
+def sigmoid(z:np.ndarray)->np.ndarray:
     "1 / (1 + e^-z), without overflow"
     e = np.exp(-np.abs(z))
     return np.where(z < 0, e, np.float32(1))/(1 + e)
 
-def swiglu(g, u): return g*sigmoid(g)*u
+def swiglu(g:np.ndarray, u:np.ndarray)->np.ndarray: return g*sigmoid(g)*u
 
-def clamped_swiglu(g, u):
+def clamped_swiglu(g:np.ndarray, u:np.ndarray)->np.ndarray:
     g, u = np.minimum(g, np.float32(7)), np.clip(u, np.float32(-7), np.float32(7))
     return g*sigmoid(np.float32(1.702)*g)*(u + 1)
 
@@ -111,8 +116,8 @@ class Route(NamedTuple):
     weights:np.ndarray # float32 (T, k), sum 1
 
 def route(
-    logits, # float32 (T, n_expert)
-    k:int,
+    logits:np.ndarray, # float32 (T, n_expert)
+    k:int,             # experts a token
 )->Route:
     "The `k` best experts of each row and the softmax over their scores"
     ids = np.argsort(-logits, axis=1, kind='stable')[:, :k]
@@ -121,43 +126,55 @@ def route(
 # %% ../../nbs/3_families/13_reference.ipynb #f5f2f1f9
 class Budget:
     "Bytes of float32 that may still be kept"
-    def __init__(self, n_bytes): self.left = n_bytes
-    def take(self, n):
+    left: int
+    def __init__(self, n_bytes:int)->None: self.left = n_bytes
+    def take(self, n:int)->bool:
+        "Are there `n` bytes? Then they are gone."
         if n > self.left: return False
         self.left -= n
         return True
 
 class Weight:
     "A matrix (out, in), or a stack of them with one for each expert: quantised, decoded when needed, kept while the budget lasts"
-    def __init__(self, g, info, budget):
-        self.file, self.name, self.type, self.shape, self.budget, self.kept = g, info.name, info.type, info.shape, budget, {}
+    file: GGUF                   # where it lies
+    name: str                    # of the tensor
+    type: GGMLType               # of its blocks
+    shape: tuple[int, ...]       # (out, in), or (experts, out, in)
+    kept: dict[int, np.ndarray]  # expert -> its matrix
 
-    def blocks(self, first, n): return self.file.read(self.name, int(first), n)
+    def __init__(self, g:GGUF, info:TensorInfo, budget:Budget)->None:
+        self.file, self.name, self.type, self.shape, self._budget, self.kept = g, info.name, info.type, info.shape, budget, {}
 
-    def matrix(self, expert=0):
+    def blocks(self, first:int, n:int)->np.ndarray: "`n` rows as they lie in the file"; return self.file.read(self.name, int(first), n)
+
+    def matrix(self, expert:int=0)->np.ndarray:
         "float32 (out, in)"
         if expert in self.kept: return self.kept[expert]
         rows = self.shape[-2]
         m = dequantize(self.blocks(expert*rows, rows), self.type)
-        if self.budget.take(m.nbytes): self.kept[expert] = m
+        if self._budget.take(m.nbytes): self.kept[expert] = m
         return m
 
-    def rows(self, ids):
+    def rows(self, ids:np.ndarray)->np.ndarray:
         "float32 (len(ids), in): some rows"
         return self.kept[0][ids] if 0 in self.kept else dequantize(np.concatenate([self.blocks(i, 1) for i in ids]), self.type)
 
-    def decode_all(self):
+    def decode_all(self)->None:
+        "Keep all of it, as far as the budget goes"
         for e in range(self.shape[0] if len(self.shape) == 3 else 1): self.matrix(e)
 
 # %% ../../nbs/3_families/13_reference.ipynb #8646f100
 class Cache:
     "Keys and values of one layer"
-    def __init__(self, n_head_kv, head_dim): self.k, self.v = (np.empty((n_head_kv, 0, head_dim), np.float32) for _ in 'kv')
+    k: np.ndarray    # (n_head_kv, room, head_dim)
+    v: np.ndarray
+    def __init__(self, n_head_kv:int, head_dim:int)->None: self.k, self.v = (np.empty((n_head_kv, 0, head_dim), np.float32) for _ in 'kv')
 
     def store(self,
-        pos:int, # position of the first new row
-        k, v,    # (T, n_head_kv, head_dim)
-    ):
+        pos:int,       # position of the first new row
+        k:np.ndarray,  # (T, n_head_kv, head_dim)
+        v:np.ndarray,  # likewise
+    )->tuple[np.ndarray, np.ndarray]:
         "Write rows pos … pos+T-1; returns keys and values of all positions up to the last, (n_head_kv, pos+T, head_dim)"
         end = pos + len(k)
         if end > self.k.shape[1]: self.k, self.v = (self._grown(a, max(end, 2*a.shape[1], 64)) for a in (self.k, self.v))
@@ -165,7 +182,7 @@ class Cache:
         return self.k[:, :end], self.v[:, :end]
 
     @staticmethod
-    def _grown(a, n):
+    def _grown(a:np.ndarray, n:int)->np.ndarray:
         out = np.empty((a.shape[0], n, a.shape[2]), np.float32)
         out[:, :a.shape[1]] = a
         return out
@@ -174,9 +191,9 @@ class Cache:
 PIECE = 1 << 17 # weights
 
 def product(
-    x, # float32 (T, n)
-    W, # float32 (out, n)
-):     # float32 (T, out)
+    x:np.ndarray, # float32 (T, n)
+    W:np.ndarray, # float32 (out, n)
+)->np.ndarray:    # float32 (T, out)
     "x @ W.T"
     if len(x) > 1 or W.size <= PIECE: return x @ W.T
     rows = max(1, PIECE//W.shape[1])
@@ -185,36 +202,43 @@ def product(
 # %% ../../nbs/3_families/13_reference.ipynb #7e6215fa
 class NumpyOps:
     "The operations of a layer on NumPy arrays. `at(pos, T)` says where in the context the rows are."
-    def __init__(self, config, freq_factors=None):
+    config: ModelConfig                       # of the model
+    inv_freq: np.ndarray                      # (n_rot/2,) radians a position
+    cache: list[Cache]                        # a layer each
+    pos: np.ndarray                           # (T,) positions of the rows
+    angles: tuple[np.ndarray, np.ndarray]     # their cos and sin
+
+    def __init__(self, config:ModelConfig, freq_factors:np.ndarray | None=None)->None:
         self.config, self.inv_freq = config, config.rope.inv_freq(freq_factors)
         self.cache = [Cache(config.n_head_kv, config.head_dim) for _ in range(config.n_layer)]
 
-    def at(self, pos, T):
+    def at(self, pos:int, T:int)->None:
+        "The rows that follow are those of `T` positions from `pos` on"
         self.pos = np.arange(pos, pos + T)
         self.angles = angles(self.inv_freq, self.pos, self.config.rope.mscale)
 
-    def heads(self, x): return x.reshape(len(x), -1, self.config.head_dim)
+    def heads(self, x:np.ndarray)->np.ndarray: return x.reshape(len(x), -1, self.config.head_dim)
 
-    def rms_norm(self, x, w, eps): return rms_norm(x, w, eps)
-    def head_norm(self, q, w, n_head, eps): return rms_norm(self.heads(q), w, eps).reshape(q.shape)
-    def split(self, y, sizes): return np.split(y, np.cumsum(sizes)[:-1], axis=1)
-    def rope(self, q, n_head): return rotate(self.heads(q), *self.angles, self.config.rope.style).reshape(q.shape)
-    def swiglu(self, gate, up): return swiglu(gate, up)
-    def clamped_swiglu(self, gate, up): return clamped_swiglu(gate, up)
-    def route(self, logits, k): return route(logits, k)
+    def rms_norm(self, x:np.ndarray, w:np.ndarray, eps:float)->np.ndarray: return rms_norm(x, w, eps)
+    def head_norm(self, q:np.ndarray, w:np.ndarray, n_head:int, eps:float)->np.ndarray: return rms_norm(self.heads(q), w, eps).reshape(q.shape)
+    def split(self, y:np.ndarray, sizes:Sequence[int])->list[np.ndarray]: return np.split(y, np.cumsum(sizes)[:-1], axis=1)
+    def rope(self, q:np.ndarray, n_head:int)->np.ndarray: return rotate(self.heads(q), *self.angles, self.config.rope.style).reshape(q.shape)
+    def swiglu(self, gate:np.ndarray, up:np.ndarray)->np.ndarray: return swiglu(gate, up)
+    def clamped_swiglu(self, gate:np.ndarray, up:np.ndarray)->np.ndarray: return clamped_swiglu(gate, up)
+    def route(self, logits:np.ndarray, k:int)->Route: return route(logits, k)
 
-    def linear(self, x, W, bias=None, residual=None):
+    def linear(self, x:np.ndarray, W:Weight, bias:np.ndarray | None=None, residual:np.ndarray | None=None)->np.ndarray:
         y = product(x, W.matrix())
         if bias is not None: y += bias
         return y if residual is None else residual + y
 
-    def attention(self, q, k, v, i, sinks=None):
+    def attention(self, q:np.ndarray, k:np.ndarray, v:np.ndarray, i:int, sinks:np.ndarray | None=None)->np.ndarray:
         K, V = self.cache[i].store(self.pos[0], self.heads(k), self.heads(v))
         window = self.config.windows[i]
         first = max(0, self.pos[0] - window + 1) if window else 0 # nobody here sees anything before it
         return attend(self.heads(q), K[:, first:], V[:, first:], self.pos, first, window, sinks, self.config.score_scale)
 
-    def expert_linear(self, x, W, bias, route):
+    def expert_linear(self, x:np.ndarray, W:Weight, bias:np.ndarray | None, route:Route)->np.ndarray:
         ids = route.ids.ravel()                        # the expert of each of the T*k output rows
         source = np.arange(len(ids)) * len(x)//len(ids) # and the row of x that it reads
         out = np.empty((len(ids), W.shape[1]), np.float32)
@@ -223,7 +247,7 @@ class NumpyOps:
             out[mine] = product(x[source[mine]], W.matrix(e)) + (0 if bias is None else bias[e])
         return out
 
-    def expert_sum(self, y, route, residual):
+    def expert_sum(self, y:np.ndarray, route:Route, residual:np.ndarray)->np.ndarray:
         y = y.reshape(*route.ids.shape, -1) * route.weights[..., None]
         out = residual
         for rank in range(y.shape[1]): out = out + y[:, rank]
@@ -232,16 +256,22 @@ class NumpyOps:
 # %% ../../nbs/3_families/13_reference.ipynb #bea764a4
 class ReferenceModel:
     "Weights of an opened file, and the forward pass over them"
+    family: Architecture             # whose layer is run
+    config: ModelConfig
+    w: SimpleNamespace               # role -> weight, outside the layers
+    layers: list[SimpleNamespace]    # the same of every layer
+    ops: NumpyOps
+
     def __init__(self,
-        g,          # `GGUF`
-        config,     # None: the file's own
-        keep_bytes, # float32 weights to keep
-    ):
+        g:GGUF,                      # an open file
+        config:ModelConfig | None,   # None: the file's own
+        keep_bytes:int,              # float32 weights to keep
+    )->None:
         self.family, found = resolve(g)
         self.config = config or found
         bound, budget = bind(self.family, g, self.config), Budget(keep_bytes)
-        is_matrix = lambda t: len(t.shape) > 1 and not t.name.endswith('.bias')
-        loaded = {t.name: Weight(g, t, budget) if is_matrix(t) else g.dequantize(t.name) for t in bound.unique}
+        def is_matrix(t): return len(t.shape) > 1 and not t.name.endswith('.bias')
+        loaded: dict[str, Any] = {t.name: Weight(g, t, budget) if is_matrix(t) else g.dequantize(t.name) for t in bound.unique}
         weights = [SimpleNamespace(**{role: t and loaded[t.name] for role, t in d.items()}) for d in (bound.model, *bound.layers)]
         self.w, self.layers = weights[0], weights[1:]
         self.ops = NumpyOps(self.config, getattr(self.w, 'rope_freqs', None))
@@ -250,10 +280,10 @@ class ReferenceModel:
                 if isinstance(w, Weight): w.decode_all()
 
     def run(self,
-        ids,      # int array (T,)
-        pos:int,  # position of the first
-        tap=None, # called with the residual stream (T, n_embd) after the embedding and after every layer
-    ):            # float32 (T, n_embd)
+        ids:np.ndarray,      # int array (T,)
+        pos:int,             # position of the first
+        tap:Callable[[np.ndarray], object] | None=None, # called with the residual stream (T, n_embd) after the embedding and after every layer
+    )->np.ndarray:           # float32 (T, n_embd)
         "The residual stream of some positions after the last layer. The earlier positions must be in the cache."
         x = self.w.token_embd.rows(ids)
         self.ops.at(pos, len(ids))
@@ -263,27 +293,37 @@ class ReferenceModel:
             if tap: tap(x)
         return x
 
-    def head(self, x):
+    def head(self, x:np.ndarray)->np.ndarray:
         "Logits (T, n_vocab) of residual streams (T, n_embd)"
         return self.ops.linear(self.ops.rms_norm(x, self.w.output_norm, self.config.rms_eps), self.w.output)
 
 # %% ../../nbs/3_families/13_reference.ipynb #40727f3c
 class ReferenceEngine:
     "A model on NumPy, with the interface of `CudaEngine`. A context manager."
-    kind, resident, vram, chunk = 'reference', False, None, 128
+    kind: str = 'reference'
+    resident: bool = False              # do the weights lie in VRAM?
+    vram: None = None                   # there is no ledger of it
+    chunk: int = 128                    # tokens of a prompt that are run at once
+    model: Any                          # a `ReferenceModel`; None once the engine is closed
+    config: ModelConfig
+    n_ctx: int                          # positions a job may use
+    n_valid: int                        # ids from here on are padding and are never drawn
+    pos: int                            # positions in the cache
+    current: np.ndarray | None          # logits behind the last token, float32 (n_vocab,)
 
     def __init__(self,
-        g,                     # an open `GGUF`
-        n_ctx:int=None,        # positions a job may use; by default what the model was trained for
-        config=None,           # other hyper-parameters than the file's, to compare
-        keep_bytes:int=4<<30,  # float32 weights to keep; the rest stays quantised and is slow
-    ):
+        g:GGUF,                         # an open file
+        n_ctx:int | None=None,          # positions a job may use; by default what the model was trained for
+        config:ModelConfig | None=None, # other hyper-parameters than the file's, to compare
+        keep_bytes:int=4<<30,           # float32 weights to keep; the rest stays quantised and is slow
+    )->None:
         self.model = ReferenceModel(g, config, keep_bytes)
         self.config = c = self.model.config
         self.n_ctx, self.n_valid, self.pos, self.current = n_ctx or c.context_length, c.n_vocab, 0, None
         if not 1 <= self.n_ctx <= c.context_length: raise RequestError(f'context length {n_ctx}: {c.name} was trained for {c.context_length}')
 
-    def _pass(self, ids, tap=None, cancelled=None):
+    def _pass(self, ids:Sequence[int] | np.ndarray, tap:Callable[[np.ndarray], object] | None=None,
+        cancelled:Callable[[], bool] | None=None)->Iterator[np.ndarray]:
         "Run ids from position 0 in chunks; yields the residual streams of each chunk"
         ids = self._checked(ids)
         self.pos, self.current = 0, None
@@ -294,32 +334,33 @@ class ReferenceEngine:
             self.pos = start + len(part)
             yield x
 
-    def _checked(self, ids):
-        ids = np.asarray(ids)
+    def _checked(self, given:Sequence[int] | np.ndarray)->np.ndarray:
+        ids = np.asarray(given)
         if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer): raise RequestError('the prompt must be a non-empty list of token ids')
         if len(ids) > self.n_ctx: raise RequestError(f'the prompt has {len(ids)} tokens, the context holds {self.n_ctx}')
         if ids.min() < 0 or ids.max() >= self.config.n_vocab: raise RequestError(f'token ids must be in 0..{self.config.n_vocab - 1}')
         return ids
 
     def prefill(self,
-        ids,            # token ids of the prompt
-        cancelled=None, # called before each chunk; true: stop with `Cancelled`
-    ):
+        ids:Sequence[int] | np.ndarray,            # token ids of the prompt
+        cancelled:Callable[[], bool] | None=None,  # called before each chunk; true: stop with `Cancelled`
+    )->None:
         "Forget everything, run the prompt, keep the logits of its last position"
-        for x in self._pass(ids, cancelled=cancelled): pass
-        self.current = self.model.head(x[-1:])[0]
+        last = None
+        for x in self._pass(ids, cancelled=cancelled): last = x[-1:]
+        if last is not None: self.current = self.model.head(last)[0]
 
-    def feed(self, token):
+    def feed(self, token:int)->None:
         "Run one more token; `current` are then the logits behind it"
         if self.pos >= self.n_ctx: raise RequestError(f'the context of {self.n_ctx} tokens is full')
         self.current = self.model.head(self.model.run(np.array([token]), self.pos))[0]
         self.pos += 1
 
     def decode(self,
-        params:SamplingParams,
-        n:int,          # at most so many tokens
-        cancelled=None, # called before each token
-    )->Iterator:        # of (id, log probability)
+        params:SamplingParams,                     # how to draw them
+        n:int,                                     # at most so many tokens
+        cancelled:Callable[[], bool] | None=None,  # called before each token
+    )->Generator[tuple[int, float], None, None]:   # (id, log probability) of each
         "Draw tokens, each from what the one before led to. Ends early when the context is full. Raises `Cancelled`."
         if self.current is None: raise RequestError('there is nothing to continue: call prefill first')
         sampler = Sampler(self.config.n_vocab, self.n_valid)
@@ -331,20 +372,20 @@ class ReferenceEngine:
             if self.pos >= self.n_ctx: return
             self.feed(token)
 
-    def logits(self, ids):
+    def logits(self, ids:Sequence[int] | np.ndarray)->np.ndarray:
         "float32 (len(ids), n_vocab), from a fresh context"
         out = np.concatenate([self.model.head(x) for x in self._pass(ids)])
         self.current = out[-1]
         return out
 
-    def residuals(self, ids):
+    def residuals(self, ids:Sequence[int] | np.ndarray)->np.ndarray:
         "float32 (n_layer+1, T, n_embd): the residual stream after the embedding and after each layer, from a fresh context"
-        taps = []
+        taps: list[np.ndarray] = []
         for _ in self._pass(ids, taps.append): pass
         n = self.config.n_layer + 1
         return np.concatenate([np.stack(taps[i:i + n]) for i in range(0, len(taps), n)], axis=1)
 
-    def info(self): return dict(gpu_device=None, sm=None, name='NumPy, float32', cuda_runtime_version=None, resident=False, vram_bytes_used=0)
-    def close(self): self.model = self.current = None
-    def __enter__(self): return self
-    def __exit__(self, *args): self.close()
+    def info(self)->dict[str, Any]: "What `/health` says of the device"; return dict(gpu_device=None, sm=None, name='NumPy, float32', cuda_runtime_version=None, resident=False, vram_bytes_used=0)
+    def close(self)->None: "Let go of weights and cache"; self.model = self.current = None
+    def __enter__(self)->Self: return self
+    def __exit__(self, *args:object)->None: self.close()

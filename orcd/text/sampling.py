@@ -9,9 +9,10 @@ __all__ = ['RULES', 'MAX_STOPS', 'MAX_STOP_TOKENS', 'MAX_STOP_CHARACTERS', 'Rule
 
 # %% ../../nbs/2_text/09_sampling.ipynb #19ee01e8
 import math, numbers, secrets
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import numpy as np
 
 # %% ../../nbs/2_text/09_sampling.ipynb #187c98ab
@@ -20,19 +21,20 @@ from ..errors import RequestError
 # %% ../../nbs/2_text/09_sampling.ipynb #07c5f3cc
 class Rule(NamedTuple):
     "The range of one parameter"
-    type: type           # int or float
-    low: float           # smallest value
-    high: float          # largest value; None: no limit
-    default: object      # None: a random seed
-    open: bool = False   # is the smallest value itself forbidden?
+    type: type               # int or float
+    low: float               # smallest value
+    high: float | None       # largest value; None: no limit
+    default: float | None    # None: a random seed
+    open: bool = False       # is the smallest value itself forbidden?
 
     @property
-    def constraint(self): return f"range({self.low}{'<' * self.open}..{'' if self.high is None else f'={self.high}'})"
+    def constraint(self)->str: "The range as errors name it"; return f"range({self.low}{'<' * self.open}..{'' if self.high is None else f'={self.high}'})"
 
-    def allows(self, x):
+    def allows(self, x:float)->bool:
+        "Is it in the range?"
         return (x > self.low if self.open else x >= self.low) and (self.high is None or x <= self.high)
 
-RULES = dict(
+RULES: dict[str, Rule] = dict(
     max_tokens         = Rule(int,   1,   2048, 2048),
     temperature        = Rule(float, 0.0, 2.0,  1.0),
     top_k              = Rule(int,   0,   None, 0),
@@ -45,17 +47,17 @@ RULES = dict(
 # %% ../../nbs/2_text/09_sampling.ipynb #7098c76b
 MAX_STOPS, MAX_STOP_TOKENS, MAX_STOP_CHARACTERS = 4, 32, 4096   # 32 tokens of 128 characters: no published token is longer
 
-def _shown(value):
+def _shown(value)->str:
     "`value` as a short string that is valid UTF-8"
     if isinstance(value, int) and value.bit_length() > 256: return f'an integer of {value.bit_length()} bits'   # str() of it may refuse
     s = value if isinstance(value, str) else repr(value) if not isinstance(value, (int, float)) else str(value)
     return (s if len(s) <= 64 else s[:61] + '...').encode('utf-8', 'backslashreplace').decode()
 
-def _is(value, type):
+def _is(value, type:type)->bool:
     kind = numbers.Integral if type is int else numbers.Real   # NumPy's scalars too
     return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
-def _check(field, value, max_tokens):
+def _check(field:str, value, max_tokens:int | None)->dict[str, str] | None:
     rule = RULES[field]
     if field == 'max_tokens': rule = rule._replace(high=max_tokens)
     if not _is(value, rule.type): constraint = 'type(integer)' if rule.type is int else 'type(number)'
@@ -67,9 +69,9 @@ def _check(field, value, max_tokens):
         message=f"{field} must be {what} of {low}{'' if rule.high is None else f' and at most {rule.high}'}")
 
 # %% ../../nbs/2_text/09_sampling.ipynb #41077d69
-def _half(s): return any('\ud800' <= c <= '\udfff' for c in s)   # half a surrogate pair
+def _half(s:str)->bool: return any('\ud800' <= c <= '\udfff' for c in s)   # half a surrogate pair
 
-def _check_stop(stop, count_tokens):
+def _check_stop(stop, count_tokens:Callable[[str], int] | None)->list[dict[str, str]]:
     def broken(constraint, message): return dict(field='stop', constraint=constraint, message=message)
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) for s in stop):
@@ -86,10 +88,10 @@ def _check_stop(stop, count_tokens):
 
 # %% ../../nbs/2_text/09_sampling.ipynb #491f3daa
 def check_params(
-    params:dict,         # parameters of a request; None counts as absent, unknown names are ignored
-    max_tokens:int=2048, # the largest `max_tokens` allowed; None: no limit
-    count_tokens=None,   # str -> number of tokens, to check the length of stop strings
-)->list:                 # a dictionary (field, constraint, message, value) for every broken rule
+    params:dict[str, Any],                           # parameters of a request; None counts as absent, unknown names are ignored
+    max_tokens:int | None=2048,                      # the largest `max_tokens` allowed; None: no limit
+    count_tokens:Callable[[str], int] | None=None,   # str -> number of tokens, to check the length of stop strings
+)->list[dict[str, str]]:                             # a dictionary (field, constraint, message, value) for every broken rule
     "All the rules that `params` breaks; an empty list when it breaks none"
     found = [_check(f, params[f], max_tokens) for f in RULES if params.get(f) is not None]
     stop = [] if params.get('stop') is None else _check_stop(params['stop'], count_tokens)
@@ -97,8 +99,8 @@ def check_params(
 
 # %% ../../nbs/2_text/09_sampling.ipynb #1c5af82f
 def request_error(
-    errors:list, # broken rules, at least one
-)->RequestError: # with `.errors`
+    errors:list[dict[str, str]], # broken rules, at least one
+)->RequestError:                 # with `.errors`
     "One exception that names every broken rule"
     return RequestError('; '.join(e['message'] + (f" (got {e['value']})" if 'value' in e else '') for e in errors), errors)
 
@@ -113,21 +115,21 @@ class SamplingParams:
     repetition_penalty: float = 1.0   # above 1: tokens generated before become less likely; 1: off
     seed: int = 0                     # 0..2^64-1
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         errors = check_params({f.name: getattr(self, f.name) for f in fields(self)})
         if errors: raise request_error(errors)
 
     @cached_property
-    def T(self):
+    def T(self)->np.float32:
         "Temperature as the arithmetic uses it, float32; 0 means argmax"
         return np.float32(self.temperature if self.temperature >= 1e-6 else 0)
     @cached_property
-    def penalty(self): "Repetition penalty, float32, never 0"; return np.float32(max(self.repetition_penalty, 1e-6))
+    def penalty(self)->np.float32: "Repetition penalty, float32, never 0"; return np.float32(max(self.repetition_penalty, 1e-6))
     @cached_property
-    def P(self): "top_p in units of 2^-32"; return round(float(self.top_p) * 2**32)
+    def P(self)->int: "top_p in units of 2^-32"; return round(float(self.top_p) * 2**32)
     @cached_property
-    def M(self): "min_p in units of 2^-32"; return round(float(self.min_p) * 2**32)
-    def k(self, n_valid): "How many tokens top_k keeps of `n_valid`"; return int(self.top_k) if 0 < self.top_k < n_valid else n_valid
+    def M(self)->int: "min_p in units of 2^-32"; return round(float(self.min_p) * 2**32)
+    def k(self, n_valid:int)->int: "How many tokens top_k keeps of `n_valid`"; return int(self.top_k) if 0 < self.top_k < n_valid else n_valid
 
 # %% ../../nbs/2_text/09_sampling.ipynb #2141d9fb
 def random_seed()->int:
@@ -136,9 +138,9 @@ def random_seed()->int:
 
 # %% ../../nbs/2_text/09_sampling.ipynb #185b40ba
 def philox4x32(
-    counter, # four 32-bit words
-    key,     # two 32-bit words
-)->tuple:    # four 32-bit words
+    counter:tuple[int, int, int, int], # four 32-bit words
+    key:tuple[int, int],               # two 32-bit words
+)->tuple[int, int, int, int]:          # four 32-bit words
     "Philox4x32 with 10 rounds"
     (c0, c1, c2, c3), (k0, k1), mask = counter, key, 0xffffffff
     for _ in range(10):
@@ -156,7 +158,7 @@ def philox_u64(
     return lo | hi << 32
 
 # %% ../../nbs/2_text/09_sampling.ipynb #570307c1
-_exp2 = np.float32([1.5403530e-4, 1.3333558e-3, 9.618129e-3, 5.550411e-2, 2.4022651e-1, 6.9314718e-1, 1.0])    # highest degree first
+_exp2 = np.array([1.5403530e-4, 1.3333558e-3, 9.618129e-3, 5.550411e-2, 2.4022651e-1, 6.9314718e-1, 1.0], np.float32)    # highest degree first
 _log2e = np.float32(1.4426950408889634)
 
 def weights(
@@ -173,8 +175,8 @@ def weights(
 # %% ../../nbs/2_text/09_sampling.ipynb #ad17b33a
 def prepare(
     logits:np.ndarray, # float32 (n_valid,)
-    p:SamplingParams,
-    seen=(),           # ids generated before in this job
+    p:SamplingParams,  # with temperature and penalty
+    seen:Collection[int]=(), # ids generated before in this job
 )->np.ndarray:         # float32 (n_valid,), no NaN
     "Temperature, then the repetition penalty; each operation rounded to float32"
     l = logits / p.T if p.T > 0 else logits.copy()
@@ -186,7 +188,7 @@ def prepare(
 # %% ../../nbs/2_text/09_sampling.ipynb #2770a066
 def kept_simply(
     l:np.ndarray, # float32, prepared logits
-    p:SamplingParams,
+    p:SamplingParams, # with top_k, top_p, min_p
 )->np.ndarray:    # ids that may be drawn, ascending
     "What the three filters keep, by sorting the whole vocabulary"
     order = np.argsort(-l, kind='stable')                          # stable: of equals the lowest id first
@@ -200,12 +202,12 @@ def kept_simply(
     return np.sort(order[keep & (w > 0)])
 
 # %% ../../nbs/2_text/09_sampling.ipynb #2fa4a82e
-def _best(l, n):
+def _best(l:np.ndarray, n:int)->np.ndarray:
     "Indices of the `n` largest (more when equals straddle the border), in order: value down, index up"
     at = np.arange(len(l)) if n >= len(l) else np.nonzero(l >= np.partition(l, len(l) - n)[len(l) - n])[0]
     return at[np.argsort(-l[at], kind='stable')]
 
-def _top_p(l, w, share):
+def _top_p(l:np.ndarray, w:np.ndarray, share:int)->np.ndarray:
     "Indices that top-p keeps: those with less than `share` mass before them, at least the first"
     n = 256
     while True:
@@ -217,8 +219,8 @@ def _top_p(l, w, share):
 # %% ../../nbs/2_text/09_sampling.ipynb #04b502e2
 def kept(
     l:np.ndarray, # float32, prepared logits
-    p:SamplingParams,
-)->tuple:         # ids (ascending), their weights (uint64)
+    p:SamplingParams, # with top_k, top_p, min_p
+)->tuple[np.ndarray, np.ndarray]: # ids (ascending), their weights (uint64)
     "What the three filters keep; the same set as `kept_simply`, faster"
     m = l.max()
     z = np.where(l == m, np.float32(0), l - m)
@@ -237,21 +239,26 @@ def kept(
 # %% ../../nbs/2_text/09_sampling.ipynb #52e4cf14
 class Sampler:
     "Draws token after token of one job, remembering what it has drawn"
+    n_vocab: int            # length of a row of logits
+    n_valid: int            # ids that may be drawn
+    params: SamplingParams  # of the job
+    seen: set[int]          # what was drawn
+
     def __init__(self,
-        n_vocab:int,      # length of a row of logits
-        n_valid:int=None, # ids from here on are padding and are never drawn
-    ):
+        n_vocab:int,             # length of a row of logits
+        n_valid:int | None=None, # ids from here on are padding and are never drawn
+    )->None:
         self.n_vocab, self.n_valid = n_vocab, n_vocab if n_valid is None else min(n_valid, n_vocab)
         self.reset(SamplingParams())
 
-    def reset(self, params:SamplingParams):
+    def reset(self, params:SamplingParams)->None:
         "Begin a new job"
         self.params, self.seen = params, set()
 
     def draw(self,
         logits:np.ndarray, # float32 (n_vocab,)
         step:int,          # index of the token in its job, from 0
-    )->tuple:              # id, its log probability in the model's own distribution
+    )->tuple[int, float]:  # id, its log probability in the model's own distribution
         "The token of one step"
         x, p = np.asarray(logits, np.float32)[:self.n_valid], self.params
         with np.errstate(all='ignore'):
