@@ -77,14 +77,15 @@ def said(message):
 class Model:
     config, tokenizer, engine = NS(name='fake', quant_kind='Q4_K_M'), Tokenizer(), Engine()
     def generate(self, prompt, *, max_tokens=2048, seed=None, cancelled=None, stop=(), **params):
-        if not isinstance(prompt, str): prompt = said(prompt[-1])
-        return Output(prompt, max_tokens, cancelled or (lambda: False), seed)
+        return Output(prompt.ids[-1], max_tokens, cancelled or (lambda: False), seed)
     def count_stop(self, text): return len(text.split(' '))
-    def count(self, prompt):
-        "One token a word"
-        n = len(prompt.split(' ')) if isinstance(prompt, str) else sum(len(said(m).split(' ')) for m in prompt)
+    def encode(self, prompt):
+        "One token a word; behind them, as if it were the last, the script"
+        texts = [prompt] if isinstance(prompt, str) else [said(m) for m in prompt]
+        words = [w for t in texts for w in t.split(' ')]
+        n = len(words)
         if n > self.engine.n_ctx: raise request_error([dict(field='prompt', constraint='tokens(1..=4096)', message=f'the prompt has {n} tokens, the context 4096')])
-        return n
+        return NS(ids=[*words[1:], texts[-1]], reply=not isinstance(prompt, str))
     def close(self): print('closed', flush=True)
 
 

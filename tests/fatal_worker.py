@@ -12,13 +12,13 @@ def load(settings, progress):
     from orcd.kernels.nvrtc import compile_text, device_arch
     model, module = load_model(settings, progress), Module()
     module.load(compile_text('wild', SOURCE, device_arch()).cubin)
-    generate, begin = model.generate, model.engine._begin
+    generate, begin, fatal = model.generate, model.engine._begin, model.encode('wild write')
     def wild(params):
         begin(params)
         time.sleep(.5)
         module.get_function('wild')((1,), (1,), (np.uintp(0),), stream=model.engine.stream)
     def armed(prompt, **kw):
-        if prompt == 'wild write': model.engine._begin = wild
+        if prompt == fatal: model.engine._begin = wild
         return generate(prompt, **kw)
     model.generate = armed
     return model

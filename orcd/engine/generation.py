@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Prompt', 'BUSY', 'CLOSED', 'T', 'Progress', 'Engine', 'prefix_table', 'StopMatcher', 'TextStream', 'Token', 'Stop',
-           'limit', 'Generation', 'encode_prompt', 'check_request', 'Model', 'device_number', 'progress_bar', 'load']
+           'limit', 'Generation', 'Encoded', 'encode_prompt', 'check_request', 'Model', 'device_number', 'progress_bar',
+           'load']
 
 # %% ../../nbs/5_engine/32_generation.ipynb #c6d5c6c0
 import html, numbers, os, sys, threading, time
@@ -332,6 +333,11 @@ def _is_utf8(s):
     except UnicodeEncodeError: return False
 
 # %% ../../nbs/5_engine/32_generation.ipynb #19da8b7a
+class Encoded(NamedTuple):
+    "A prompt that is checked and tokenised: `generate` takes it as it is"
+    ids: list[int]   # at least one
+    reply: bool      # was it messages? Then what comes is read as a reply
+
 def _kind(prompt:Prompt, t)->str:
     "'text', 'ids' or 'messages'"
     kind = 'text' if isinstance(prompt, str) else 'ids' if _is_ids(prompt) else 'messages' if _is_messages(prompt) else None
@@ -364,22 +370,22 @@ def encode_prompt(
 # %% ../../nbs/5_engine/32_generation.ipynb #9d3e5a17
 def check_request(
     asked:dict[str, Any],                 # parameters by their names
-    encode:Callable[[], list[int]],       # makes ids of the prompt, or raises `RequestError`
+    encode:Callable[[], Encoded],         # tokenises the prompt, or raises `RequestError`
     count_stop:Callable[[str], int] | None,   # tokens of a stop string; None: there is no vocabulary
     cancelled:object=None,                # what asks for the end
-)->list[int]:                             # ids of the prompt
+)->Encoded:                               # the prompt
     "Look at everything. Raises one `RequestError` whose `.errors` lists every broken rule."
-    errors, ids = check_params(asked, max_tokens=None, count_tokens=count_stop), []
+    errors, prompt = check_params(asked, max_tokens=None, count_tokens=count_stop), Encoded([], False)
     if asked.get('stop') and count_stop is None: errors += _broken('stop', 'vocabulary', 'a model without vocabulary has no text to stop at').errors
     if cancelled is not None and not callable(cancelled): errors += _broken('cancelled', 'callable', 'cancelled must be a function').errors
-    try: ids = encode()
+    try: prompt = encode()
     except RequestError as e: errors += e.errors or _broken('prompt', 'usable', str(e)).errors
     if errors: raise request_error(errors)
-    return ids
+    return prompt
 
-def _decoder(t, prompt:Prompt, ids:list[int])->Any:
+def _decoder(t, prompt:Encoded)->Any:
     if t is None: return None
-    return t.parse_reply(after=ids) if _is_messages(prompt) else t.stream(after=ids)
+    return t.parse_reply(after=prompt.ids) if prompt.reply else t.stream(after=prompt.ids)
 
 # %% ../../nbs/5_engine/32_generation.ipynb #f8804959
 T = TypeVar('T')
@@ -410,7 +416,7 @@ class Model:
     def vram(self)->Ledger | None: "The ledger of device memory, or None"; return getattr(self.engine, 'vram', None)
 
     def generate(self,
-        prompt:Prompt,                    # str, list of {role, content}, or list of ids
+        prompt:Prompt | Encoded,          # str, list of {role, content}, list of ids, or what `encode` made of one
         *,
         max_tokens:int | None=2048,
         temperature:float | None=1.0,     # 0: argmax
@@ -426,10 +432,10 @@ class Model:
         given = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, seed=seed)
         asked: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        ids = check_request(asked | dict(stop=stop), lambda: self._encode(prompt), self.count_stop if self.tokenizer else None, cancelled)
+        encoded = check_request(asked | dict(stop=stop), lambda: self.encode(prompt), self.count_stop if self.tokenizer else None, cancelled)
         limit, seed = int(asked.pop('max_tokens', 2048)), int(asked.pop('seed', random_seed()))
-        text = TextStream(_decoder(self.tokenizer, prompt, ids), [stop] if isinstance(stop, str) else list(stop or ()))
-        return Generation(self, ids, SamplingParams(**asked, seed=seed), limit, text, cancelled)
+        text = TextStream(_decoder(self.tokenizer, encoded), [stop] if isinstance(stop, str) else list(stop or ()))
+        return Generation(self, encoded.ids, SamplingParams(**asked, seed=seed), limit, text, cancelled)
 
     def logits(self,
         ids:Sequence[int] | np.ndarray, # token ids
@@ -442,6 +448,12 @@ class Model:
             engine, self._running = self._open(), None
             return engine.logits(checked)
         return self._alone(run)
+
+    def encode(self,
+        prompt:Prompt | Encoded,   # as for `generate`
+    )->Encoded:
+        "Check and tokenise a prompt, once; raises `RequestError` when it cannot be used"
+        return prompt if isinstance(prompt, Encoded) else Encoded(self._encode(prompt), _is_messages(prompt))
 
     def count(self,
         prompt:Prompt,    # as for `generate`

@@ -162,7 +162,7 @@ def _wrong_messages(messages):
 class Request:
     "A checked `/execute` body"
     job_id:str
-    prompt:object                                # str, or the list of messages
+    prompt:object                                # str, or the list of messages; the worker puts what `model.encode` makes of it in its place
     params:dict = field(default_factory=dict)    # max_tokens, temperature, …, seed: arguments of `model.generate`
     stop:tuple = ()
 

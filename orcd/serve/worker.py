@@ -192,25 +192,24 @@ class Worker:
             protocol='sse', version=__version__)
 
 # %% ../../nbs/6_serve/38_worker.ipynb #919a67dc
-def _tokens(self, request):
-    "Length of the prompt; refuses one that cannot run (`RequestError`, `ApiError`)"
-    n, most = self.jobs.model.count(request.prompt), self.settings.max_tokens_in
-    if most is not None and n > most:
-        field = 'messages' if isinstance(request.prompt, list) else 'prompt'
-        message = f'the prompt has {n} tokens, the worker takes {most}'
+def _encoded(self, request):
+    "The request with its prompt tokenised, which nobody does again; refuses one that cannot run (`RequestError`, `ApiError`)"
+    prompt, most = self.jobs.model.encode(request.prompt), self.settings.max_tokens_in
+    if most is not None and len(prompt.ids) > most:
+        field, message = 'messages' if prompt.reply else 'prompt', f'the prompt has {len(prompt.ids)} tokens, the worker takes {most}'
         raise ApiError('INVALID_REQUEST', message, errors=[rule(field, f'tokens(1..={most})', message)])
-    return n
+    return replace(request, prompt=prompt)
 
 def _check(self, body):
-    "bytes -> (checked request, length of its prompt in tokens)"
+    "bytes -> checked request, ready for the engine"
     d, most, model = parse_json(body), self.settings.max_tokens_out, self.jobs.model
     job_id = d.get('job_id')
     refusal = self.jobs.refusal(job_id if isinstance(job_id, str) else None)
     request = parse_request(d, most, None if refusal or model is None else model.count_stop)
     if refusal: raise refusal                # before the prompt is tokenised
-    return request, self.tokens(request)
+    return self.encoded(request)
 
-Worker.tokens, Worker.check = _tokens, _check
+Worker.encoded, Worker.check = _encoded, _check
 
 # %% ../../nbs/6_serve/38_worker.ipynb #20565b6a
 async def read_body(
@@ -243,8 +242,8 @@ async def _body(self, http):
 
 async def _execute(self, http):
     _accepting(self.jobs)
-    request, n = await self.work(self.check, await self.body(http))
-    job = Job(request, http.scope['orcd.id'], Outbox(asyncio.get_running_loop()), self.jobs.facts.get('model', ''), n)
+    request = await self.work(self.check, await self.body(http))
+    job = Job(request, http.scope['orcd.id'], Outbox(asyncio.get_running_loop()), self.jobs.facts.get('model', ''), len(request.prompt.ids))
     left = remaining_ms(http.headers.get('x-deadline'))
     if left is not None: log.info('deadline', job_id=job.id, remaining_ms=left)
     connection = self.open.get(tuple(http.scope.get('client') or ()))

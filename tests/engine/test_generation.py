@@ -127,6 +127,9 @@ def test_prompts():
     m.generate('hé').run(); m.generate([{'role': 'user', 'content': 'hi'}]).run(); m.generate([1, np.int64(2)]).run(); m.generate(np.array([3, 4])).run(); m.generate((5,)).run()
     assert m.engine.prompts[0] == list('hé'.encode()) and m.engine.prompts[1] == m.tokenizer.encode_chat([{'role': 'user', 'content': 'hi'}])
     assert m.engine.prompts[2:] == [[1, 2], [3, 4], [5]] and all(type(i) is int for i in m.engine.prompts[2])
+    for prompt in 'hé', [{'role': 'user', 'content': 'hi'}], [1, 2]:             # tokenised before, as by a server that counts the tokens first
+        encoded = m.encode(prompt); m.generate(encoded).run()
+        assert m.engine.prompts.pop() == encoded.ids and len(encoded.ids) == m.count(prompt) and encoded.reply == (prompt[0] == {'role': 'user', 'content': 'hi'})
     assert m.count('hé') == 3 and m.count([1, 2]) == 2 and m.count_stop('ab') == 2
     for bad in ('', [], [N_VOCAB], [-1], ['a'], [1.5], [True], None, 7, b'hi', {}, [{'role': 'user'}], [{'content': 'x'}], [{'role': 'user', 'content': 3}], [1, {}], '\ud800', np.zeros((2, 2), int), [[1]]):
         with pytest.raises(RequestError) as e: m.generate(bad)

@@ -1,5 +1,5 @@
 "Bodies of every kind against the rules of the contract, written here a second time"
-import asyncio, functools, json, math, string, uuid
+import asyncio, functools, json, math, string, threading, uuid
 import httpx, pytest
 from hypothesis import given, settings, strategies as st
 from doubling import doubling
@@ -190,6 +190,22 @@ def test_stop_strings_are_measured_in_tokens():
     with pytest.raises(ApiError) as e: parse_request(dict(job_id='1', prompt='a', stop=['x' * 33]), tokens=len)
     assert e.value.errors[0]['constraint'] == 'tokens(1..=32)'
     assert parse_request(dict(job_id='1', prompt='a', stop='x' * 32), tokens=len).stop == ('x' * 32,)
+
+
+def test_a_prompt_is_tokenised_once(monkeypatch):
+    "By the thread that checks the request; the engine's thread, for which everybody waits, gets ids. Messages are read as a reply all the same."
+    from fake_engine import FakeTokenizer
+    seen = []
+    def noted(name, f): return lambda self, *a, **k: [seen.append((name, threading.current_thread().name)), f(self, *a, **k)][1]
+    for name in 'encode', 'encode_chat', 'parse_reply', 'stream': monkeypatch.setattr(FakeTokenizer, name, noted(name, getattr(FakeTokenizer, name)))
+    a = InProcess()
+    for body, name, reader in (dict(prompt='rain'), 'encode', 'stream'), (dict(messages=[dict(role='user', content='rain')]), 'encode_chat', 'parse_reply'):
+        seen.clear()
+        assert a.post('/execute', json.dumps(dict(job_id='j') | body)).status_code == 200
+        assert seen == [(name, 'orcd-work'), (reader, 'orcd-engine')]
+    engine = a.jobs.model.engine
+    assert engine.prompts == [list(b'rain'), FakeTokenizer().encode_chat([dict(role='user', content='rain')])]
+    a.jobs.stop()
 
 
 @pytest.mark.parametrize('method, path', [('GET', '/health'), ('POST', '/shutdown'), ('POST', '/cancel/x'), ('GET', '/nowhere'), ('POST', '/execute')])
