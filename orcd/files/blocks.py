@@ -7,8 +7,10 @@ __all__ = ['LAYOUT', 'E2M1', 'GGMLType', 'ggml_type', 'nibbles', 'fifth_bit', 'h
            'dequantize']
 
 # %% ../../nbs/1_files/01_blocks.ipynb #a34bbf39
+from collections.abc import Callable
 from enum import IntEnum
 from numbers import Integral
+from typing import Any, cast
 
 # %% ../../nbs/1_files/01_blocks.ipynb #5ecc14cc
 import numpy as np
@@ -17,9 +19,9 @@ import numpy as np
 from ..errors import GGUFError
 
 # %% ../../nbs/1_files/01_blocks.ipynb #6e2004fa
-def _block(*fields): return np.dtype([(name, t) if isinstance(t, str) else (name, 'u1', (t,)) for name, t in fields])
+def _block(*fields)->np.dtype: return np.dtype([(name, t) if isinstance(t, str) else (name, 'u1', (t,)) for name, t in fields])
 
-LAYOUT = dict(                     # name -> type id in the file, weights a block, the struct
+LAYOUT: dict[str, tuple[int, int, np.dtype]] = dict(                     # name -> type id in the file, weights a block, the struct
     F32   = (0,    1, _block(('x', '<f4'))),
     F16   = (1,    1, _block(('x', '<f2'))),
     BF16  = (30,   1, _block(('x', '<u2'))),
@@ -39,12 +41,16 @@ class GGMLType(IntEnum):
     "The tensor types that we read; the value is the id in the file"
     F32 = 0; F16 = 1; Q4_0 = 2; Q4_1 = 3; Q5_0 = 6; Q5_1 = 7; Q8_0 = 8; Q4_K = 12; Q5_K = 13; Q6_K = 14; BF16 = 30; MXFP4 = 39
 
-    def __init__(self, _):
-        self.block_size, self.dtype = LAYOUT[self.name][1:] # weights a block, the block as a NumPy structured dtype
-        self.type_size = self.dtype.itemsize                # bytes a block
+    block_size: int     # weights a block
+    dtype: np.dtype     # the block, structured
+    type_size: int      # bytes a block
+
+    def __init__(self, _:int)->None:
+        self.block_size, self.dtype = LAYOUT[self.name][1:]
+        self.type_size = self.dtype.itemsize
 
     @property
-    def bits_per_weight(self): return 8*self.type_size/self.block_size
+    def bits_per_weight(self)->float: "With its scales"; return 8*self.type_size/self.block_size
 
     def row_bytes(self,
         n:int, # weights a row
@@ -53,7 +59,7 @@ class GGMLType(IntEnum):
         if n < 0 or n % self.block_size: raise GGUFError(f'a row of {n} weights is no whole number of {self.name} blocks of {self.block_size}')
         return n//self.block_size*self.type_size
 
-    def __str__(self): return self.name
+    def __str__(self)->str: return self.name
 
 # %% ../../nbs/1_files/01_blocks.ipynb #24b0e516
 _other = {4: "Q4_2, or another program's own MXFP4", 5: 'Q4_3', 9: 'Q8_1', 10: 'Q2_K', 11: 'Q3_K', 15: 'Q8_K', 16: 'IQ2_XXS', 17: 'IQ2_XS',
@@ -61,21 +67,21 @@ _other = {4: "Q4_2, or another program's own MXFP4", 5: 'Q4_3', 9: 'Q8_1', 10: '
     29: 'IQ1_M', 34: 'TQ1_0', 35: 'TQ2_0', 40: 'NVFP4'}
 
 def ggml_type(
-    t, # a `GGMLType`, its id or its name
+    t:GGMLType | int | str, # a `GGMLType`, its id or its name
 )->GGMLType:
     "Look a type up. Raises `GGUFError` that lists the known ones."
     is_id = isinstance(t, Integral) and not isinstance(t, bool)
     try:
-        if is_id: return GGMLType(t)
+        if is_id: return GGMLType(cast(int, t))
         if isinstance(t, str): return GGMLType[t.upper()]
     except (KeyError, ValueError): pass
-    name = f' ({_other[t]})' if is_id and t in _other else ''
+    name = f' ({_other[cast(int, t)]})' if is_id and t in _other else ''
     raise GGUFError(f'tensor type {t!s:.80}{name} is not supported; supported: {", ".join(GGMLType.__members__)}')
 
 # %% ../../nbs/1_files/01_blocks.ipynb #59482bc7
-_decoders = {}
+_decoders: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {}
 
-def _decodes(*types):
+def _decodes(*types:GGMLType):
     "Register a decoder: structured blocks (n,) -> float32 (n, block_size)"
     def register(f):
         for t in types: _decoders[t] = f
@@ -90,18 +96,18 @@ def _bf16(b): return (b['x'].astype(np.uint32) << 16).view(np.float32)[:, None]
 
 # %% ../../nbs/1_files/01_blocks.ipynb #9a0d79f1
 def nibbles(
-    qs, # uint8 (..., n)
-):      # uint8 (..., 2n): all low halves, then all high halves
+    qs:np.ndarray, # uint8 (..., n)
+)->np.ndarray:     # uint8 (..., 2n): all low halves, then all high halves
     "Unpack two 4-bit integers a byte"
     return np.concatenate([qs & 15, qs >> 4], axis=-1)
 
 def fifth_bit(
-    qh, # uint8 (..., n), a little-endian bit mask
-):      # uint8 (..., 8n): 16 where the bit is set
+    qh:np.ndarray, # uint8 (..., n), a little-endian bit mask
+)->np.ndarray:     # uint8 (..., 8n): 16 where the bit is set
     "Unpack the fifth bits of 5-bit integers"
     return np.unpackbits(qh, axis=-1, bitorder='little') << 4
 
-def _f32(x): return x.astype(np.float32)[:, None]
+def _f32(x:np.ndarray)->np.ndarray: return x.astype(np.float32)[:, None]
 
 # %% ../../nbs/1_files/01_blocks.ipynb #6bfb56da
 @_decodes(GGMLType.Q4_0)
@@ -120,11 +126,11 @@ def _q5_1(b): return (nibbles(b['qs']) | fifth_bit(b['qh'])) * _f32(b['d']) + _f
 def _q8_0(b): return b['qs'].view(np.int8) * _f32(b['d'])
 
 # %% ../../nbs/1_files/01_blocks.ipynb #b2289a02
-E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32) # twice the value of each code
+E2M1: np.ndarray = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32) # twice the value of each code
 
 def half_scale(
-    e, # uint8, the exponent byte
-):     # float32, 2^(e-128)
+    e:np.ndarray, # uint8, the exponent byte
+)->np.ndarray:    # float32, 2^(e-128)
     "The scale of an MXFP4 block, made of bits: `(e-1) << 23` is a normal float32 from e=2 on"
     e = e.astype(np.uint32)
     return np.where(e < 2, np.uint32(0x200000) << np.minimum(e, 1), (e - 1) << 23).astype(np.uint32).view(np.float32)
@@ -134,8 +140,8 @@ def _mxfp4(b): return E2M1[nibbles(b['qs'])] * half_scale(b['e'])[:, None]
 
 # %% ../../nbs/1_files/01_blocks.ipynb #252e8788
 def scales_mins(
-    scales, # uint8 (n, 12)
-):          # two uint8 arrays (n, 8): scales and minima of the sub-blocks, 0..63
+    scales:np.ndarray, # uint8 (n, 12)
+)->tuple[np.ndarray, np.ndarray]: # two uint8 arrays (n, 8): scales and minima of the sub-blocks, 0..63
     "Unpack the 6-bit scales and minima of Q4_K and Q5_K"
     a, b, c = scales[:, 0:4], scales[:, 4:8], scales[:, 8:12]
     s = np.concatenate([a & 63, (c & 15) | (a >> 6) << 4], axis=1)
@@ -167,16 +173,16 @@ def _q6_k(b):
     return (s[..., None]*q.reshape(-1, 16, 16)).reshape(len(b), 256)
 
 # %% ../../nbs/1_files/01_blocks.ipynb #57367563
-def as_array(x):
+def as_array(x:Any)->np.ndarray:
     "What NumPy makes of it, or a `GGUFError`: lists of unequal length, arrays of a GPU"
     try: return np.asarray(x)
     except (TypeError, ValueError) as e: raise GGUFError(f'this is no array: {e}') from None
 
 def dequantize(
-    blocks,  # uint8 (rows, bytes per row), or (..., bytes per row)
-    type,    # a `GGMLType`, its id or its name
-    out=None # float32 array for the result, C-contiguous
-):           # float32 (rows, n)
+    blocks:Any,                # uint8 (rows, bytes per row), or (..., bytes per row)
+    type:GGMLType | int | str, # a `GGMLType`, its id or its name
+    out:np.ndarray | None=None # float32 array for the result, C-contiguous
+)->np.ndarray:                 # float32 (rows, n)
     "Decode quantised rows. Bit-equal to ggml's reference on the CPU."
     t, blocks = ggml_type(type), as_array(blocks)
     if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] % t.type_size:

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'INTEGERS', 'MAX_HEADER', 'MAX_STRINGS', 'MAX_ENTRIES', 'MAX_KEY', 'MAX_NAME', 'MAX_DIMS', 'MAX_ALIGNMENT',
-           'NEAR', 'PIECE', 'GGUFType', 'read_at', 'short', 'Metadata', 'cut_pairs', 'TensorInfo', 'Tensors', 'GGUF',
-           'types_table']
+           'NEAR', 'Kind', 'Pairs', 'PIECE', 'GGUFType', 'read_at', 'short', 'Metadata', 'cut_pairs', 'TensorInfo',
+           'Tensors', 'types_table', 'GGUF']
 
 # %% ../../nbs/1_files/02_gguf.ipynb #4eff1750
 import html, mmap, os, stat, struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
 from operator import index
 from pathlib import Path
+from typing import IO, Any, NoReturn, Self, TypeAlias
 
 # %% ../../nbs/1_files/02_gguf.ipynb #5ecc14cc
 import numpy as np
@@ -30,11 +31,11 @@ class GGUFType(IntEnum):
     "Types of metadata values; the value is the id in the file"
     UINT8 = 0; INT8 = 1; UINT16 = 2; INT16 = 3; UINT32 = 4; INT32 = 5; FLOAT32 = 6; BOOL = 7; STRING = 8; ARRAY = 9
     UINT64 = 10; INT64 = 11; FLOAT64 = 12
-    def __str__(self): return self.name.lower()
+    def __str__(self)->str: return self.name.lower()
 
-NUMBER = {GGUFType[name]: layout for name, layout in dict(UINT8='<u1', INT8='<i1', UINT16='<u2', INT16='<i2', UINT32='<u4', INT32='<i4',
+NUMBER: dict[GGUFType, str] = {GGUFType[name]: layout for name, layout in dict(UINT8='<u1', INT8='<i1', UINT16='<u2', INT16='<i2', UINT32='<u4', INT32='<i4',
     FLOAT32='<f4', BOOL='<u1', UINT64='<u8', INT64='<i8', FLOAT64='<f8').items()}
-INTEGERS = {t for t, s in NUMBER.items() if s[1] in 'ui' and t != GGUFType.BOOL}
+INTEGERS: set[GGUFType] = {t for t, s in NUMBER.items() if s[1] in 'ui' and t != GGUFType.BOOL}
 
 # %% ../../nbs/1_files/02_gguf.ipynb #04d77e3f
 MAX_HEADER  = 256 << 20  # bytes of metadata and tensor table; the largest vocabularies take 30 MB
@@ -45,24 +46,24 @@ MAX_KEY, MAX_NAME, MAX_DIMS, MAX_ALIGNMENT = 65535, 63, 4, 1 << 16
 # %% ../../nbs/1_files/02_gguf.ipynb #11f32ab3
 class _Cursor:
     "Reads a file's header from front to back"
-    def __init__(self, fd, size, path):
+    def __init__(self, fd:int, size:int, path:str)->None:
         self.fd, self.size, self.path = fd, size, path
         self.pos, self.base, self.window = 0, 0, b''  # next byte; the window and where it begins
-        self.where = {}                                # key -> byte of its metadata entry, for messages
+        self.where: dict[str, int] = {}                                # key -> byte of its metadata entry, for messages
 
     @property
-    def left(self): return min(self.size, MAX_HEADER) - self.pos
+    def left(self)->int: return min(self.size, MAX_HEADER) - self.pos
 
-    def fail(self, message, at=None): raise GGUFError(message, self.path, self.pos if at is None else at)
+    def fail(self, message:str, at:int | None=None)->NoReturn: raise GGUFError(message, self.path, self.pos if at is None else at)
 
-    def need(self, n, what):
+    def need(self, n:int, what:str)->None:
         "Are there `n` more bytes in the header?"
         if n <= self.left: return
         if self.pos + n > self.size:
             self.fail(f'{what} needs {n} bytes but only {self.size - self.pos} are left: the file is cut off or corrupt')
         self.fail(f'{what} ends {self.pos + n} bytes into the file: more than {MAX_HEADER >> 20} MiB of metadata is not believable')
 
-    def take(self, n, what):
+    def take(self, n:int, what:str)->bytes:
         "The next `n` bytes"
         self.need(n, what)
         i = self.pos - self.base
@@ -73,9 +74,15 @@ class _Cursor:
         return self.window[i:i+n]
 
 # %% ../../nbs/1_files/02_gguf.ipynb #bfe3fcb3
-def read_at(fd, pos, n, path):
+def read_at(
+    fd:int,    # of an open file
+    pos:int,   # first byte
+    n:int,     # bytes
+    path:str,  # for messages
+)->bytes:
     "Exactly `n` bytes at `pos`. Raises `GGUFError` when the file has become shorter, or cannot be read."
-    parts, there = [], 0
+    parts: list[bytes] = []
+    there = 0
     while there < n or not parts:
         try: parts.append(os.pread(fd, n - there, pos + there))
         except OSError as e: raise GGUFError(f'cannot be read: {e.strerror}', path, pos + there) from None
@@ -84,13 +91,13 @@ def read_at(fd, pos, n, path):
     return parts[0] if len(parts) == 1 else b''.join(parts)
 
 # %% ../../nbs/1_files/02_gguf.ipynb #abc5d98c
-def _number(c, t, what): return struct.unpack('<' + _code[t], c.take(_width[t], what))[0]
+def _number(c:_Cursor, t:GGUFType, what:str)->Any: return struct.unpack('<' + _code[t], c.take(_width[t], what))[0]
 
 _code = {t: np.dtype(s).char for t, s in NUMBER.items()}
 _width = {t: np.dtype(s).itemsize for t, s in NUMBER.items()}
 _code |= {GGUFType.UINT64: 'Q', GGUFType.INT64: 'q'} # NumPy's letters for 64 bits differ between platforms
 
-def _text(c, what, limit):
+def _text(c:_Cursor, what:str, limit:int)->str:
     "A string of 1 to `limit` bytes"
     at, n = c.pos, _number(c, GGUFType.UINT64, f'the length of {what}')
     if not 1 <= n <= limit: c.fail(f'{what} is {n} bytes long; 1 to {limit} are allowed', at)
@@ -100,18 +107,18 @@ def _text(c, what, limit):
     return s
 
 def short(
-    s, # anything
+    s:object, # anything
 )->str:
     "One line of at most 80 printable characters"
-    s = str(s)
-    s = s if len(s) <= 80 else s[:79] + '…'
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in s)
+    text = str(s)
+    text = text if len(text) <= 80 else text[:79] + '…'
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 # %% ../../nbs/1_files/02_gguf.ipynb #f5e7e8f3
 _u64 = struct.Struct('<Q').unpack_from
 NEAR = 64 # bytes of the window that are searched for each string that is left
 
-def _candidates(window, begin=0, end=None):
+def _candidates(window:bytes, begin:int=0, end:int | None=None):
     "Where strings of 1 to 255 bytes may begin, where each would end, and the indices of those that end elsewhere than at the next"
     a = np.frombuffer(window, np.uint8)[begin:end]
     at = np.flatnonzero((a[:-7] != 0) & (a[1:-6] == 0) & (a[7:] == 0))
@@ -120,9 +127,10 @@ def _candidates(window, begin=0, end=None):
     ends = at + 8 + n
     return at, ends, np.append(np.flatnonzero(ends[:-1] != at[1:]), len(at) - 1)
 
-def _skip_strings(c, n, what):
+def _skip_strings(c:_Cursor, n:int, what:str)->None:
     "Move the cursor behind `n` strings"
     c.need(8*n, what)
+    at = 0
     while n:
         c.take(8, what)                     # loads the window when it is used up
         window, i = c.window, c.pos - 8 - c.base
@@ -148,11 +156,11 @@ def _skip_strings(c, n, what):
 class _Lazy:
     "Where a value lies: an array, or a long string, that is decoded when it is asked for"
     type:GGUFType   # of the elements
-    n:int           # elements; None for a string
+    n:int | None    # elements; None for a string
     start:int       # byte of the first element
     end:int
 
-def _array(c, key, strings):
+def _array(c:_Cursor, key:str, strings:int)->_Lazy:
     "Walk over an array; the file had `strings` strings in arrays before it"
     at = c.pos
     t, n = _number(c, GGUFType.UINT32, f'the element type of {key}'), _number(c, GGUFType.UINT64, f'the length of {key}')
@@ -168,43 +176,51 @@ def _array(c, key, strings):
     return _Lazy(GGUFType(t), n, start, c.pos)
 
 # %% ../../nbs/1_files/02_gguf.ipynb #856fb125
-class Metadata(Mapping):
-    "The key-value pairs of a GGUF file. Arrays of numbers become NumPy arrays, arrays of strings lists."
-    def __init__(self, values, types, read, path=None): self._values, self._types, self._read, self._path = values, types, read, path
-    def __iter__(self): return iter(self._values)
-    def __len__(self): return len(self._values)
-    def __contains__(self, key): return isinstance(key, str) and key in self._values
+Kind: TypeAlias = tuple[GGUFType | None, GGUFType | None, int | None]   # type of a value, type of its elements, number of elements
+Pairs: TypeAlias = tuple[list[tuple[str, ...]], int]                    # strings that were cut, bytes of the longest one before
 
-    def _find(self, key):
+class Metadata(Mapping[str, Any]):
+    "The key-value pairs of a GGUF file. Arrays of numbers become NumPy arrays, arrays of strings lists."
+    def __init__(self,
+        values:dict[str, Any],             # key -> value, or where it lies
+        types:dict[str, Kind],             # key -> what `kind` returns
+        read:Callable[[int, int], bytes],  # (first byte, bytes)
+        path:str | None=None,              # for messages
+    )->None: self._values, self._types, self._read, self._path = values, types, read, path
+    def __iter__(self)->Iterator[str]: return iter(self._values)
+    def __len__(self)->int: return len(self._values)
+    def __contains__(self, key:object)->bool: return isinstance(key, str) and key in self._values
+
+    def _find(self, key:str)->Any:
         if key not in self: raise MissingError(f'there is no metadata {short(key)!r}; the file has {len(self)} keys', self._path)
         return self._values[key]
 
-    def __getitem__(self, key):
+    def __getitem__(self, key:str)->Any:
         v = self._find(key)
         if isinstance(v, _Lazy): v = self._values[key] = _decode(self._read(v.start, v.end - v.start), v, key, self._path)
         return v
 
     def pairs(self,
         key:str, # of an array of strings
-    ):           # (list of tuples, bytes of the longest string)
+    )->Pairs:    # (list of tuples, bytes of the longest string)
         "Strings cut at their first space, as merges are kept; one without a space stays whole, in a tuple of one. Not remembered."
         v = self._find(key)
         if self.kind(key)[1] != GGUFType.STRING: raise GGUFError(f'{short(key)} is no array of strings', self._path)
-        if isinstance(v, _Lazy) and v.n >= 1000:
+        if isinstance(v, _Lazy) and v.n and v.n >= 1000:
             with _utf8(v, key, self._path): found = _pairs(self._read(v.start, v.end - v.start), v.n)
             if found: return found
         return cut_pairs(self[key])
 
     def kind(self,
-        key:str,
-    )->tuple: # (`GGUFType`, type of the elements or None, number of elements or None); (None, None, None) when absent
+        key:str, # of any value
+    )->Kind:     # (`GGUFType`, type of the elements or None, number of elements or None); (None, None, None) when absent
         "The type of a value, without decoding it"
         return self._types.get(key, (None, None, None)) if key in self else (None, None, None)
 
-    def __repr__(self): return f'Metadata({len(self)} keys: {", ".join(list(self)[:4])}, …)'
+    def __repr__(self)->str: return f'Metadata({len(self)} keys: {", ".join(list(self)[:4])}, …)'
 
 # %% ../../nbs/1_files/02_gguf.ipynb #6aa7253d
-def _lengths(data, n):
+def _lengths(data:bytes, n:int)->np.ndarray | None:
     "Where the lengths of `n` strings lie; None when that is quicker told by going through them"
     places, ends, breaks = _candidates(data)
     few = n/100
@@ -222,7 +238,7 @@ def _lengths(data, n):
             if alone > few: return None
     return np.concatenate(parts)
 
-def _joined(data, n):
+def _joined(data:bytes, n:int)->tuple[np.ndarray, np.ndarray] | None:
     "All strings of an array as one, a zero before each; and where the zeros are. None when it does not go that way."
     at = _lengths(data, n)
     if at is None: return None
@@ -233,19 +249,19 @@ def _joined(data, n):
     return (out, zeros) if len(zeros) == n else None # there are zeros in the strings
 
 def cut_pairs(
-    strings, # list
-):           # (list of tuples, bytes of the longest string)
+    strings:list[str],
+)->Pairs:    # (list of tuples, bytes of the longest string)
     "Strings cut at their first space; one without a space stays whole, in a tuple of one"
     return [tuple(s.split(' ', 1)) for s in strings], max(map(len, map(str.encode, strings)), default=0)
 
-def _cut(joined, errors='strict'): return joined.tobytes().decode(errors=errors).split('\0')[1:]
+def _cut(joined:np.ndarray, errors:str='strict')->list[str]: return joined.tobytes().decode(errors=errors).split('\0')[1:]
 
-def _strings(data, n, errors='strict'):
+def _strings(data:bytes, n:int, errors:str='strict')->list[str] | None:
     "All strings of an array at once, or None"
     found = _joined(data, n)
     return found and _cut(found[0], errors)
 
-def _pairs(data, n):
+def _pairs(data:bytes, n:int)->Pairs | None:
     "Both sides of the only space of each string, and the bytes of the longest string; or None"
     found = _joined(data, n)
     if found is None: return None
@@ -256,20 +272,20 @@ def _pairs(data, n):
     sides = iter(_cut(joined))
     return list(zip(sides, sides)), int(np.diff(zeros, append=len(joined)).max()) - 1
 
-def _describes(key):
+def _describes(key:str)->bool:
     "Is this for people alone?"
     return key.startswith('general.') and key != 'general.architecture'
 
-def _errors(key):
+def _errors(key:str)->str:
     "What to do with text that is not UTF-8; a token is a sequence of bytes, and keeps them"
     return 'replace' if _describes(key) else 'surrogateescape' if key == 'tokenizer.ggml.tokens' else 'strict'
 
 @contextmanager
-def _utf8(lazy, key, path):
+def _utf8(lazy:_Lazy, key:str, path:str | None):
     try: yield
     except UnicodeDecodeError: raise GGUFError(f'{short(key)} holds text that is not valid UTF-8', path, lazy.start) from None
 
-def _decode(data, lazy, key, path=None):
+def _decode(data:bytes, lazy:_Lazy, key:str, path:str | None=None)->Any:
     "The value of a lazy entry from its bytes"
     t, n, errors = lazy.type, lazy.n, _errors(key)
     with _utf8(lazy, key, path):
@@ -288,7 +304,7 @@ def _decode(data, lazy, key, path=None):
         return out
 
 # %% ../../nbs/1_files/02_gguf.ipynb #33053cc1
-def _value(c, key, strings):
+def _value(c:_Cursor, key:str, strings:int)->tuple[Any, Kind]:
     "The next metadata value and its kind"
     key = short(key)
     t = _number(c, GGUFType.UINT32, f'the type of {key}')
@@ -298,7 +314,7 @@ def _value(c, key, strings):
     if t == GGUFType.STRING:
         n = _number(c, GGUFType.UINT64, f'the length of {key}')
         c.need(n, key)
-        v = _Lazy(GGUFType.STRING, None, c.pos, c.pos + n)
+        v: Any = _Lazy(GGUFType.STRING, None, c.pos, c.pos + n)
         if n > 1 << 16: c.pos += n
         else:
             data = c.take(n, key)
@@ -311,16 +327,18 @@ def _value(c, key, strings):
     return v, (GGUFType(t), None, None)
 
 # %% ../../nbs/1_files/02_gguf.ipynb #4305497b
-def _metadata(c, n):
+def _metadata(c:_Cursor, n:int)->tuple[dict[str, Any], dict[str, Kind]]:
     "The metadata section: two dicts, key -> value and key -> kind"
-    values, types, strings = {}, {}, 0
+    values: dict[str, Any] = {}
+    types: dict[str, Kind] = {}
+    strings = 0
     for i in range(n):
         at = c.pos
         key = _text(c, f'the key of metadata entry {i}', MAX_KEY)
         if key in values: c.fail(f'the key {short(key)} appears twice', at)
         c.where[key] = at
         values[key], types[key] = _value(c, key, strings)
-        if types[key][1] == GGUFType.STRING: strings += types[key][2]
+        if types[key][1] == GGUFType.STRING: strings += types[key][2] or 0
     return values, types
 
 # %% ../../nbs/1_files/02_gguf.ipynb #92946f85
@@ -329,22 +347,22 @@ class TensorInfo:
     "An entry of the tensor table"
     name:str
     type:GGMLType
-    dims:tuple     # as in the file, fastest first
+    dims:tuple[int, ...]     # as in the file, fastest first
     offset:int     # of the first byte, from the start of the file
 
     @property
-    def shape(self): return self.dims[::-1]
+    def shape(self)->tuple[int, ...]: "NumPy's order, slowest first"; return self.dims[::-1]
     @property
-    def n_elements(self): return prod(self.dims)
+    def n_elements(self)->int: return prod(self.dims)
     @property
-    def rows(self): return prod(self.dims[1:])
+    def rows(self)->int: return prod(self.dims[1:])
     @property
-    def row_bytes(self): return self.type.row_bytes(self.dims[0])
+    def row_bytes(self)->int: return self.type.row_bytes(self.dims[0])
     @property
-    def n_bytes(self): return self.rows*self.row_bytes
+    def n_bytes(self)->int: return self.rows*self.row_bytes
 
 # %% ../../nbs/1_files/02_gguf.ipynb #92b31e16
-def _tensor(c, i, alignment):
+def _tensor(c:_Cursor, i:int, alignment:int)->TensorInfo:
     "The next entry of the tensor table; its offset still counts from the start of the data"
     at = c.pos
     name = _text(c, f'the name of tensor {i}', MAX_NAME)
@@ -357,21 +375,23 @@ def _tensor(c, i, alignment):
         c.fail(f'{name} has impossible dimensions {list(dims)}', at)
     try:
         info = TensorInfo(name, ggml_type(t), dims, offset)
-        info.row_bytes
+        info.type.row_bytes(dims[0])
     except GGUFError as e: c.fail(f'{name}: {e.message}', type_at)
     if offset % alignment: c.fail(f'{name} begins at offset {offset}, which is no multiple of the alignment {alignment}', at)
     return info
 
 # %% ../../nbs/1_files/02_gguf.ipynb #ebbff7a9
-class Tensors(dict):
+class Tensors(dict[str, TensorInfo]):
     "Name -> `TensorInfo`; a name that is not there is a `MissingError`"
-    def __init__(self, tensors, path=None):
+    path: str | None   # of the file, for messages
+
+    def __init__(self, tensors:dict[str, TensorInfo], path:str | None=None)->None:
         super().__init__(tensors)
         self.path = path
 
-    def __missing__(self, name): raise MissingError(f'there is no tensor {short(name)!r}; the file has {len(self)} tensors', self.path)
+    def __missing__(self, name:object)->NoReturn: raise MissingError(f'there is no tensor {short(name)!r}; the file has {len(self)} tensors', self.path)
 
-def _place(c, tensors, alignment):
+def _place(c:_Cursor, tensors:list[TensorInfo], alignment:int)->tuple[Tensors, int, bool]:
     "Absolute offsets for the tensors; returns the dict, the start of the data and whether there are any"
     start = -(-c.pos//alignment)*alignment
     end = start
@@ -385,13 +405,13 @@ def _place(c, tensors, alignment):
 # %% ../../nbs/1_files/02_gguf.ipynb #ecbb4d88
 _words = 'general.architecture', 'tokenizer.ggml.model', 'tokenizer.ggml.pre'
 
-def _check_words(c, values, types):
+def _check_words(c:_Cursor, values:dict[str, Any], types:dict[str, Kind])->None:
     "Is a name by which the reader chooses a text?"
     for key in _words:
         t, element, _ = types.get(key, (GGUFType.STRING, None, None))
         if t != GGUFType.STRING: c.fail(f'{key} must be a string, not {t if element is None else f"array of {element}"}', c.where[key])
 
-def _check_vocabulary(c, values, types):
+def _check_vocabulary(c:_Cursor, values:dict[str, Any], types:dict[str, Kind])->None:
     "Do the arrays of the vocabulary fit together?"
     prefix, n = 'tokenizer.ggml.', types.get('tokenizer.ggml.tokens', (None,)*3)[2]
     wanted = dict(tokens=('string',), scores=('float32',), token_type=('int32', 'uint32'), merges=('string',))
@@ -407,7 +427,7 @@ def _check_vocabulary(c, values, types):
             c.fail(f'{key} is {values[key]}, outside the vocabulary of {n} tokens', c.where[key])
 
 # %% ../../nbs/1_files/02_gguf.ipynb #73639962
-def _check_split(c, values, types):
+def _check_split(c:_Cursor, values:dict[str, Any], types:dict[str, Kind])->None:
     "A model in several files: say which part is missing, or how to join them"
     for k in ('split.count', 'split.no'):
         if k in types and types[k][0] not in INTEGERS: c.fail(f'{k} must be an integer, not {types[k][0]}', c.where[k])
@@ -421,7 +441,7 @@ def _check_split(c, values, types):
     c.fail(f'this is part {i+1} of {n} of a split model; {fix}; join the parts with `{join}`', c.where['split.count'])
 
 # %% ../../nbs/1_files/02_gguf.ipynb #bcb34af9
-def _alignment(c, values, types):
+def _alignment(c:_Cursor, values:dict[str, Any], types:dict[str, Kind])->int:
     "The alignment of the data, 32 unless the file says otherwise"
     a = values.get('general.alignment', 32)
     if types.get('general.alignment', (GGUFType.UINT32,))[0] != GGUFType.UINT32 or not 1 <= a <= MAX_ALIGNMENT or a & a - 1:
@@ -429,7 +449,7 @@ def _alignment(c, values, types):
         c.fail(f'general.alignment must be a uint32, a power of two up to {MAX_ALIGNMENT}, not {shown}', c.where['general.alignment'])
     return a
 
-def _preamble(c):
+def _preamble(c:_Cursor)->list[int]:
     "Magic and version; returns the numbers of tensors and metadata pairs"
     magic = c.take(4, 'the magic')
     if magic in (b'lmgg', b'tjgg', b'fmgg', b'algg'): c.fail("a file from before GGUF: convert the model with llama.cpp's converter", 0)
@@ -445,7 +465,7 @@ def _preamble(c):
     return counts
 
 # %% ../../nbs/1_files/02_gguf.ipynb #1af97c58
-def _open(path):
+def _open(path:str)->IO[bytes]:
     "A file object for a regular file"
     def refuse(st):
         if stat.S_ISDIR(st.st_mode): raise GGUFError('this is a directory, not a GGUF file', path)
@@ -460,13 +480,56 @@ def _open(path):
     refuse(os.fstat(f.fileno()))
     return f
 
-# %% ../../nbs/1_files/02_gguf.ipynb #426c318f
-class _Header:
-    "Opens a file, reads its header, closes it"
+# %% ../../nbs/1_files/02_gguf.ipynb #c5161993
+def _size(n:float)->str:
+    "Bytes for people"
+    for unit in ('B', 'kB', 'MB'):
+        if n < 1000: return f'{n:.3g} {unit}'
+        n /= 1000
+    return f'{n:.3g} GB'
+
+def _describe(g)->str:
+    "Name, architecture and sizes of a file in one line"
+    kind = '' if g.has_data else ', header only'
+    try: arch = short(g.metadata.get('general.architecture', 'no architecture'))
+    except GGUFError: arch = 'no readable architecture'
+    return f'{short(Path(g.path).name)}: {arch}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
+
+def types_table(
+    g,   # a `GGUF`, see below
+)->dict[GGMLType, tuple[int, int, int]]: # type -> (tensors, weights, bytes), largest first
+    "What a file consists of"
+    rows: dict[GGMLType, tuple[int, int, int]] = {}
+    for t in g.tensors.values():
+        n, w, b = rows.get(t.type, (0, 0, 0))
+        rows[t.type] = n + 1, w + t.n_elements, b + t.n_bytes
+    return dict(sorted(rows.items(), key=lambda r: -r[1][2]))
+
+# %% ../../nbs/1_files/02_gguf.ipynb #85c7f857
+def _html(g)->str:
+    "The one line, and the types as a table"
+    rows = ''.join(f'<tr><td>{t}</td><td>{n}</td><td>{w:,}</td><td>{_size(b)}</td></tr>' for t, (n, w, b) in types_table(g).items())
+    head = ''.join(f'<th>{h}</th>' for h in ('type', 'tensors', 'weights', 'bytes'))
+    return f'<p><b>{html.escape(_describe(g))}</b></p><table><tr>{head}</tr>{rows}</table>'
+
+# %% ../../nbs/1_files/02_gguf.ipynb #7b62960e
+PIECE = 4 << 20 # bytes that are decoded at a time
+
+class GGUF:
+    "A GGUF file: `metadata`, `tensors`, and the bytes of each tensor. A context manager; the header alone is read when it is opened."
+    path: str            # of the file
+    metadata: Metadata   # key -> value
+    tensors: Tensors     # name -> `TensorInfo`
+    file_size: int       # bytes
+    alignment: int       # tensors begin at multiples of it
+    data_offset: int     # where the first tensor may begin
+    has_data: bool       # False: the file is a header alone
+
     def __init__(self,
-        path, # str or Path
-    ):
-        self._file = self._map = None
+        path:str | os.PathLike[str],   # of the file; `~` works
+    )->None:
+        self._file: IO[bytes] | None = None
+        self._map: mmap.mmap | None = None
         self.path = os.path.expanduser(str(path))
         self._file = _open(self.path)
         try: self._parse()
@@ -474,10 +537,10 @@ class _Header:
             self.close()
             raise
 
-    def _parse(self):
-        self._stat = os.fstat(self._file.fileno())
+    def _parse(self)->None:
+        self._stat = os.fstat(self.fileno())
         self.file_size = self._stat.st_size
-        c = _Cursor(self._file.fileno(), self.file_size, self.path)
+        c = _Cursor(self.fileno(), self.file_size, self.path)
         n_tensors, n_pairs = _preamble(c)
         values, types = _metadata(c, n_pairs)
         for check in (_check_split, _check_words, _check_vocabulary): check(c, values, types)
@@ -486,64 +549,11 @@ class _Header:
         if twice := [n for n, k in Counter(t.name for t in tensors).items() if k > 1]: c.fail(f'the tensor {twice[0]} appears twice')
         self.tensors, self.data_offset, self.has_data = _place(c, tensors, self.alignment)
 
-    def _read(self, pos, n):
-        "Bytes of the file as it was when it was opened"
-        data = read_at(self.fileno(), pos, n, self.path)
-        self._check_file() # afterwards, for what was read might be another file's by now
-        return data
-
-    def _check_file(self):
-        "Is the open file still what it was? Costs a microsecond."
-        if self._file is None: raise GGUFError('the file is closed', self.path)
-        now, was = os.fstat(self._file.fileno()), self._stat
-        if now.st_size < was.st_size:
-            raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
-        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
-            raise GGUFError('the file was written to while it was in use', self.path)
-
-    def fileno(self):
-        "The open file's descriptor, for those who read tensors with `os.pread`"
-        if self._file is None: raise GGUFError('the file is closed', self.path)
-        return self._file.fileno()
-
-    def close(self):
-        "Give mapping and file back. Views that are still in use keep the mapping alive until they go."
-        if self._map is not None:
-            try: self._map.close()
-            except BufferError: pass
-        if self._file is not None: self._file.close()
-        self._map = self._file = None
-
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-    def __del__(self): self.close()
-
-# %% ../../nbs/1_files/02_gguf.ipynb #7b62960e
-PIECE = 4 << 20 # bytes that are decoded at a time
-
-class GGUF(_Header):
-    "A GGUF file: `metadata`, `tensors`, and the bytes of each tensor"
-    def check_unchanged(self):
-        "Raise `GGUFError` when the file shrank, was written to or was replaced since it was opened"
-        self._check_file()
-        try: there = os.path.samestat(os.stat(self.path), self._stat)
-        except OSError: there = False
-        if not there: raise GGUFError('the file was replaced or deleted while it was in use', self.path)
-
-    def _tensor(self, name):
-        t = self.tensors[name] if isinstance(name, str) else self.tensors.__missing__(name)
-        self.check_data(f'; {name} cannot be read')
-        return t
-
-    def check_data(self, what=': there is nothing to load, download it again'):
-        "Raise `GGUFError` when the file is a header alone"
-        if not self.has_data: raise GGUFError(f'the file is a header without tensor data{what}', self.path)
-
     def read(self,
-        name:str,    # of a tensor
-        first:int=0, # row
-        n:int=None,  # rows; by default all from there on
-    ):               # uint8 (n, bytes per row), read-only
+        name:str,             # of a tensor
+        first:int=0,          # row
+        n:int | None=None,    # rows; by default all from there on
+    )->np.ndarray:            # uint8 (n, bytes per row), read-only
         "A copy of the raw bytes of a tensor, or of some of its rows. Raises `GGUFError` when the file is no longer what it was."
         t = self._tensor(name)
         try: first, n = index(first), t.rows - index(first) if n is None else index(n)
@@ -553,18 +563,18 @@ class GGUF(_Header):
         return np.frombuffer(data, np.uint8).reshape(n, t.row_bytes)
 
     def blocks(self,
-        name:str, # of a tensor
-    ):            # uint8 (rows, bytes per row), read-only
+        name:str,       # of a tensor
+    )->np.ndarray:      # uint8 (rows, bytes per row), read-only
         "The raw bytes of a tensor: a view on the mapping, no copy. A file that others may cut off is for `read`: no process survives the touch of a page that is gone."
         t = self._tensor(name)
         self._check_file()
-        try: self._map = self._map or mmap.mmap(self._file.fileno(), self.file_size, access=mmap.ACCESS_READ)
+        try: self._map = self._map or mmap.mmap(self.fileno(), self.file_size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as e: raise GGUFError(f'mmap fails: {e}', self.path) from None
         return np.frombuffer(self._map, np.uint8, t.n_bytes, t.offset).reshape(t.rows, t.row_bytes)
 
     def dequantize(self,
-        name:str, # of a tensor
-    ):            # float32, shape as in `tensors[name].shape`
+        name:str,       # of a tensor
+    )->np.ndarray:      # float32, shape as in `tensors[name].shape`
         "The weights of a tensor as numbers"
         t = self._tensor(name)
         out, step = np.empty((t.rows, t.dims[0]), np.float32), max(1, PIECE//t.row_bytes)
@@ -573,37 +583,53 @@ class GGUF(_Header):
             dequantize(self.read(name, i, len(rows)), t.type, rows)
         return out.reshape(t.shape)
 
+    def check_data(self,
+        what:str=': there is nothing to load, download it again',   # the end of the message
+    )->None:
+        "Raise `GGUFError` when the file is a header alone"
+        if not self.has_data: raise GGUFError(f'the file is a header without tensor data{what}', self.path)
 
-# %% ../../nbs/1_files/02_gguf.ipynb #c5161993
-def _size(n):
-    "Bytes for people"
-    for unit in ('B', 'kB', 'MB'):
-        if n < 1000: return f'{n:.3g} {unit}'
-        n /= 1000
-    return f'{n:.3g} GB'
+    def check_unchanged(self)->None:
+        "Raise `GGUFError` when the file shrank, was written to or was replaced since it was opened"
+        self._check_file()
+        try: there = os.path.samestat(os.stat(self.path), self._stat)
+        except OSError: there = False
+        if not there: raise GGUFError('the file was replaced or deleted while it was in use', self.path)
 
-def _describe(g):
-    "Name, architecture and sizes of a file in one line"
-    kind = '' if g.has_data else ', header only'
-    try: arch = short(g.metadata.get('general.architecture', 'no architecture'))
-    except GGUFError: arch = 'no readable architecture'
-    return f'{short(Path(g.path).name)}: {arch}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
+    def fileno(self)->int:
+        "The open file's descriptor, for those who read tensors with `os.pread`"
+        if self._file is None: raise GGUFError('the file is closed', self.path)
+        return self._file.fileno()
 
-def types_table(
-    g:GGUF,
-)->dict: # type -> (tensors, weights, bytes), largest first
-    "What a file consists of"
-    rows = {}
-    for t in g.tensors.values():
-        n, w, b = rows.get(t.type, (0, 0, 0))
-        rows[t.type] = n + 1, w + t.n_elements, b + t.n_bytes
-    return dict(sorted(rows.items(), key=lambda r: -r[1][2]))
+    def close(self)->None:
+        "Give mapping and file back. Views that are still in use keep the mapping alive until they go."
+        if self._map is not None:
+            try: self._map.close()
+            except BufferError: pass
+        if self._file is not None: self._file.close()
+        self._map = self._file = None
 
-# %% ../../nbs/1_files/02_gguf.ipynb #85c7f857
-def _html(g):
-    "The one line, and the types as a table"
-    rows = ''.join(f'<tr><td>{t}</td><td>{n}</td><td>{w:,}</td><td>{_size(b)}</td></tr>' for t, (n, w, b) in types_table(g).items())
-    head = ''.join(f'<th>{h}</th>' for h in ('type', 'tensors', 'weights', 'bytes'))
-    return f'<p><b>{html.escape(_describe(g))}</b></p><table><tr>{head}</tr>{rows}</table>'
+    def __enter__(self)->Self: return self
+    def __exit__(self, *_:object)->None: self.close()
+    def __del__(self)->None: self.close()
+    def __repr__(self)->str: return f'GGUF({_describe(self)})'
+    def _repr_html_(self)->str: return _html(self)
 
-GGUF.__repr__, GGUF._repr_html_ = (lambda g: f'GGUF({_describe(g)})'), _html
+    def _tensor(self, name:str)->TensorInfo:
+        t = self.tensors[name] if isinstance(name, str) else self.tensors.__missing__(name)
+        self.check_data(f'; {name} cannot be read')
+        return t
+
+    def _read(self, pos:int, n:int)->bytes:
+        "Bytes of the file as it was when it was opened"
+        data = read_at(self.fileno(), pos, n, self.path)
+        self._check_file() # afterwards, for what was read might be another file's by now
+        return data
+
+    def _check_file(self)->None:
+        "Is the open file still what it was? Costs a microsecond."
+        now, was = os.fstat(self.fileno()), self._stat
+        if now.st_size < was.st_size:
+            raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
+        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
+            raise GGUFError('the file was written to while it was in use', self.path)

@@ -8,10 +8,11 @@ __all__ = ['MODELS', 'TRIES', 'TIMEOUT', 'AGAIN', 'Remote', 'remote', 'cache_roo
 
 # %% ../../nbs/1_files/04_hub.ipynb #38618757
 import errno, hashlib, os, re, shutil, stat, sys, time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-
+from typing import Any, BinaryIO
 
 # %% ../../nbs/1_files/04_hub.ipynb #5aabc3de
 from ..errors import HubError, ModelError, RequestError
@@ -23,11 +24,11 @@ class Remote:
     repo:str
     file:str
     revision:str='main'
-    size:int=None       # bytes
-    sha256:str=None
-    tag:str=''          # what the hub calls this version of the file
+    size:int | None=None    # bytes; None: the hub is asked
+    sha256:str | None=None  # likewise
+    tag:str=''              # what the hub calls this version of the file
 
-MODELS = {
+MODELS: dict[str, Remote] = {
     'qwen2.5-0.5b': Remote('Qwen/Qwen2.5-0.5B-Instruct-GGUF', 'qwen2.5-0.5b-instruct-q4_k_m.gguf',
         '9217f5db79a29953eb74d5343926648285ec7e67',
         491_400_032, '74a4da8c9fdbcd15bd1f6d01d621410d31c6fc00986f5eb687824e7b93d7a9db'),
@@ -48,12 +49,11 @@ def remote(
     "What a name stands for; `HubError` lists the short names when it stands for nothing"
     if name in MODELS: return MODELS[name]
     m = _path.fullmatch(name)
-    if m: return Remote(*m.groups())
+    if m: return Remote(m[1], m[2])
     raise HubError(f'{name!r} is no known model: take one of {", ".join(MODELS)}, or owner/repo/file.gguf')
 
-
 # %% ../../nbs/1_files/04_hub.ipynb #506c7202
-def cache_root():
+def cache_root()->Path | None:
     "Folder of all that is kept, a `Path`; None for a user without a home who names no other"
     given, user = os.environ.get('ORCD_CACHE_DIR'), os.environ.get('XDG_CACHE_HOME')
     try: return Path(given).expanduser() if given else (Path(user).expanduser() if user else Path.home()/'.cache')/'orcd'
@@ -94,7 +94,7 @@ def is_there(
     return True
 
 def find_model(
-    name, # 'demo', a path (`~` works), or the name of a pulled model
+    name:str | os.PathLike[str], # 'demo', a path (`~` works), or the name of a pulled model
 )->Path:
     "The file that is meant; `ModelError` says what is wrong with the name"
     if not isinstance(name, (str, os.PathLike)):
@@ -108,8 +108,8 @@ def find_model(
 
 # %% ../../nbs/1_files/04_hub.ipynb #6d3a2b50
 def sha256(
-    path,           # a file
-    progress=None,  # called with the size of each block read
+    path:str | os.PathLike[str],                    # a file
+    progress:Callable[[int], object] | None=None,   # called with the size of each block read
 )->str:
     "SHA-256 of a file, in hexadecimal"
     h = hashlib.sha256()
@@ -120,10 +120,10 @@ def sha256(
     return h.hexdigest()
 
 def check(
-    path,           # what was downloaded
-    r:Remote,       # what was wanted
-    progress=None,  # as for `sha256`
-):
+    path:str | os.PathLike[str],                    # what was downloaded
+    r:Remote,                                       # what was wanted
+    progress:Callable[[int], object] | None=None,   # as for `sha256`
+)->None:
     "Raise `HubError` when size or checksum differ; the file is deleted then, for resuming it would keep the error"
     size = os.path.getsize(path)
     wrong = f'{size} bytes instead of {r.size}' if r.size not in (None, size) else None
@@ -271,7 +271,7 @@ def _bar(r, what, show, initial=0):
 def pull(
     name:str,           # a short name or `owner/repo/file.gguf`
     progress:bool=True, # show bars on a terminal, and say whom we wait for
-    endpoint:str=None,  # another hub than huggingface.co
+    endpoint:str | None=None,  # another hub than huggingface.co
     verify:bool=True,   # False: take a file too whose SHA-256 the hub does not state
 )->Path:                # the file
     "Fetch a model from the hub unless it is here; resumes, checks size and SHA-256. Raises `HubError`."
@@ -310,7 +310,6 @@ def _keep(f, part, target):
     folder = os.open(target.parent, os.O_RDONLY)
     try: os.fsync(folder)
     finally: os.close(folder)
-
 
 # %% ../../nbs/1_files/04_hub.ipynb #5f28d91a
 def _reason(e):

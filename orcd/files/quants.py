@@ -9,23 +9,25 @@ __all__ = ['pack_nibbles', 'pack_fifth_bit', 'pack_scales_mins', 'quantize', 'de
 import numpy as np
 
 # %% ../../nbs/1_files/03_quants.ipynb #752309c5
+from collections.abc import Callable
+from typing import Any
 from .blocks import GGMLType, E2M1, as_array, dequantize, ggml_type, half_scale
 from ..errors import GGUFError
 
 # %% ../../nbs/1_files/03_quants.ipynb #ba4fdf4a
 _all_ = ['dequantize', 'GGMLType'] # both directions from one module
-_encoders = {}
+_encoders: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {}
 
-def _encodes(*types):
+def _encodes(*types:GGMLType):
     "Register an encoder: float32 (n, block_size) -> structured blocks (n,)"
     def register(f):
         for t in types: _encoders[t] = f
         return f
     return register
 
-def _make(t, n, **fields):
+def _make(t:GGMLType, n:int, **fields:np.ndarray)->np.ndarray:
     "n blocks of type t with these fields"
-    b = np.empty(n, t.dtype)
+    b: Any = np.empty(n, t.dtype)
     for k, v in fields.items(): b[k] = v
     return b
 
@@ -36,15 +38,15 @@ def _inverse(d):
 
 # %% ../../nbs/1_files/03_quants.ipynb #1bc888de
 def pack_nibbles(
-    q, # uint8 (..., 2n), values below 16
-):     # uint8 (..., n)
+    q:np.ndarray, # uint8 (..., 2n), values below 16
+)->np.ndarray:    # uint8 (..., n)
     "The inverse of `nibbles`: first half of `q` into low halves, second half into high halves"
     n = q.shape[-1]//2
     return q[..., :n] | q[..., n:] << 4
 
 def pack_fifth_bit(
-    q, # uint8 (..., 8n), values below 32
-):     # uint8 (..., n)
+    q:np.ndarray, # uint8 (..., 8n), values below 32
+)->np.ndarray:    # uint8 (..., n)
     "Bit 4 of every value as a little-endian mask"
     return np.packbits(q >> 4, axis=-1, bitorder='little')
 
@@ -202,9 +204,9 @@ def _search_affine(x, top, rounds=2):
 
 # %% ../../nbs/1_files/03_quants.ipynb #7e5ad84c
 def pack_scales_mins(
-    k, # uint8 (n, 8), scales below 64
-    l, # uint8 (n, 8), minima below 64
-):     # uint8 (n, 12)
+    k:np.ndarray, # uint8 (n, 8), scales below 64
+    l:np.ndarray, # uint8 (n, 8), minima below 64
+)->np.ndarray:    # uint8 (n, 12)
     "The inverse of `scales_mins`"
     a, b = k[:, :4] | k[:, 4:] >> 4 << 6, l[:, :4] | l[:, 4:] >> 4 << 6
     return np.concatenate([a, b, k[:, 4:] & 15 | (l[:, 4:] & 15) << 4], axis=1)
@@ -274,9 +276,9 @@ def _q6_k(x):
 _limits = {GGMLType.F32: np.finfo(np.float32).max, GGMLType.MXFP4: np.finfo(np.float32).max, GGMLType.BF16: np.uint32(0x7f7f7fff).view(np.float32)}
 
 def quantize(
-    x,    # float array (rows, n), or (..., n)
-    type, # a `GGMLType`, its id or its name
-):        # uint8 (rows, bytes per row)
+    x:Any,                     # float array (rows, n), or (..., n)
+    type:GGMLType | int | str, # a `GGMLType`, its id or its name
+)->np.ndarray:                 # uint8 (rows, bytes per row)
     "Encode weights as blocks. `n` must be a whole number of blocks."
     t, x = ggml_type(type), as_array(x)
     if x.ndim < 1: raise GGUFError('quantize wants rows of weights, got a scalar')
