@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'cut', 'layer_of', 'treemap', 'planned', 'Recorder', 'timeline', 'nvml_name', 'device_memory', 'Gauge']
 
 # %% ../../nbs/5_engine/33_view.ipynb #24596e51
-import ctypes, os, re, threading, time
+import os, re, threading, time
 from functools import lru_cache
 from io import BytesIO
 from math import prod
@@ -145,8 +145,6 @@ def timeline(
     return fig
 
 # %% ../../nbs/5_engine/33_view.ipynb #5d652d49
-class _Memory(ctypes.Structure): _fields_ = [(x, ctypes.c_ulonglong) for x in ('total', 'free', 'used')]
-
 def nvml_name(device, visible=None):
     "What NVML calls a CUDA device: its index, or a UUID. NVML counts every card, CUDA those in CUDA_VISIBLE_DEVICES."
     visible = os.environ.get('CUDA_VISIBLE_DEVICES') if visible is None else visible
@@ -156,22 +154,24 @@ def nvml_name(device, visible=None):
     return int(names[device]) if names[device].isdigit() else names[device]
 
 @lru_cache(None)
-def _nvml(device):
-    "NVML and its handle of a device"
-    try: nvml = ctypes.CDLL('libnvidia-ml.so.1')
-    except OSError: raise DeviceError('no libnvidia-ml.so.1: there is no NVIDIA driver on this machine') from None
-    handle = ctypes.c_void_p()
+def _nvml(device:int)->tuple:
+    "The package that speaks to NVML, and NVML's handle of a device"
+    try: import pynvml
+    except ImportError: raise DeviceError('the driver is asked through one more package: pip install nvidia-ml-py') from None
+    try: pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound: raise DeviceError('no libnvidia-ml.so.1: there is no NVIDIA driver on this machine') from None
+    except pynvml.NVMLError as e: raise DeviceError(f'NVML does not begin: {e}') from None
     name = nvml_name(device)
-    if nvml.nvmlInit_v2() or (nvml.nvmlDeviceGetHandleByIndex_v2(name, ctypes.byref(handle)) if isinstance(name, int)
-        else nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle))): raise DeviceError(f'NVML knows no GPU {name}')
-    return nvml, handle
+    try: return pynvml, (pynvml.nvmlDeviceGetHandleByIndex if isinstance(name, int) else pynvml.nvmlDeviceGetHandleByUUID)(name)
+    except pynvml.NVMLError as e: raise DeviceError(f'NVML knows no GPU {name}: {e}') from None
 
 def device_memory(
-    device:int=0, # index as CUDA counts
-)->tuple:         # (used, total) bytes
+    device:int=0,      # index as CUDA counts
+)->tuple[int, int]:    # (used, total) bytes
     "What the driver says of the device, all programs together"
-    (nvml, handle), m = _nvml(device), _Memory()
-    if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(m)): raise DeviceError(f'NVML does not tell the memory of GPU {device}')
+    nvml, handle = _nvml(device)
+    try: m = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError as e: raise DeviceError(f'NVML does not tell the memory of GPU {device}: {e}') from None
     return m.used, m.total
 
 # %% ../../nbs/5_engine/33_view.ipynb #437e4018
