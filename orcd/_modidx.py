@@ -463,7 +463,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'orcd.engine.view.Recorder.mark': ('5_engine/view.html#recorder.mark', 'orcd/engine/view.py'),
                                   'orcd.engine.view.Recorder.now': ('5_engine/view.html#recorder.now', 'orcd/engine/view.py'),
                                   'orcd.engine.view.Recorder.wrap': ('5_engine/view.html#recorder.wrap', 'orcd/engine/view.py'),
-                                  'orcd.engine.view._Memory': ('5_engine/view.html#_memory', 'orcd/engine/view.py'),
                                   'orcd.engine.view._draw_load': ('5_engine/view.html#_draw_load', 'orcd/engine/view.py'),
                                   'orcd.engine.view._draw_memory': ('5_engine/view.html#_draw_memory', 'orcd/engine/view.py'),
                                   'orcd.engine.view._draw_tokens': ('5_engine/view.html#_draw_tokens', 'orcd/engine/view.py'),
