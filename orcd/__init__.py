@@ -15,7 +15,8 @@
     quants           block formats: `quantize` and `dequantize` in NumPy
 """
 __version__ = "0.1.0"
-__all__ = ['load', 'Model', 'Generation', 'Token', 'SamplingParams', 'GGUF', 'Tokenizer', 'ReferenceEngine', 'Ledger', 'pull', 'OrcdError', 'errors', 'quants']
+__all__ = ['load', 'Model', 'Generation', 'Token', 'SamplingParams', 'GGUF', 'Tokenizer', 'ReferenceEngine', 'Ledger', 'pull',
+    'OrcdError', 'errors', 'quants']
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:    # what an editor sees: it takes the name for true

@@ -91,7 +91,8 @@ def with_table(
 )->list:
     "The front page's cells, the table of contents renewed"
     marked = [c for c in cells if ''.join(c['source']).startswith(MARK)]
-    if len(marked) != 1: raise OrcdError(f'index.ipynb has {len(marked)} text cells that begin with "{MARK}"; it needs one, for the table of chapters')
+    if len(marked) != 1:
+        raise OrcdError(f'index.ipynb has {len(marked)} text cells that begin with "{MARK}"; it needs one, for the table of chapters')
     source = f'{MARK}\n\n{chapter_table(chapters)}'.splitlines(True)
     return [c | {'source': source} if c is marked[0] else c for c in cells]
 
@@ -112,7 +113,7 @@ def readme(
 
 def _from_root(text):
     "Links from the folder of notebooks, made links from the folder above it"
-    def link(m): return f'](' + posixpath.normpath(f'nbs/{m[1]}') + ')'
+    def link(m): return '](' + posixpath.normpath(f'nbs/{m[1]}') + ')'
     parts = re.split(r'(^```.*?^```)', text, flags=re.M | re.S)
     return ''.join(p if p.startswith('```') else re.sub(r'\]\((?![a-z]+:|#|/)([^)\s]+)\)', link, p) for p in parts)
 
@@ -141,7 +142,8 @@ def with_sidebar(
 )->str:
     "`_quarto.yml` with the list of chapters and the addresses renewed"
     quarto = re.sub(r'(?m)^  (?:site|repo)-url:.*\n', '', quarto)
-    named = [f'  {key}: {json.dumps(urls[name])}\n' for key, name in (('site-url', 'Documentation'), ('repo-url', 'Repository')) if name in urls]
+    named = [f'  {key}: {json.dumps(urls[name])}\n' for key, name in (('site-url', 'Documentation'), ('repo-url', 'Repository'))
+        if name in urls]
     listed = [f'      {line}\n' for line in sidebar(chapters)]
     for head, below, new in (r'^website:\n', '', named), (r'^    contents:\n', r'(?:^ {6,}\S.*\n)*', listed):
         quarto, n = re.subn(f'(?m)({head}){below}', lambda m, new=new: m[1] + ''.join(new), quarto)

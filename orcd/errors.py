@@ -10,10 +10,12 @@ __all__ = ['UNSAFE', 'PROSE', 'LONGEST', 'CODES', 'printable', 'brief', 'for_out
 
 # %% ../nbs/00_errors.ipynb #d6599ee4
 import os, re
-from typing import Iterable, NamedTuple, TextIO
+from collections.abc import Iterable
+from typing import NamedTuple, TextIO
 
 # %% ../nbs/00_errors.ipynb #e8394a71
-UNSAFE: re.Pattern[str] = re.compile('[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')   # controls, line ends, directions, halves
+# controls, line ends, directions, halves
+UNSAFE: re.Pattern[str] = re.compile('[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
 PROSE = '\n\t\u061c\u200e\u200f\u2028\u2029'   # of these, what a text of several lines in any script may hold
 
 def printable(
@@ -64,10 +66,14 @@ class OrcdError(Exception):
     lasting: bool = False    # True: trying again does not help, whatever the code says
 
     @property
-    def status(self)->int: "HTTP status, before a stream has begun"; return CODES[self.code].status
+    def status(self)->int:
+        "HTTP status, before a stream has begun"
+        return CODES[self.code].status
 
     @property
-    def retriable(self)->bool: "May the same request work later?"; return CODES[self.code].retriable and not self.lasting
+    def retriable(self)->bool:
+        "May the same request work later?"
+        return CODES[self.code].retriable and not self.lasting
 
     def __str__(self)->str: return brief(printable(super().__str__(), keep='\n\t'))
 

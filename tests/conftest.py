@@ -38,13 +38,15 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(config, items):
     gpu = [i for i in items if i.get_closest_marker('gpu')] # not `i.keywords`: the folder is called gpu too
     if not gpu: return
-    reason = 'an NVIDIA GPU and cupy' if not has_gpu() else 'a process that has the GPU to itself: pytest -m gpu, without -n' if hasattr(config, 'workerinput') else None
+    reason = ('an NVIDIA GPU and cupy' if not has_gpu() else 'a process that has the GPU to itself: pytest -m gpu, without -n'
+        if hasattr(config, 'workerinput') else None)
     for i in gpu if reason else (): i.add_marker(pytest.mark.skip(reason=f'needs {reason}'))
 
 
 # --- what did not run: one list at the end of every run
 
-skipped_files = Counter()       # (file, reason) of files that were left out as a whole. Processes of xdist do not report them: each hands its own over at its end
+# (file, reason) of files that were left out as a whole. Processes of xdist do not report them: each hands its own over at its end
+skipped_files = Counter()
 
 
 def pytest_collectreport(report):
@@ -68,7 +70,8 @@ def what_it_takes(reason):
 
 
 def pytest_terminal_summary(terminalreporter):
-    tests = Counter(what_it_takes(r.longrepr[2]) for r in terminalreporter.stats.get('skipped', ()) if r.when != 'collect' and isinstance(r.longrepr, tuple))
+    tests = Counter(what_it_takes(r.longrepr[2]) for r in terminalreporter.stats.get('skipped', ()) if r.when != 'collect'
+        and isinstance(r.longrepr, tuple))
     files = {}
     for name, reason in skipped_files: files.setdefault(what_it_takes(reason), []).append(name)
     if not tests and not files: return
@@ -108,5 +111,7 @@ PUBLISHED = 'qwen2.5-0.5b-instruct-q4_k_m', 'phi-3-mini-4k-instruct-q4', 'gpt-os
 def headers(shared, tmp_path_factory):
     "A folder of header-only files of the published models"
     def make(folder):
-        for n in PUBLISHED: subprocess.run([sys.executable, shared / 'full_shape.py', n, folder / f'{n}.gguf', '--header-only'], check=True, capture_output=True)
+        for n in PUBLISHED:
+            subprocess.run([sys.executable, shared / 'full_shape.py', n, folder / f'{n}.gguf', '--header-only'], check=True,
+                capture_output=True)
     return once(tmp_path_factory, 'headers', make)

@@ -10,8 +10,9 @@ def cost(f, rounds):
 
 
 def doubling(make, n, limit=2.5, tries=20):
-    """`make(n)` gives a function without arguments. Each doubling of `n` may cost `limit` times as much; the last two, up to `n`, are looked at together, so that a
-    neighbour on the same machine does not decide: linear work has a factor of 4, the limit is 6.25, quadratic work has 16. The smallest of several runs counts."""
+    """`make(n)` gives a function without arguments. Each doubling of `n` may cost `limit` times as much; the last two, up to `n`, are
+    looked at together, so that a neighbour on the same machine does not decide: linear work has a factor of 4, the limit is 6.25,
+    quadratic work has 16. The smallest of several runs counts."""
     small, large = make(n // 4), make(n)
     gc.collect()
     once = min(cost(small, 1), cost(small, 1))

@@ -1,25 +1,23 @@
 """An engine that follows a script, with a byte vocabulary: for tests that need a model's behaviour but no model.
 
-    model = fake_model(say('Rain falls.') + [EOS])
-    model.generate('hi').run().text                        # 'Rain falls.'
+model = fake_model(say('Rain falls.') + [EOS]) model.generate('hi').run().text # 'Rain falls.'
 
 A script is a list. Its items, in order, stand for the tokens that the engine draws:
 
-    65                      the token with this id
-    OutOfVRAM('…')          any exception, instance or class, is raised there
-    threading.Event()       wait until it is set (cancellation is still noticed)
-    0.25                    wait that many seconds (a float; cancellation is still noticed)
-    lambda: …               called; what it returns is the item (None: nothing)
+65 the token with this id OutOfVRAM('…') any exception, instance or class, is raised there threading.Event() wait until it is set
+(cancellation is still noticed) 0.25 wait that many seconds (a float; cancellation is still noticed) lambda: … called; what it returns
+is the item (None: nothing)
 
-After its end the engine goes on with the token `then` for ever. Ids 0-255 are the bytes, `EOS` ends a turn, and `PIECES` are tokens of more than one byte, among them
-halves of a character."""
+After its end the engine goes on with the token `then` for ever. Ids 0-255 are the bytes, `EOS` ends a turn, and `PIECES` are tokens
+of more than one byte, among them halves of a character."""
 import codecs, threading, time
 from types import SimpleNamespace
 import numpy as np
 from orcd.text.chat import text_of
 from orcd.errors import Cancelled, OrcdError
 
-PIECES = [b'Ha', b'ik', b'u ', b'\n\n', b'END', b'ND', b'EN', '雨'.encode()[:2], '雨'.encode()[2:], '🌧'.encode()[:1], '🌧'.encode()[1:3], '🌧'.encode()[3:], b' the', b'stop']
+PIECES = [b'Ha', b'ik', b'u ', b'\n\n', b'END', b'ND', b'EN', '雨'.encode()[:2], '雨'.encode()[2:], '🌧'.encode()[:1], '🌧'.encode()[1:3],
+    '🌧'.encode()[3:], b' the', b'stop']
 EOS, IM_START, IM_END = 256, 257, 258
 FIRST_PIECE = 259
 N_VALID = FIRST_PIECE + len(PIECES)
@@ -54,7 +52,8 @@ class FakeTokenizer:
 
 
 def fake_config(n_ctx=4096):
-    return SimpleNamespace(arch='qwen2', name='fake', n_layer=2, n_embd=8, n_head=2, n_head_kv=1, head_dim=4, n_ff=16, n_vocab=N_VOCAB, context_length=n_ctx,
+    return SimpleNamespace(arch='qwen2', name='fake', n_layer=2, n_embd=8, n_head=2, n_head_kv=1, head_dim=4, n_ff=16, n_vocab=N_VOCAB,
+        context_length=n_ctx,
         n_expert=0, n_expert_used=0, windows=(0, 0), quant_kind='Q4_0', file_type=2, kv_bytes_per_token=32)
 
 
@@ -66,7 +65,8 @@ class FakeEngine:
         self.script, self.then, self.n_ctx, self.pace = list(script), then, n_ctx, pace
         self.prefill_script, self.chunk, self.config = list(prefill), chunk, config or fake_config(n_ctx)
         self.n_valid, self.closed = self.config.n_vocab, 0
-        self.prompts, self.params, self.drawn, self.finished = [], [], [], 0     # what was asked for; tokens drawn; decodes that ended, in whatever way
+        # what was asked for; tokens drawn; decodes that ended, in whatever way
+        self.prompts, self.params, self.drawn, self.finished = [], [], [], 0
         self.busy = threading.Lock()
 
     def info(self): return dict(gpu_device=None, sm=None, name='fake', cuda_runtime_version=None, resident=False, vram_bytes_used=0)

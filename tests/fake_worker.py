@@ -84,7 +84,9 @@ class Model:
         texts = [prompt] if isinstance(prompt, str) else [said(m) for m in prompt]
         words = [w for t in texts for w in t.split(' ')]
         n = len(words)
-        if n > self.engine.n_ctx: raise request_error([dict(field='prompt', constraint='tokens(1..=4096)', message=f'the prompt has {n} tokens, the context 4096')])
+        if n > self.engine.n_ctx:
+            raise request_error([dict(field='prompt', constraint='tokens(1..=4096)',
+                message=f'the prompt has {n} tokens, the context 4096')])
         return NS(ids=[*words[1:], texts[-1]], reply=not isinstance(prompt, str))
     def close(self): print('closed', flush=True)
 

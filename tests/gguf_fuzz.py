@@ -7,7 +7,6 @@ Run by test_gguf.py in a process of its own. Deterministic: the seed of a case i
 """
 import json, random, re, sys, time
 from pathlib import Path
-import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from orcd.errors import GGUFError
 from orcd.files.gguf import GGUF
@@ -68,7 +67,8 @@ def attempt(path, data, count):
             return 'refused'
     began = time.thread_time()
     count[look()] += 1
-    if time.thread_time() - began > count['slowest'] * UNIT: count['slowest'] = max(count['slowest'], cost(look))    # a slow one is looked at again: was it the file?
+    # a slow one is looked at again: was it the file?
+    if time.thread_time() - began > count['slowest'] * UNIT: count['slowest'] = max(count['slowest'], cost(look))
     count['files'] += 1
 
 

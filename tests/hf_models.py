@@ -5,9 +5,12 @@ import torch
 from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
-LAYER = {'attn_norm': 'input_layernorm', 'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj', 'attn_qkv': 'self_attn.qkv_proj',
-    'attn_output': 'self_attn.o_proj', 'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'ffn_norm': 'post_attention_layernorm',
-    'post_attention_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj', 'ffn_gate_inp': 'mlp.router'}
+LAYER = {'attn_norm': 'input_layernorm', 'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
+    'attn_qkv': 'self_attn.qkv_proj',
+    'attn_output': 'self_attn.o_proj', 'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm',
+    'ffn_norm': 'post_attention_layernorm',
+    'post_attention_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
+    'ffn_gate_inp': 'mlp.router'}
 MODEL = {'token_embd.weight': 'model.embed_tokens.weight', 'output_norm.weight': 'model.norm.weight', 'output.weight': 'lm_head.weight'}
 
 
@@ -15,7 +18,8 @@ def read(path):
     "Metadata and float32 tensors"
     r = gguf.GGUFReader(path)
     keys = {f.name: f.contents() for f in r.fields.values()}
-    return keys, {t.name: np.array(dequantize(t.data, t.tensor_type) if t.tensor_type.name != 'F32' else t.data, np.float32) for t in r.tensors}
+    return keys, {t.name: np.array(dequantize(t.data, t.tensor_type) if t.tensor_type.name != 'F32' else t.data, np.float32)
+        for t in r.tensors}
 
 
 def config(keys, tensors):
@@ -23,14 +27,19 @@ def config(keys, tensors):
     k = lambda name, default=None: keys.get(f'{arch}.{name}', default)
     rope = dict(rope_type='default', rope_theta=k('rope.freq_base', 10000.))
     if k('rope.scaling.type') == 'yarn':
-        rope |= dict(rope_type='yarn', factor=k('rope.scaling.factor'), original_max_position_embeddings=k('rope.scaling.original_context_length'),
+        rope |= dict(rope_type='yarn', factor=k('rope.scaling.factor'),
+            original_max_position_embeddings=k('rope.scaling.original_context_length'),
             beta_fast=k('rope.scaling.yarn_beta_fast', 32.), beta_slow=k('rope.scaling.yarn_beta_slow', 1.))
         if arch == 'gpt-oss': rope |= dict(truncate=False) # as its published configuration; what others have is the default
-    common = dict(vocab_size=tensors['token_embd.weight'].shape[0], hidden_size=k('embedding_length'), intermediate_size=k('feed_forward_length'), num_hidden_layers=k('block_count'),
-        num_attention_heads=k('attention.head_count'), num_key_value_heads=k('attention.head_count_kv'), head_dim=k('attention.key_length'), max_position_embeddings=k('context_length'),
-        rms_norm_eps=k('attention.layer_norm_rms_epsilon'), rope_parameters=rope, tie_word_embeddings='output.weight' not in tensors, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    common = dict(vocab_size=tensors['token_embd.weight'].shape[0], hidden_size=k('embedding_length'),
+        intermediate_size=k('feed_forward_length'), num_hidden_layers=k('block_count'),
+        num_attention_heads=k('attention.head_count'), num_key_value_heads=k('attention.head_count_kv'),
+        head_dim=k('attention.key_length'), max_position_embeddings=k('context_length'),
+        rms_norm_eps=k('attention.layer_norm_rms_epsilon'), rope_parameters=rope, tie_word_embeddings='output.weight' not in tensors,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None)
     if arch == 'gpt-oss':
-        common |= dict(intermediate_size=k('expert_feed_forward_length'), num_local_experts=k('expert_count'), num_experts_per_tok=k('expert_used_count'), sliding_window=k('attention.sliding_window'),
+        common |= dict(intermediate_size=k('expert_feed_forward_length'), num_local_experts=k('expert_count'),
+            num_experts_per_tok=k('expert_used_count'), sliding_window=k('attention.sliding_window'),
             layer_types=['full_attention' if i % 2 else 'sliding_attention' for i in range(k('block_count'))])
     if arch == 'llama': common |= dict(attention_bias='blk.0.attn_output.bias' in tensors, mlp_bias='blk.0.ffn_down.bias' in tensors)
     if arch == 'phi3': common |= dict(sliding_window=k('attention.sliding_window'))
@@ -56,11 +65,13 @@ def state(keys, tensors):
     if arch == 'gpt-oss':
         for i in range(keys['gpt-oss.block_count']):
             p, e = f'model.layers.{i}.', f'model.layers.{i}.mlp.experts.'
-            def pair(kind): return np.stack([out.pop(f'{p}ffn_gate_exps.{kind}'), out.pop(f'{p}ffn_up_exps.{kind}')], 2) # (E, ff, 2, ...): gate and up rows alternate
+            # (E, ff, 2, ...): gate and up rows alternate
+            def pair(kind): return np.stack([out.pop(f'{p}ffn_gate_exps.{kind}'), out.pop(f'{p}ffn_up_exps.{kind}')], 2)
             w, b = pair('weight'), pair('bias')
             out[e + 'gate_up_proj'] = w.reshape(w.shape[0], -1, w.shape[-1]).swapaxes(1, 2)
             out[e + 'gate_up_proj_bias'] = b.reshape(b.shape[0], -1)
-            out[e + 'down_proj'], out[e + 'down_proj_bias'] = out.pop(p + 'ffn_down_exps.weight').swapaxes(1, 2), out.pop(p + 'ffn_down_exps.bias')
+            out[e + 'down_proj'], out[e
+                + 'down_proj_bias'] = out.pop(p + 'ffn_down_exps.weight').swapaxes(1, 2), out.pop(p + 'ffn_down_exps.bias')
     if 'lm_head.weight' not in out: out['lm_head.weight'] = out['model.embed_tokens.weight']
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in out.items()}
 

@@ -1,9 +1,10 @@
 """llama.cpp's shared library through ctypes, on the CPU: an independent program to compare logits with.
 
-`find()` looks for the library in ORCD_LLAMA_LIB (libllama*.so or its folder), where `make oracles` puts it, and in an installed `llama_cpp` package.
+`find()` looks for the library in ORCD_LLAMA_LIB (libllama*.so or its folder), where `make oracles` puts it, and in an installed
+`llama_cpp` package.
 
-The parameter structs differ between versions. They are treated as bytes: the library fills in its defaults, and the few fields that we set are found among them by
-their default values, so that no header of a certain version is needed.
+The parameter structs differ between versions. They are treated as bytes: the library fills in its defaults, and the few fields that
+we set are found among them by their default values, so that no header of a certain version is needed.
 """
 import ctypes, importlib.util, os, sys
 from pathlib import Path
@@ -13,8 +14,10 @@ Opaque = type('Opaque', (ctypes.Structure,), {'_fields_': [('bytes', ctypes.c_ui
 
 
 class Batch(ctypes.Structure):
-    _fields_ = [('n_tokens', ctypes.c_int32), ('token', ctypes.POINTER(ctypes.c_int32)), ('embd', ctypes.c_void_p), ('pos', ctypes.POINTER(ctypes.c_int32)),
-                ('n_seq_id', ctypes.POINTER(ctypes.c_int32)), ('seq_id', ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))), ('logits', ctypes.POINTER(ctypes.c_int8))]
+    _fields_ = [('n_tokens', ctypes.c_int32), ('token', ctypes.POINTER(ctypes.c_int32)), ('embd', ctypes.c_void_p),
+        ('pos', ctypes.POINTER(ctypes.c_int32)),
+                ('n_seq_id', ctypes.POINTER(ctypes.c_int32)), ('seq_id', ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+                ('logits', ctypes.POINTER(ctypes.c_int8))]
 
 
 def find():
@@ -42,25 +45,32 @@ class Library:
                 if f.name.startswith((part + '.so', part + '.v')): ctypes.CDLL(str(f), mode=ctypes.RTLD_GLOBAL); break
         self.lib = L = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         ptr, i32 = ctypes.c_void_p, ctypes.c_int32
-        for name, result, args in (('llama_model_default_params', Opaque, []), ('llama_context_default_params', Opaque, []), ('llama_model_load_from_file', ptr, [ctypes.c_char_p, Opaque]),
-            ('llama_init_from_model', ptr, [ptr, Opaque]), ('llama_batch_init', Batch, [i32, i32, i32]), ('llama_decode', i32, [ptr, Batch]), ('llama_batch_free', None, [Batch]),
-            ('llama_get_logits_ith', ctypes.POINTER(ctypes.c_float), [ptr, i32]), ('llama_free', None, [ptr]), ('llama_model_free', None, [ptr]), ('llama_log_set', None, [ptr, ptr]),
+        for name, result, args in (('llama_model_default_params', Opaque, []), ('llama_context_default_params', Opaque, []),
+                ('llama_model_load_from_file', ptr, [ctypes.c_char_p, Opaque]),
+            ('llama_init_from_model', ptr, [ptr, Opaque]), ('llama_batch_init', Batch, [i32, i32, i32]),
+            ('llama_decode', i32, [ptr, Batch]), ('llama_batch_free', None, [Batch]),
+            ('llama_get_logits_ith', ctypes.POINTER(ctypes.c_float), [ptr, i32]), ('llama_free', None, [ptr]),
+            ('llama_model_free', None, [ptr]), ('llama_log_set', None, [ptr, ptr]),
             ('llama_backend_init', None, []), ('llama_model_get_vocab', ptr, [ptr]), ('llama_vocab_n_tokens', i32, [ptr])):
             f = getattr(L, name); f.restype, f.argtypes = result, args
         self.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *a: None) # kept: the library calls it
         if not os.environ.get('ORCD_LLAMA_LOG'): L.llama_log_set(ctypes.cast(self.quiet, ptr), None)
-        if (load := getattr(L, 'ggml_backend_load_all_from_path', None)) is not None: load.argtypes = [ctypes.c_char_p]; load(str(folder).encode())
+        if (load := getattr(L, 'ggml_backend_load_all_from_path', None)) is not None:
+            load.argtypes = [ctypes.c_char_p]
+            load(str(folder).encode())
         L.llama_backend_init()
 
     def context_params(self, n_ctx):
         "Defaults, but float32 keys and values, no flash attention, `n_ctx` positions in one batch"
         p = self.lib.llama_context_default_params()
         a = np.frombuffer(p, np.int32)
-        flash = next(i for i in range(4, 30) if (a[i-3:i+1] == -1).all())                      # the last of rope scaling, pooling, attention, flash: all "automatic"
+        # the last of rope scaling, pooling, attention, flash: all "automatic"
+        flash = next(i for i in range(4, 30) if (a[i-3:i+1] == -1).all())
         k = next(i for i in range(flash + 1, 60) if a[i] == a[i+1] == 1)                       # type_k, type_v: F16
         a[0:3], a[flash], a[k:k+2] = n_ctx, 0, 0
         threads = next(i for i in range(3, flash) if a[i] == a[i+1] > 1)
-        a[threads:threads+2] = 1                                                              # small models; more threads only wait for each other
+        # small models; more threads only wait for each other
+        a[threads:threads+2] = 1
         return p
 
 

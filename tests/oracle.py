@@ -1,4 +1,5 @@
-"A forward pass in float64, one position and one head at a time, from gguf-py's reader and dequantiser: the slow second opinion of the tests"
+"""A forward pass in float64, one position and one head at a time, from gguf-py's reader and dequantiser: the slow second opinion of the
+tests"""
 import gguf
 import numpy as np
 from gguf.quants import dequantize
@@ -9,12 +10,14 @@ class Float64:
     def __init__(self, path):
         r = gguf.GGUFReader(path)
         self.key = {f.name: f.contents() for f in r.fields.values()}
-        self.w = {t.name: dequantize(t.data, t.tensor_type).astype(np.float64) if t.tensor_type.name != 'F32' else t.data.astype(np.float64) for t in r.tensors}
+        self.w = {t.name: dequantize(t.data, t.tensor_type).astype(np.float64) if t.tensor_type.name != 'F32'
+            else t.data.astype(np.float64) for t in r.tensors}
         self.arch = self.key['general.architecture']
 
     def get(self, key, default=None): return self.key.get(f'{self.arch}.{key}', default)
 
-    def norm(self, x, name): return x/np.sqrt((x**2).mean(-1, keepdims=True) + self.get('attention.layer_norm_rms_epsilon'))*self.w[name + '.weight']
+    def norm(self, x, name):
+        return x/np.sqrt((x**2).mean(-1, keepdims=True) + self.get('attention.layer_norm_rms_epsilon'))*self.w[name + '.weight']
 
     def mul(self, x, name): return x @ self.w[name + '.weight'].T + self.w.get(name + '.bias', 0)
 

@@ -1,7 +1,8 @@
 """The reference engine with the FP16 roundings that the CUDA engine's prefill makes by design, to tell them from mistakes.
 
-Two runs with the same roundings still differ: sums in another order move a number by 1e-7 of its size, and one that lies at the edge between two
-halves then rounds the other way, by up to 5e-4. In a few layers such flips add up to about half of the error that the roundings themselves make."""
+Two runs with the same roundings still differ: sums in another order move a number by 1e-7 of its size, and one that lies at the edge
+between two halves then rounds the other way, by up to 5e-4. In a few layers such flips add up to about half of the error that the
+roundings themselves make."""
 import numpy as np
 from orcd.files.blocks import GGMLType, dequantize
 from orcd.kernels.gemm import PLAIN
@@ -30,11 +31,13 @@ def as_hopper(
     w, zero, d = dequantize(blocks, t).astype(np.float64), filled(0, 0), filled(one, 0) - filled(0, 0)
     n = np.rint(np.divide(w - zero, d, out=np.zeros_like(w), where=d != 0))
     b = blocks.view(t.dtype).reshape(len(blocks), -1)
-    top = np.maximum(1, np.max([(b[f].view(np.uint16).reshape(len(b), -1) >> 10 & 31).max(1) for f in {'d', 'm', 'dmin'} & set(b.dtype.names)], 0))
+    top = np.maximum(1, np.max([(b[f].view(np.uint16).reshape(len(b), -1) >> 10 & 31).max(1)
+        for f in {'d', 'm', 'dmin'} & set(b.dtype.names)], 0))
     up = np.exp2(dict(Q4_K=23., Q5_K=23., Q6_K=22.).get(t.name, 29.) - top)[:, None]
     half = lambda x: x.astype(np.float32).astype(np.float16).astype(np.float64)
     scale = half(d*up)
-    least = half(zero*up/2**24) if t.name in ('Q4_1', 'Q5_1', 'Q4_K', 'Q5_K') else half(np.rint(np.divide(zero, d, out=np.zeros_like(d), where=d != 0))*scale/2**24)
+    least = (half(zero*up/2**24) if t.name in ('Q4_1', 'Q5_1', 'Q4_K', 'Q5_K')
+        else half(np.rint(np.divide(zero, d, out=np.zeros_like(d), where=d != 0))*scale/2**24))
     return ((n*scale/2**24 + least).astype(np.float16).astype(np.float64)*2**24/up).astype(np.float32)
 
 
@@ -66,7 +69,8 @@ class HalfOps(NumpyOps):
     def clamped_swiglu(self, gate, up):
         y = super().clamped_swiglu(gate, up)
         return half(y*256)/256 if self.fused else y
-    def linear(self, x, W, bias=None, residual=None): return super().linear(x if W.type in PLAIN else as_half(x), self.weight(W), bias, residual)
+    def linear(self, x, W, bias=None, residual=None):
+        return super().linear(x if W.type in PLAIN else as_half(x), self.weight(W), bias, residual)
     def expert_linear(self, x, W, bias, route): return super().expert_linear(as_half(x), self.weight(W), bias, route)
 
     def attention(self, q, k, v, i, sinks=None):
@@ -92,4 +96,5 @@ class Rounded(ReferenceEngine):
         m.ops = HalfOps(m.config, getattr(m.w, 'rope_freqs', None))
         up = getattr(m.layers[0], 'ffn_up', None) or m.layers[0].ffn_up_exps
         m.ops.is_hopper, m.ops.fused = is_hopper, is_hopper and up.type.block_size > 1
-        m.head = lambda x: exact.linear(exact.rms_norm(x, m.w.output_norm, m.config.rms_eps), m.w.output) # rows of logits are products of one row, in FP32
+        # rows of logits are products of one row, in FP32
+        m.head = lambda x: exact.linear(exact.rms_norm(x, m.w.output_norm, m.config.rms_eps), m.w.output)

@@ -1,12 +1,12 @@
 """The experts that an engine takes, and an oracle made to take the same.
 
-FP16 roundings before a router change its scores a little. Where two of them are nearly equal the engine takes another expert than the oracle: right, but
-all that follows is far off. So an oracle follows the engine's choice, which leaves the usual small differences, and the choice is judged by itself:
+FP16 roundings before a router change its scores a little. Where two of them are nearly equal the engine takes another expert than the
+oracle: right, but all that follows is far off. So an oracle follows the engine's choice, which leaves the usual small differences,
+and the choice is judged by itself:
 
-    with recorded(n_layer) as engine_took: got = engine.logits(ids)
-    oracle = engine_took.follow()            # called with the scores (T, n_expert) of one router after the other, returns ids (T, k)
-    with forced(reference_engine, oracle): want = reference_engine.logits(ids)
-    oracle.check(1e-2)
+with recorded(n_layer) as engine_took: got = engine.logits(ids) oracle = engine_took.follow() # called with the scores (T, n_expert)
+of one router after the other, returns ids (T, k) with forced(reference_engine, oracle): want = reference_engine.logits(ids)
+oracle.check(1e-2)
 """
 from contextlib import contextmanager
 import numpy as np
@@ -16,7 +16,8 @@ def best(scores, k): return np.argsort(-scores, axis=1, kind='stable')[:, :k]
 
 
 class Recorded:
-    "Scores (T, n_expert) and choice (T, k) of each layer in one prefill, from what its routers saw and took: layer by layer, chunk by chunk"
+    """Scores (T, n_expert) and choice (T, k) of each layer in one prefill, from what its routers saw and took: layer by layer, chunk by
+    chunk"""
     def __init__(self, n_layer): self.n_layer, self.calls = n_layer, []
     def layers(self, what): return [np.concatenate([c[what] for c in self.calls[i::self.n_layer]]) for i in range(self.n_layer)]
     @property
@@ -40,9 +41,9 @@ class Follower:
         limit,    # of the difference between the engine's scores and the oracle's, over the standard deviation of the layer's scores
         few=.02,  # share of choices that the oracle would have made otherwise; two are allowed anyway
     ):
-        """The engine took the best of its own scores, and these are the oracle's within `limit`. From that it follows that an expert which the oracle would
-        not have taken lost by less than twice the limit; this is looked at as well, in the oracle's scores alone.
-        Returns (share of other choices, worst loss, worst difference)."""
+        """The engine took the best of its own scores, and these are the oracle's within `limit`. From that it follows that an expert
+        which the oracle would not have taken lost by less than twice the limit; this is looked at as well, in the oracle's scores
+        alone. Returns (share of other choices, worst loss, worst difference)."""
         swapped, lost, off = [], 0., 0.
         seen = map(np.concatenate, filter(None, self.seen))
         for layer, (a, ids, b) in enumerate(zip(self.engine_scores, self.ids, seen)):
@@ -50,7 +51,8 @@ class Follower:
             assert mine, f'layer {layer}: the engine did not take the best of its own scores'
             taken = np.zeros(b.shape, bool)
             np.put_along_axis(taken, ids, True, 1)
-            gap = np.where(taken, -np.inf, b).max(1) - np.where(taken, b, np.inf).min(1) # above 0 where the oracle prefers one that was left
+            # above 0 where the oracle prefers one that was left
+            gap = np.where(taken, -np.inf, b).max(1) - np.where(taken, b, np.inf).min(1)
             swapped.append(gap > 0)
             lost, off = max(lost, gap.max() / b.std()), max(off, np.abs(a - b).max() / b.std())
             assert off < limit, f'layer {layer}: the scores differ by {off:.1e} standard deviations'

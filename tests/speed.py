@@ -1,7 +1,8 @@
 """Costs measured against the machine they are measured on, since no test may know how fast that is.
 
-`cost(f)` is the processor time of `f` in units of a fixed piece of Python, timed in turn with it: the best of several tries of this thread's time, with the garbage
-collector off. Other work on the machine weighs on unit and subject alike. A bound in a test is some ten times what was seen. How time grows with size: doubling.py."""
+`cost(f)` is the processor time of `f` in units of a fixed piece of Python, timed in turn with it: the best of several tries of this
+thread's time, with the garbage collector off. Other work on the machine weighs on unit and subject alike. A bound in a test is some
+ten times what was seen. How time grows with size: doubling.py."""
 import gc, time
 
 

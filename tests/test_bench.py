@@ -46,7 +46,8 @@ def test_launches(monkeypatch, capsys):
         import cupy
         new = lambda shape, dtype: array(shape if isinstance(shape, tuple) else (shape,), dtype, NS(ptr=1 << 20))
         monkeypatch.setattr(Array, '__and__', lambda self, bits: self, raising=False)
-        vars(cupy).update(random=NS(randint=lambda lo, hi, n, dtype: new(n, dtype), standard_normal=lambda shape, dtype: new(shape, dtype)), zeros=new, ones=new, uint8=np.uint8)
+        vars(cupy).update(random=NS(randint=lambda lo, hi, n, dtype: new(n, dtype), standard_normal=lambda shape,
+            dtype: new(shape, dtype)), zeros=new, ones=new, uint8=np.uint8)
         monkeypatch.setattr(gemv, 'read_bandwidth', lambda: 3e12)
         monkeypatch.setattr(gemv, 'graph_time', lambda launch, n: (launch(0, cupy.cuda.Stream()), 1e-5)[1])
         runpy.run_path(str(ROOT/'tests'/'bench'/'launches.py'), run_name='__main__')

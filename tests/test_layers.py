@@ -17,8 +17,10 @@ def imports(tree, module):
     for n in ast.walk(tree):
         if isinstance(n, ast.Import): yield from ((a.name, id(n) in inside) for a in n.names)
         elif isinstance(n, ast.ImportFrom):
-            base = '.'.join([*package[:len(package) + 1 - n.level], *([n.module] if n.module else [])]) if n.level else n.module # nbdev writes `from orcd.x` as `from .x`
-            names = [f'{base}.{a.name}' for a in n.names] if base.startswith('orcd') and base.count('.') < 2 and f'{base[5:]}' not in MODULES else [base]
+            # nbdev writes `from orcd.x` as `from .x`
+            base = '.'.join([*package[:len(package) + 1 - n.level], *([n.module] if n.module else [])]) if n.level else n.module
+            names = ([f'{base}.{a.name}' for a in n.names] if base.startswith('orcd') and base.count('.') < 2
+                and f'{base[5:]}' not in MODULES else [base])
             yield from ((m, id(n) in inside) for m in names)
 
 

@@ -59,7 +59,7 @@ def test_a_wrong_choice_is_seen():
 
 def test_a_reference_follows(gguf_file):
     engine, ids = ReferenceEngine(gguf_file('gpt-oss')), np.random.default_rng(0).integers(0, 160, 150)
-    n, k = engine.config.n_expert, engine.config.n_expert_used
+    k = engine.config.n_expert_used
     seen, route = Recorded(engine.config.n_layer), engine.model.ops.route
     engine.model.ops.route = lambda s, k: (seen.calls.append((s, best(s, k))), route(s, k))[1]
     want = engine.logits(ids)
@@ -84,7 +84,8 @@ def test_halves():
     x[3, :], x[4, 0] = 0, 1e-12
     y = rounded.as_half(x)
     assert (abs(y - x) <= abs(x)*2**-11 + abs(x).max(1, keepdims=True)*2.**-39).all() and (y != x).mean() > .9
-    fixed = np.float32([[1, 1 + 2**-10, 1 + 2**-11, 1 + 3*2**-11, 2**-20 + 2**-30]]) # ties to even; the row's scale keeps the small one normal
+    # ties to even; the row's scale keeps the small one normal
+    fixed = np.float32([[1, 1 + 2**-10, 1 + 2**-11, 1 + 3*2**-11, 2**-20 + 2**-30]])
     assert rounded.as_half(fixed).tolist() == [[1, 1 + 2**-10, 1, 1 + 2**-9, 2**-20 + 2**-30]]
 
 

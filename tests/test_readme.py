@@ -63,7 +63,9 @@ def test_addresses_have_one_home():
     quarto = yaml.safe_load((ROOT / '_quarto.yml').read_text())['website']
     assert (quarto.get('site-url'), quarto.get('repo-url')) == (urls.get('Documentation') or None, urls.get('Repository') or None)
     if any(urls.values()): return
-    written = subprocess.run(['git', 'ls-files', 'orcd', 'nbs', '*.md', '*.yml', '*.toml'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    written = subprocess.run(['git', 'ls-files', 'orcd', 'nbs', '*.md', '*.yml', '*.toml'], cwd=ROOT, capture_output=True, text=True,
+        check=True).stdout.split()
     for name in written:
         if name.endswith('.gguf'): continue
-        assert not re.search(r'(github\.com|github\.io|gitlab\.com)[/:][\w.-]*/?(worker-)?orcd', (ROOT / name).read_text(errors='replace'), re.I), name
+        assert not re.search(r'(github\.com|github\.io|gitlab\.com)[/:][\w.-]*/?(worker-)?orcd',
+            (ROOT / name).read_text(errors='replace'), re.I), name

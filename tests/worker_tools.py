@@ -1,9 +1,10 @@
 "Start real worker processes, talk to them over sockets, read their logs"
-import contextlib, http.client, json, os, queue, signal, socket, subprocess, sys, threading, time
+import contextlib, http.client, json, os, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 60      # seconds until what should happen at once counts as never: a slow and busy machine has its time, and what tests forbid takes longer still
+# seconds until what should happen at once counts as never: a slow and busy machine has its time, and what tests forbid takes longer still
+PATIENCE = 60
 PATH = os.pathsep.join([str(ROOT), str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]) # packages may lie there
 
 
@@ -179,12 +180,14 @@ def gone(pid):
     return False
 
 
-def rss(pid): "Memory of a process that no file backs, in bytes"; return int(next(l for l in open(f'/proc/{pid}/status') if l.startswith('RssAnon')).split()[1]) * 1024
+def rss(pid):
+    "Memory of a process that no file backs, in bytes"
+    return int(next(l for l in open(f'/proc/{pid}/status') if l.startswith('RssAnon')).split()[1]) * 1024
 
 
 def soak(w, jobs, seed=0, tokens=32, long='The rain falls. ' * 200, vram=lambda: 0):
-    """Mixed jobs with random cancels, disconnects and bad requests. Every stream is checked; between them a probe asks the same thing again and again.
-    Returns what the probes saw: [(text, tokens a second, host bytes, VRAM bytes)]."""
+    """Mixed jobs with random cancels, disconnects and bad requests. Every stream is checked; between them a probe asks the same thing
+    again and again. Returns what the probes saw: [(text, tokens a second, host bytes, VRAM bytes)]."""
     import random
     r, seen = random.Random(seed), []
 
@@ -192,8 +195,11 @@ def soak(w, jobs, seed=0, tokens=32, long='The rain falls. ' * 200, vram=lambda:
         *events, end = w.execute('probe', prompt='Rain', seed=1, temperature=.8, max_tokens=tokens).all()
         seen.append((''.join(e['t'] for e in events[1:]), end['tokens_out'] / max(end['decode_time_ms'], 1) * 1e3, rss(w.p.pid), vram()))
 
-    def start(i): return w.execute(f'job-{i}', prompt=r.choice(['Rain', 'The moon', long]), max_tokens=r.choice([1, tokens, 2000]), temperature=r.choice([0, .7, 2]), timeout=2 * PATIENCE)
-    def finish(i): check(list(w.execute(f'job-{i}', prompt=r.choice(['Rain', long]), max_tokens=tokens, stop=r.choice([[], ['a', 'the']])).frames()))
+    def start(i):
+        return w.execute(f'job-{i}', prompt=r.choice(['Rain', 'The moon', long]), max_tokens=r.choice([1, tokens, 2000]),
+            temperature=r.choice([0, .7, 2]), timeout=2 * PATIENCE)
+    def finish(i):
+        check(list(w.execute(f'job-{i}', prompt=r.choice(['Rain', long]), max_tokens=tokens, stop=r.choice([[], ['a', 'the']])).frames()))
     def cancel(i):
         s = start(i)
         time.sleep(r.random() * .05)

@@ -59,7 +59,8 @@ class Architecture:
 
     def tensors(self, c)->dict:
         "Role -> `TensorSpec`"
-        return specs(token_embd=(c.n_vocab, c.n_embd), output_norm=(c.n_embd,)) | specs(output=(c.n_vocab, c.n_embd), optional=True) | self.layer_tensors(c)
+        return (specs(token_embd=(c.n_vocab, c.n_embd), output_norm=(c.n_embd,)) | specs(output=(c.n_vocab, c.n_embd), optional=True)
+            | self.layer_tensors(c))
 
     def check(self, g, bound): "Look at what tensors hold, where a few numbers decide whether there is a model at all. Raises `ModelError`."
     def layer_tensors(self, c)->dict: raise TypeError(f'{type(self).__name__} does not define layer_tensors')
@@ -82,14 +83,17 @@ class Bound:
     def signatures(self):
         "Of each layer the first one that has tensors of the same types and shapes"
         first = {}
-        return [first.setdefault(tuple((role, t and (t.type, t.shape)) for role, t in roles.items()), i) for i, roles in enumerate(self.layers)]
+        return [first.setdefault(tuple((role, t and (t.type, t.shape)) for role, t in roles.items()), i)
+            for i, roles in enumerate(self.layers)]
 
 def _find(g, spec, i=0):
     name = spec.name.format(i=i)
     t = g.tensors.get(name)
-    if t is None and not spec.optional: raise ModelError(f'{name} is missing: the file is no complete model, or of another architecture than it says')
+    if t is None and not spec.optional:
+        raise ModelError(f'{name} is missing: the file is no complete model, or of another architecture than it says')
     if t is None: return None
-    if tuple(t.shape) != spec.shape: raise ModelError(f'{name} has the shape {tuple(t.shape)}, by the hyper-parameters it must be {spec.shape}')
+    if tuple(t.shape) != spec.shape:
+        raise ModelError(f'{name} has the shape {tuple(t.shape)}, by the hyper-parameters it must be {spec.shape}')
     if spec.is_vector and t.type != GGMLType.F32: raise ModelError(f'{name} is {t.type.name}; norms, biases and the like must be F32')
     return t
 
@@ -115,7 +119,9 @@ def bind(
     if model['output'] is None: model['output'] = model['token_embd']
     bound = Bound(model, layers)
     extra = [n for n in g.tensors.keys() - {t.name for t in bound.unique} if not n.endswith(arch.ignored)]
-    if extra: raise ModelError(f'{min(extra)} is not part of the {arch.name} architecture ({len(extra)} such tensors): leaving it out would give wrong results')
+    if extra:
+        raise ModelError(f'{min(extra)} is not part of the {arch.name} architecture ({len(extra)} such tensors): leaving it out would give '
+            'wrong results')
     return bound
 
 # %% ../../nbs/3_families/11_arch.ipynb #cb9ac6ba
@@ -135,10 +141,12 @@ def known():
 def open_model(
     g, # `GGUF`
 )->tuple: # (`Architecture`, `ModelConfig`, `Bound`)
-    "The family of a file, its hyper-parameters and its tensors, which were checked. Raises `ModelError`, which lists the known families for an unknown one."
+    """The family of a file, its hyper-parameters and its tensors, which were checked. Raises `ModelError`, which lists the known
+    families for an unknown one."""
     name = g.metadata.get('general.architecture')
-    if name == 'gptoss': raise ModelError("the architecture is 'gptoss', which is another program's own format (its experts have type id 4): "
-        "take a file whose architecture is 'gpt-oss', such as llama.cpp's converter makes")
+    if name == 'gptoss':
+        raise ModelError("the architecture is 'gptoss', which is another program's own format (its experts have type id 4): "
+            "take a file whose architecture is 'gpt-oss', such as llama.cpp's converter makes")
     if name is None: raise ModelError('general.architecture is missing: the file holds no language model')
     if name not in registry and name not in known():
         raise ModelError(f'the architecture {short(name)} is not supported; known: {", ".join(known())}')
@@ -185,7 +193,8 @@ class Trace:
     def rope(self, q, n_head): return self.add('rope', [q], q.shape, f'{n_head} heads')
     def attention(self, q, k, v, i, sinks=None):
         w = self.config.windows[i]
-        return self.add('attention', [q, k, v], q.shape, (f'window {w}' if w else 'all positions') + (', sinks' if sinks is not None else ''))
+        return self.add('attention', [q, k, v], q.shape,
+            (f'window {w}' if w else 'all positions') + (', sinks' if sinks is not None else ''))
     def swiglu(self, gate, up): return self.add('swiglu', [gate, up], up.shape)
     def clamped_swiglu(self, gate, up): return self.add('clamped_swiglu', [gate, up], up.shape)
     def route(self, logits, k): return self.add('route', [logits], (1, k), f'best {k} of {logits.shape[1]}')
@@ -200,13 +209,15 @@ def trace(
     absent=(), # roles of optional tensors that are not there
 )->list:    # of `Step`
     "The graph of a layer"
-    w = SimpleNamespace(**{r: None if r in absent else SimpleNamespace(role=r, shape=s.shape) for r, s in arch.layer_tensors(config).items()})
+    w = SimpleNamespace(**{r: None if r in absent else SimpleNamespace(role=r, shape=s.shape)
+        for r, s in arch.layer_tensors(config).items()})
     ops = Trace(config)
     arch.layer(ops, ops.start(), w, i)
     return ops.steps
 
 # %% ../../nbs/3_families/11_arch.ipynb #cd736670
-COLOR = dict(x='#dddddd', rms_norm='#cfe8cf', head_norm='#cfe8cf', linear='#cfdcf2', expert_linear='#cfdcf2', expert_sum='#cfdcf2', route='#f2dccf',
+COLOR = dict(x='#dddddd', rms_norm='#cfe8cf', head_norm='#cfe8cf', linear='#cfdcf2', expert_linear='#cfdcf2', expert_sum='#cfdcf2',
+    route='#f2dccf',
     attention='#f2cfcf', rope='#f2eccf', split='#eeeeee', swiglu='#e3cff2', clamped_swiglu='#e3cff2')
 
 def _places(steps):
@@ -235,7 +246,8 @@ def draw(
     if ax is None: _, ax = plt.subplots(figsize=(1.9*max(2*wide, 2) + .6, .58*(deep + 1)), dpi=38, layout='constrained')
     for j, s in enumerate(steps):
         (x, y), n = at[j], f'{s.shape[0]} x {s.shape[1]}' if s.shape[0] > 1 else s.shape[1]
-        ax.text(x, y, f'{s.op}\n{s.label} → {n}', ha='center', va='center', size=7.5, zorder=3, bbox=dict(boxstyle='round', fc=COLOR[s.op], ec='none'))
+        ax.text(x, y, f'{s.op}\n{s.label} → {n}', ha='center', va='center', size=7.5, zorder=3,
+            bbox=dict(boxstyle='round', fc=COLOR[s.op], ec='none'))
         for k in s.inputs:
             bend = .5 if at[k][0] == x and y - at[k][1] > 1 else 0 # past the boxes between
             ax.annotate('', (x, y - .3), (at[k][0], at[k][1] + .3), zorder=1,

@@ -121,7 +121,8 @@ def read_rope(
     if factor < .01: raise ModelError(f'{h.arch}.rope.scaling.factor is {factor:g}; it must be 0, for none, or at least 0.01')
     if factor == 1.: scaling = 'none'
     rope = RopeConfig(n_rot=h.int('rope.dimension_count', n_rot, 2, n_rot), theta=h.float('rope.freq_base', 10000., 1.001), style=style,
-        scaling=scaling, factor=factor if scaling != 'none' else 1., original_context=h.int('rope.scaling.original_context_length', 0, 0, 1 << 24),
+        scaling=scaling, factor=factor if scaling != 'none' else 1.,
+        original_context=h.int('rope.scaling.original_context_length', 0, 0, 1 << 24),
         beta_fast=h.float('rope.scaling.yarn_beta_fast', 32., 1e-3, 1e6), beta_slow=h.float('rope.scaling.yarn_beta_slow', 1., 1e-3, 1e6),
         yarn_truncate=yarn_truncate, attn_factor=h.float('rope.scaling.attn_factor', 1., 1e-3, 1e3))
     if rope.n_rot % 2: raise ModelError(f'{h.arch}.rope.dimension_count is {rope.n_rot}; pairs need an even number')
@@ -137,11 +138,14 @@ def check_yarn(
     "Keys without which YaRN cannot be computed, or with which nobody knows how"
     name = f'{h.arch}.rope.scaling'
     if not rope.original_context: raise ModelError(f'{name}.original_context_length is missing: YaRN needs it')
-    if rope.beta_slow > rope.beta_fast: raise ModelError(f'{name}.yarn_beta_slow is {rope.beta_slow:g}, more than yarn_beta_fast, {rope.beta_fast:g}')
+    if rope.beta_slow > rope.beta_fast:
+        raise ModelError(f'{name}.yarn_beta_slow is {rope.beta_slow:g}, more than yarn_beta_fast, {rope.beta_fast:g}')
     if rope.original_context < 2*math.pi*rope.beta_slow:
-        raise ModelError(f'{name}.original_context_length is {rope.original_context}: not even the fastest pair makes yarn_beta_slow, {rope.beta_slow:g}, turns in it')
+        raise ModelError(f'{name}.original_context_length is {rope.original_context}: not even the fastest pair makes yarn_beta_slow, '
+            f'{rope.beta_slow:g}, turns in it')
     if abs(whole/rope.yarn_mscale - 1) > 1e-4:
-        raise ModelError(f'{name}.yarn_attn_factor is {whole:g}: programs disagree on what it means, unless it is {rope.yarn_mscale:.6g}, which follows from the factor')
+        raise ModelError(f'{name}.yarn_attn_factor is {whole:g}: programs disagree on what it means, unless it is {rope.yarn_mscale:.6g}, '
+            'which follows from the factor')
 
 # %% ../../nbs/3_families/10_config.ipynb #506c95a0
 @dataclass(frozen=True)
@@ -186,14 +190,19 @@ class ModelConfig:
 ANY = object() # "whatever the value"
 
 NEUTRAL = { # key -> values with which it changes nothing in a model of these families
-    'attention.causal': (True,), 'attention.clamp_kqv': (0,), 'attention.max_alibi_bias': (0,), 'attention.shared_kv_layers': (0,), 'attention.sliding_window': (0,),
-    'attention.temperature_length': (0,), 'attention.temperature_scale': (0,), 'attention.layer_norm_epsilon': ANY, # of a LayerNorm, which they do not have
+    'attention.causal': (True,), 'attention.clamp_kqv': (0,), 'attention.max_alibi_bias': (0,), 'attention.shared_kv_layers': (0,),
+    'attention.sliding_window': (0,),
+    'attention.temperature_length': (0,), 'attention.temperature_scale': (0,),
+    'attention.layer_norm_epsilon': ANY, # of a LayerNorm, which they do not have
     'attn_logit_softcapping': (0,), 'final_logit_softcapping': (0,), 'router_logit_softcapping': (0,),
     'embedding_scale': (0, 1), 'residual_scale': (0, 1), 'logit_scale': (0, 1), # 0: not set
-    'expert_count': (0,), 'expert_used_count': (0,), 'expert_feed_forward_length': (0,), 'expert_shared_count': (0,), 'expert_shared_feed_forward_length': (0,),
-    'expert_group_count': (0, 1), 'expert_group_used_count': (0, 1), 'expert_weights_scale': (0, 1), 'leading_dense_block_count': (0,), 'nextn_predict_layers': (0,),
+    'expert_count': (0,), 'expert_used_count': (0,), 'expert_feed_forward_length': (0,), 'expert_shared_count': (0,),
+    'expert_shared_feed_forward_length': (0,),
+    'expert_group_count': (0, 1), 'expert_group_used_count': (0, 1), 'expert_weights_scale': (0, 1), 'leading_dense_block_count': (0,),
+    'nextn_predict_layers': (0,),
     'pooling_type': (0,), 'tensor_data_layout': ('reference',), 'use_parallel_residual': (False,), 'swin_norm': (False,),
-    'rope.dimension_sections': (0,), 'rope.scaling.finetuned': ANY, 'rope.scaling.yarn_ext_factor': (-1, 1), 'rope.scaling.yarn_log_multiplier': (0,), # -1: not set
+    'rope.dimension_sections': (0,), 'rope.scaling.finetuned': ANY, 'rope.scaling.yarn_log_multiplier': (0,),
+    'rope.scaling.yarn_ext_factor': (-1, 1), # -1: not set
 }
 
 def is_neutral(
@@ -206,17 +215,20 @@ def is_neutral(
     return all(any(isinstance(x, bool) == isinstance(a, bool) and x == a for a in allowed) for x in values)
 
 def refuse_unknown(
-    h:Hyper,        # that has been asked for all that is used
-    neutral:dict={}, # of the family, beside `NEUTRAL`
+    h:Hyper,           # that has been asked for all that is used
+    neutral:dict=None, # of the family, beside `NEUTRAL`
 ):
     "Raises `ModelError` that names a key of the architecture that is not used and may change the results"
-    neutral = NEUTRAL | neutral
+    neutral = NEUTRAL | (neutral or {})
     for name in h.metadata:
         if name in h.known or not name.startswith(h.arch + '.'): continue
         v, allowed, key = h.metadata[name], neutral.get(name[len(h.arch) + 1:]), short(name)[1:-1]
-        if allowed is None: raise ModelError(f'{key} is {short(v)}: the {h.arch} architecture has no such key here, and leaving it out may give wrong results')
+        if allowed is None:
+            raise ModelError(f'{key} is {short(v)}: the {h.arch} architecture has no such key here, and leaving it out may give wrong '
+                'results')
         if is_neutral(v, allowed): continue
-        raise ModelError(f'{key} is {short(v)}: only {" or ".join(map(repr, allowed))} is supported, leaving it out would give wrong results')
+        raise ModelError(f'{key} is {short(v)}: only {" or ".join(map(repr, allowed))} is supported, leaving it out would give wrong '
+            'results')
 
 # %% ../../nbs/3_families/10_config.ipynb #61efc4e4
 def read_config(
@@ -226,19 +238,22 @@ def read_config(
     window:int=0,         # sliding window …
     windowed=lambda i: True, # … and the layers that have it
     yarn_truncate:bool=True, # round the ends of YaRN's ramp
-    neutral:dict={},      # keys that the family knows to change nothing, beside `NEUTRAL`
+    neutral:dict=None,    # keys that the family knows to change nothing, beside `NEUTRAL`
     **more,               # further fields of `ModelConfig`
 )->ModelConfig:
-    "A `ModelConfig` from the keys that all families share. Asked last: a key that neither it nor the family has read is refused. Raises `ModelError` that names the key."
+    """A `ModelConfig` from the keys that all families share. Asked last: a key that neither it nor the family has read is refused.
+    Raises `ModelError` that names the key."""
     n_layer, n_embd = h.int('block_count', hi=1024), h.int('embedding_length')
     n_head = h.int('attention.head_count', hi=4096, layers=n_layer)
-    n_head_kv, head_dim = h.int('attention.head_count_kv', n_head, hi=n_head, layers=n_layer), h.int('attention.key_length', n_embd//n_head, 2, 1024)
+    n_head_kv, head_dim = (h.int('attention.head_count_kv', n_head, hi=n_head, layers=n_layer),
+        h.int('attention.key_length', n_embd//n_head, 2, 1024))
     if n_head % n_head_kv: raise ModelError(f'{h.arch}.attention.head_count_kv is {n_head_kv}; it must divide head_count, {n_head}')
     if h.metadata.get(f'{h.arch}.attention.key_length') is None and n_embd % n_head:
         raise ModelError(f'{h.arch}.attention.key_length is missing, and head_count, {n_head}, does not divide embedding_length, {n_embd}')
     if head_dim % 2: raise ModelError(f'{h.arch}.attention.key_length is {head_dim}; it must be even')
     value_length = h.int('attention.value_length', head_dim, 2, 1024)
-    if value_length != head_dim: raise ModelError(f'{h.arch}.attention.value_length is {value_length}; only key_length, {head_dim}, is supported')
+    if value_length != head_dim:
+        raise ModelError(f'{h.arch}.attention.value_length is {value_length}; only key_length, {head_dim}, is supported')
     config = ModelConfig(h.arch, model_name(h), n_layer, n_embd, n_head, n_head_kv, head_dim,
         n_ff=h.int('feed_forward_length', layers=n_layer), n_vocab=vocab_rows(g, h), context_length=h.int('context_length', hi=1 << 24),
         rms_eps=h.float('attention.layer_norm_rms_epsilon', lo=1e-12, hi=.1), rope=read_rope(h, head_dim, style, yarn_truncate),
@@ -259,11 +274,14 @@ def vocab_rows(g, h):
     if t is None or len(t.shape) != 2: raise ModelError('token_embd.weight is missing or no matrix: this is no complete language model')
     n = t.shape[0]
     tokens = getattr(g.metadata, 'kind', lambda key: (None,)*3)('tokenizer.ggml.tokens')[2] or 0
-    if tokens > n: raise ModelError(f'the tokenizer has {tokens} tokens, but token_embd.weight has only {n} rows: one of them is of another model')
-    if h.int('vocab_size', n) > n: raise ModelError(f'{h.arch}.vocab_size is {h.int("vocab_size")}, but token_embd.weight has only {n} rows')
+    if tokens > n:
+        raise ModelError(f'the tokenizer has {tokens} tokens, but token_embd.weight has only {n} rows: one of them is of another model')
+    if h.int('vocab_size', n) > n:
+        raise ModelError(f'{h.arch}.vocab_size is {h.int("vocab_size")}, but token_embd.weight has only {n} rows')
     return n
 
-FILE_TYPE = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 7: 'Q8_0', 8: 'Q5_0', 9: 'Q5_1', 14: 'Q4_K_S', 15: 'Q4_K_M', 16: 'Q5_K_S', 17: 'Q5_K_M', 18: 'Q6_K',
+FILE_TYPE = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 7: 'Q8_0', 8: 'Q5_0', 9: 'Q5_1', 14: 'Q4_K_S', 15: 'Q4_K_M', 16: 'Q5_K_S',
+    17: 'Q5_K_M', 18: 'Q6_K',
     32: 'BF16', 38: 'MXFP4'}
 
 def quant_kind(

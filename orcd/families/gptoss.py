@@ -18,7 +18,8 @@ class GptOss(Architecture):
     @classmethod
     def config(cls, g):
         h = Hyper(g.metadata, cls.name)
-        n_expert, _ = h.int('expert_count', hi=1024), h.int('attention.key_length', hi=1024) # n_embd / n_head would be wrong, so it is no default
+        # n_embd / n_head would be wrong, so it is no default
+        n_expert, _ = h.int('expert_count', hi=1024), h.int('attention.key_length', hi=1024)
         return cls.read(g, h, window=h.int('attention.sliding_window', hi=1 << 24), windowed=lambda i: i % 2 == 0,
             n_expert=n_expert, n_expert_used=h.int('expert_used_count', hi=n_expert), n_ff_exp=h.int('expert_feed_forward_length'))
 

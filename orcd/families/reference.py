@@ -145,7 +145,9 @@ class Weight:
     def __init__(self, g:GGUF, info:TensorInfo, budget:Budget)->None:
         self.file, self.name, self.type, self.shape, self._budget, self.kept = g, info.name, info.type, info.shape, budget, {}
 
-    def blocks(self, first:int, n:int)->np.ndarray: "`n` rows as they lie in the file"; return self.file.read(self.name, int(first), n)
+    def blocks(self, first:int, n:int)->np.ndarray:
+        "`n` rows as they lie in the file"
+        return self.file.read(self.name, int(first), n)
 
     def matrix(self, expert:int=0)->np.ndarray:
         "float32 (out, in)"
@@ -220,9 +222,11 @@ class NumpyOps:
     def heads(self, x:np.ndarray)->np.ndarray: return x.reshape(len(x), -1, self.config.head_dim)
 
     def rms_norm(self, x:np.ndarray, w:np.ndarray, eps:float)->np.ndarray: return rms_norm(x, w, eps)
-    def head_norm(self, q:np.ndarray, w:np.ndarray, n_head:int, eps:float)->np.ndarray: return rms_norm(self.heads(q), w, eps).reshape(q.shape)
+    def head_norm(self, q:np.ndarray, w:np.ndarray, n_head:int, eps:float)->np.ndarray:
+        return rms_norm(self.heads(q), w, eps).reshape(q.shape)
     def split(self, y:np.ndarray, sizes:Sequence[int])->list[np.ndarray]: return np.split(y, np.cumsum(sizes)[:-1], axis=1)
-    def rope(self, q:np.ndarray, n_head:int)->np.ndarray: return rotate(self.heads(q), *self.angles, self.config.rope.style).reshape(q.shape)
+    def rope(self, q:np.ndarray, n_head:int)->np.ndarray:
+        return rotate(self.heads(q), *self.angles, self.config.rope.style).reshape(q.shape)
     def swiglu(self, gate:np.ndarray, up:np.ndarray)->np.ndarray: return swiglu(gate, up)
     def clamped_swiglu(self, gate:np.ndarray, up:np.ndarray)->np.ndarray: return clamped_swiglu(gate, up)
     def route(self, logits:np.ndarray, k:int)->Route: return route(logits, k)
@@ -282,7 +286,8 @@ class ReferenceModel:
     def run(self,
         ids:np.ndarray,      # int array (T,)
         pos:int,             # position of the first
-        tap:Callable[[np.ndarray], object] | None=None, # called with the residual stream (T, n_embd) after the embedding and after every layer
+        # called with the residual stream (T, n_embd) after the embedding and after every layer
+        tap:Callable[[np.ndarray], object] | None=None,
     )->np.ndarray:           # float32 (T, n_embd)
         "The residual stream of some positions after the last layer. The earlier positions must be in the cache."
         x = self.w.token_embd.rows(ids)
@@ -320,7 +325,8 @@ class ReferenceEngine:
         self.model = ReferenceModel(g, config, keep_bytes)
         self.config = c = self.model.config
         self.n_ctx, self.n_valid, self.pos, self.current = n_ctx or c.context_length, c.n_vocab, 0, None
-        if not 1 <= self.n_ctx <= c.context_length: raise RequestError(f'context length {n_ctx}: {c.name} was trained for {c.context_length}')
+        if not 1 <= self.n_ctx <= c.context_length:
+            raise RequestError(f'context length {n_ctx}: {c.name} was trained for {c.context_length}')
 
     def _pass(self, ids:Sequence[int] | np.ndarray, tap:Callable[[np.ndarray], object] | None=None,
         cancelled:Callable[[], bool] | None=None)->Iterator[np.ndarray]:
@@ -336,7 +342,8 @@ class ReferenceEngine:
 
     def _checked(self, given:Sequence[int] | np.ndarray)->np.ndarray:
         ids = np.asarray(given)
-        if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer): raise RequestError('the prompt must be a non-empty list of token ids')
+        if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+            raise RequestError('the prompt must be a non-empty list of token ids')
         if len(ids) > self.n_ctx: raise RequestError(f'the prompt has {len(ids)} tokens, the context holds {self.n_ctx}')
         if ids.min() < 0 or ids.max() >= self.config.n_vocab: raise RequestError(f'token ids must be in 0..{self.config.n_vocab - 1}')
         return ids
@@ -385,7 +392,11 @@ class ReferenceEngine:
         n = self.config.n_layer + 1
         return np.concatenate([np.stack(taps[i:i + n]) for i in range(0, len(taps), n)], axis=1)
 
-    def info(self)->dict[str, Any]: "What `/health` says of the device"; return dict(gpu_device=None, sm=None, name='NumPy, float32', cuda_runtime_version=None, resident=False, vram_bytes_used=0)
-    def close(self)->None: "Let go of weights and cache"; self.model = self.current = None
+    def info(self)->dict[str, Any]:
+        "What `/health` says of the device"
+        return dict(gpu_device=None, sm=None, name='NumPy, float32', cuda_runtime_version=None, resident=False, vram_bytes_used=0)
+    def close(self)->None:
+        "Let go of weights and cache"
+        self.model = self.current = None
     def __enter__(self)->Self: return self
     def __exit__(self, *args:object)->None: self.close()

@@ -39,7 +39,18 @@ LAYOUT: dict[str, tuple[int, int, np.dtype]] = dict(                     # name 
 # %% ../../nbs/1_files/01_blocks.ipynb #a9ff56fc
 class GGMLType(IntEnum):
     "The tensor types that we read; the value is the id in the file"
-    F32 = 0; F16 = 1; Q4_0 = 2; Q4_1 = 3; Q5_0 = 6; Q5_1 = 7; Q8_0 = 8; Q4_K = 12; Q5_K = 13; Q6_K = 14; BF16 = 30; MXFP4 = 39
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    BF16 = 30
+    MXFP4 = 39
 
     block_size: int     # weights a block
     dtype: np.dtype     # the block, structured
@@ -50,13 +61,16 @@ class GGMLType(IntEnum):
         self.type_size = self.dtype.itemsize
 
     @property
-    def bits_per_weight(self)->float: "With its scales"; return 8*self.type_size/self.block_size
+    def bits_per_weight(self)->float:
+        "With its scales"
+        return 8*self.type_size/self.block_size
 
     def row_bytes(self,
         n:int, # weights a row
     )->int:
         "Bytes of a row of `n` weights. Blocks never cross rows, so `n` must be a whole number of blocks."
-        if n < 0 or n % self.block_size: raise GGUFError(f'a row of {n} weights is no whole number of {self.name} blocks of {self.block_size}')
+        if n < 0 or n % self.block_size:
+            raise GGUFError(f'a row of {n} weights is no whole number of {self.name} blocks of {self.block_size}')
         return n//self.block_size*self.type_size
 
     def __str__(self)->str: return self.name
@@ -189,7 +203,8 @@ def dequantize(
         raise GGUFError(f'{t} blocks are rows of uint8, a multiple of {t.type_size} bytes each, got {blocks.dtype} {blocks.shape}')
     shape = (*blocks.shape[:-1], blocks.shape[-1]//t.type_size*t.block_size)
     if out is None: out = np.empty(shape, np.float32)
-    elif not isinstance(out, np.ndarray) or (out.shape, out.dtype, out.flags.carray) != (shape, np.float32, True) or np.may_share_memory(out, blocks):
+    elif (not isinstance(out, np.ndarray) or (out.shape, out.dtype, out.flags.carray) != (shape, np.float32, True)
+            or np.may_share_memory(out, blocks)):
         raise GGUFError(f'out must be a float32 array {shape}, C-contiguous, writeable and elsewhere than the blocks')
     flat, b = out.reshape(-1, t.block_size), np.ascontiguousarray(blocks).reshape(-1).view(t.dtype)
     step = max(1, (1 << 18)//t.block_size)

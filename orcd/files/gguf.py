@@ -29,11 +29,23 @@ from ..errors import GGUFError, MissingError
 # %% ../../nbs/1_files/02_gguf.ipynb #31fe3aa1
 class GGUFType(IntEnum):
     "Types of metadata values; the value is the id in the file"
-    UINT8 = 0; INT8 = 1; UINT16 = 2; INT16 = 3; UINT32 = 4; INT32 = 5; FLOAT32 = 6; BOOL = 7; STRING = 8; ARRAY = 9
-    UINT64 = 10; INT64 = 11; FLOAT64 = 12
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
     def __str__(self)->str: return self.name.lower()
 
-NUMBER: dict[GGUFType, str] = {GGUFType[name]: layout for name, layout in dict(UINT8='<u1', INT8='<i1', UINT16='<u2', INT16='<i2', UINT32='<u4', INT32='<i4',
+NUMBER: dict[GGUFType, str] = {GGUFType[name]: layout
+    for name, layout in dict(UINT8='<u1', INT8='<i1', UINT16='<u2', INT16='<i2', UINT32='<u4', INT32='<i4',
     FLOAT32='<f4', BOOL='<u1', UINT64='<u8', INT64='<i8', FLOAT64='<f8').items()}
 INTEGERS: set[GGUFType] = {t for t, s in NUMBER.items() if s[1] in 'ui' and t != GGUFType.BOOL}
 
@@ -351,7 +363,9 @@ class TensorInfo:
     offset:int     # of the first byte, from the start of the file
 
     @property
-    def shape(self)->tuple[int, ...]: "NumPy's order, slowest first"; return self.dims[::-1]
+    def shape(self)->tuple[int, ...]:
+        "NumPy's order, slowest first"
+        return self.dims[::-1]
     @property
     def n_elements(self)->int: return prod(self.dims)
     @property
@@ -389,7 +403,8 @@ class Tensors(dict[str, TensorInfo]):
         super().__init__(tensors)
         self.path = path
 
-    def __missing__(self, name:object)->NoReturn: raise MissingError(f'there is no tensor {short(name)!r}; the file has {len(self)} tensors', self.path)
+    def __missing__(self, name:object)->NoReturn:
+        raise MissingError(f'there is no tensor {short(name)!r}; the file has {len(self)} tensors', self.path)
 
 def _place(c:_Cursor, tensors:list[TensorInfo], alignment:int)->tuple[Tensors, int, bool]:
     "Absolute offsets for the tensors; returns the dict, the start of the data and whether there are any"
@@ -558,14 +573,16 @@ class GGUF:
         t = self._tensor(name)
         try: first, n = index(first), t.rows - index(first) if n is None else index(n)
         except TypeError: raise GGUFError(f'rows are whole numbers, not {first!r:.40} and {n!r:.40}', self.path) from None
-        if not 0 <= first < first + n <= t.rows: raise GGUFError(f'{name} has {t.rows} rows; {n} from row {first} on are not among them', self.path)
+        if not 0 <= first < first + n <= t.rows:
+            raise GGUFError(f'{name} has {t.rows} rows; {n} from row {first} on are not among them', self.path)
         data = self._read(t.offset + first*t.row_bytes, n*t.row_bytes)
         return np.frombuffer(data, np.uint8).reshape(n, t.row_bytes)
 
     def blocks(self,
         name:str,       # of a tensor
     )->np.ndarray:      # uint8 (rows, bytes per row), read-only
-        "The raw bytes of a tensor: a view on the mapping, no copy. A file that others may cut off is for `read`: no process survives the touch of a page that is gone."
+        """The raw bytes of a tensor: a view on the mapping, no copy. A file that others may cut off is for `read`: no process survives
+        the touch of a page that is gone."""
         t = self._tensor(name)
         self._check_file()
         try: self._map = self._map or mmap.mmap(self.fileno(), self.file_size, access=mmap.ACCESS_READ)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
 # %% ../../nbs/1_files/04_hub.ipynb #5aabc3de
 from ..errors import HubError, ModelError, RequestError
@@ -177,7 +176,9 @@ def _locked(part, target, say=None):
                     os.unlink(part) # we made it, after the other one was done
                     f.close()
                     return None
-        except BaseException: f.close(); raise
+        except BaseException:
+            f.close()
+            raise
         f.close()
 
 def _remove_others(part, target):
@@ -214,7 +215,9 @@ def _stated(hub, r, url, verify):
     m = hub.get_hf_file_metadata(url)
     if not m.size or m.size < 0: raise HubError(f'{r.repo}/{r.file}: the hub states no size for it')
     is_hash = re.fullmatch('[0-9a-f]{64}', m.etag or '')       # large files have their SHA-256 as their tag
-    if verify and not is_hash: raise HubError(f'{r.repo}/{r.file}: the hub states no SHA-256, so nobody can say whether it is the right file; --no-verify takes it all the same')
+    if verify and not is_hash:
+        raise HubError(f'{r.repo}/{r.file}: the hub states no SHA-256, so nobody can say whether it is the right file; --no-verify takes '
+            'it all the same')
     return replace(r, size=m.size, sha256=m.etag if is_hash else None, tag=m.etag or '')
 
 def _begin(answer, have, r):
@@ -222,8 +225,10 @@ def _begin(answer, have, r):
     coded = answer.headers.get('Content-Encoding', 'identity')
     if coded != 'identity': raise HubError(f'it was sent compressed ({coded}), which was not asked for')
     if answer.status_code == 200: return 0
-    m = re.fullmatch(r'bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)', answer.headers.get('Content-Range', '')) if answer.status_code == 206 else None
-    if not m or int(m[1]) != have or m[2] not in ('*', str(r.size)): raise HubError('the answer is not the part of the file that was asked for')
+    m = (re.fullmatch(r'bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)', answer.headers.get('Content-Range', '')) if answer.status_code == 206
+        else None)
+    if not m or int(m[1]) != have or m[2] not in ('*', str(r.size)):
+        raise HubError('the answer is not the part of the file that was asked for')
     return have
 
 def _write(f, block):

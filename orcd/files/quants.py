@@ -272,8 +272,10 @@ def _q6_k(x):
     return _make(GGMLType.Q6_K, len(x), ql=ql.reshape(-1, 128), qh=qh.reshape(-1, 64), scales=k.astype(np.int8).view(np.uint8), d=d)
 
 # %% ../../nbs/1_files/03_quants.ipynb #57c94c0a
-# The largest weight of a type whose numbers or scales are not in half precision; from the one above it on, rounding to BF16 would give infinity
-_limits = {GGMLType.F32: np.finfo(np.float32).max, GGMLType.MXFP4: np.finfo(np.float32).max, GGMLType.BF16: np.uint32(0x7f7f7fff).view(np.float32)}
+# The largest weight of a type whose numbers or scales are not in half precision; from the one above it on, rounding to BF16 would give
+# infinity
+_limits = {GGMLType.F32: np.finfo(np.float32).max, GGMLType.MXFP4: np.finfo(np.float32).max,
+    GGMLType.BF16: np.uint32(0x7f7f7fff).view(np.float32)}
 
 def quantize(
     x:Any,                     # float array (rows, n), or (..., n)

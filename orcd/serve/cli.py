@@ -20,7 +20,7 @@ if __name__ == '__main__' and '__file__' in globals(): start.begin(sys.argv[1:])
 # %% ../../nbs/6_serve/39_cli.ipynb #c44a0001
 import inspect, os, stat, time
 from pathlib import Path
-from typing import Annotated, NamedTuple, Optional
+from typing import Annotated, NamedTuple
 
 # %% ../../nbs/6_serve/39_cli.ipynb #16673a4d
 import typer
@@ -60,7 +60,9 @@ def text(t):
     if not t.strip() or not t.isprintable(): raise ValueError('printable text')
     return t
 
-def path(t): "A path; `~` is the user's home"; return os.path.expanduser(text(t))
+def path(t):
+    "A path; `~` is the user's home"
+    return os.path.expanduser(text(t))
 
 def address(t):
     "A name or an address; IPv6 may stand in brackets, as in URLs"
@@ -241,12 +243,12 @@ def _option(f):
     if kind is str: extra['metavar'] = f.name.split('-')[-1].upper()
     o = typer.Option(*names, help=f.help + shown, show_default=False, **extra)
     return inspect.Parameter(f.name.replace('-', '_'), inspect.Parameter.KEYWORD_ONLY, default=None,
-        annotation=Annotated[Optional[kind], o])
+        annotation=Annotated[kind | None, o])
 
 def from_flags(command):
     "Give a function the options of `FLAGS`"
     path = inspect.Parameter('settings', inspect.Parameter.KEYWORD_ONLY, default=None,
-        annotation=Annotated[Optional[str], typer.Option('--settings', metavar='PATH', help='settings file [./settings.ini if there]')])
+        annotation=Annotated[str | None, typer.Option('--settings', metavar='PATH', help='settings file [./settings.ini if there]')])
     parameters = [*map(_option, FLAGS), path]
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -276,16 +278,19 @@ def warm_start(
     "What makes a worker ready sooner: the driver works while Python imports, and Python leaves out what it can"
     import gc
     gc.disable()                                                 # a start makes objects and drops none; `worker` switches it on again
-    sys.setswitchinterval(1e-3)                                  # threads that import let go of Python's lock at every file, and would get it back after 5 ms; `serve` undoes it
+    # threads that import let go of Python's lock at every file, and would get it back after 5 ms; `serve` undoes it
+    sys.setswitchinterval(1e-3)
     os.environ.setdefault('PYDANTIC_DISABLE_PLUGINS', '__all__') # it would look for them in every package that is installed
-    sys.modules.setdefault('rich', None)                         # structlog would import it to colour tracebacks: ours are a field of a line
+    # structlog would import it to colour tracebacks: ours are a field of a line
+    sys.modules.setdefault('rich', None)
     if device == 'reference' or not file.is_file(): return
-    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')           # NumPy would start a thread a core when it is imported; the CUDA engine needs none
+    # NumPy would start a thread a core when it is imported; the CUDA engine needs none
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
     import threading
     from orcd.engine.vram import begin_context
     begin_context(device)
     def engine():
-        try: import cupy, cuda.bindings.driver, orcd.engine.cuda_engine, orcd.engine.generation, orcd.text.tokenizer
+        try: import cupy, cuda.bindings.driver, orcd.engine.cuda_engine, orcd.engine.generation, orcd.text.tokenizer  # noqa: F401
         except Exception: pass                                   # the load will say it
     threading.Thread(target=engine, name='orcd-imports').start() # half of an import waits for the file system
 
@@ -308,14 +313,14 @@ def serve(settings=None, **given):
 Model = Annotated[str, typer.Argument(help='a GGUF file, a pulled name or demo', autocompletion=complete_model)]
 Device = Annotated[str, typer.Option('--device', '--gpu-device', metavar='DEVICE',
     help='index of the GPU, or reference (NumPy on the CPU)')]
-Context = Annotated[Optional[int], typer.Option('--context-length', metavar='N', min=1, help='tokens of prompt and answer together')]
+Context = Annotated[int | None, typer.Option('--context-length', metavar='N', min=1, help='tokens of prompt and answer together')]
 Tokens = Annotated[int, typer.Option('--max-tokens', '-n', metavar='N', help='at most so many tokens')]
 Temperature = Annotated[float, typer.Option('--temperature', '-t', metavar='T', help='0: always the likeliest token')]
 TopK = Annotated[int, typer.Option('--top-k', metavar='K', help='draw from the K likeliest tokens; 0: all')]
 TopP = Annotated[float, typer.Option('--top-p', metavar='P', help='draw from the likeliest tokens that hold P of the probability')]
 MinP = Annotated[float, typer.Option('--min-p', metavar='P', help='drop tokens less likely than P times the likeliest')]
 Penalty = Annotated[float, typer.Option('--repetition-penalty', metavar='R', help='above 1: fewer repetitions')]
-Seed = Annotated[Optional[int], typer.Option('--seed', '-s', metavar='N', help='same seed, same text')]
+Seed = Annotated[int | None, typer.Option('--seed', '-s', metavar='N', help='same seed, same text')]
 
 def as_device(t):
     "The value of --device"
@@ -364,7 +369,7 @@ def has_chat(model): return bool(getattr(model.tokenizer, 'chat_template', None)
 def generate(model:Model, prompt:Annotated[str, typer.Argument(help='- reads it from stdin')],
     max_tokens:Tokens=512, temperature:Temperature=1.0, top_k:TopK=0, top_p:TopP=1.0, min_p:MinP=0.0,
     repetition_penalty:Penalty=1.0, seed:Seed=None, device:Device='0', context_length:Context=None,
-    stop:Annotated[Optional[list[str]], typer.Option('--stop', metavar='TEXT', help='end before this text; may be repeated')]=None,
+    stop:Annotated[list[str] | None, typer.Option('--stop', metavar='TEXT', help='end before this text; may be repeated')]=None,
     raw:Annotated[bool, typer.Option('--raw', help='continue the text as it is, without the chat template')]=False):
     "Write one answer."
     prompt = as_text(from_stdin(sys.stdin.read, 'PROMPT') if prompt == '-' else prompt, 'PROMPT')
@@ -403,7 +408,7 @@ def _aside(message): print(printable(f'({" ".join(str(message).split())})'), fil
 @app.command()
 def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k:TopK=0, top_p:TopP=1.0, min_p:MinP=0.0,
     repetition_penalty:Penalty=1.0, seed:Seed=None, device:Device='0', context_length:Context=None,
-    system:Annotated[Optional[str], typer.Option('--system', metavar='TEXT', help='what the assistant is told first')]=None):
+    system:Annotated[str | None, typer.Option('--system', metavar='TEXT', help='what the assistant is told first')]=None):
     "Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."
     with open_model(model, device, context_length) as m:
         if not has_chat(m): raise UsageError(f'MODEL: {model} has no chat template; orcd generate continues a text')
@@ -439,7 +444,8 @@ def by_type(g):
 
 def mib(n): return f'{n / 2**20:,.1f} MiB'
 
-VRAM = Annotated[Optional[int], typer.Option('--vram-mb', metavar='MIB', min=1, help='VRAM to fit into; what the GPU has free, if there is one')]
+VRAM = Annotated[int | None,
+    typer.Option('--vram-mb', metavar='MIB', min=1, help='VRAM to fit into; what the GPU has free, if there is one')]
 
 def gpu_now():
     "(bytes of VRAM that are free, is it a Hopper GPU?, `gemv.device_limits`) of GPU 0; (None, False, None) where there is none"
@@ -496,11 +502,16 @@ def bench(model:Model, device:Device='0', prompt_tokens:Annotated[int, typer.Opt
         ids, greedy, prefill, decode = [i % m.engine.n_valid for i in range(1, prompt_tokens + 1)], SamplingParams(temperature=0), [], []
         wait = m.engine.stream.synchronize if m.engine.kind == 'cuda' else lambda: None # a prefill is queued, not done
         for _ in range(repeat + 1):                    # the first run warms up
-            a = time.perf_counter(); m.engine.prefill(ids); wait()
-            b = time.perf_counter(); n = sum(1 for _ in m.engine.decode(greedy, tokens))
-            prefill.append(b - a); decode.append((time.perf_counter() - b) / n)
+            a = time.perf_counter()
+            m.engine.prefill(ids)
+            wait()
+            b = time.perf_counter()
+            n = sum(1 for _ in m.engine.decode(greedy, tokens))
+            prefill.append(b - a)
+            decode.append((time.perf_counter() - b) / n)
         i = m.engine.info()
-        print(printable(f"{m.config.name or model}, {m.config.quant_kind}, {m.engine.kind} engine{', ' + str(i['name']) if i.get('name') else ''}"))
+        print(printable(f"{m.config.name or model}, {m.config.quant_kind}, {m.engine.kind} "
+            f"engine{', ' + str(i['name']) if i.get('name') else ''}"))
         p, d = median(prefill[1:]), median(decode[1:])
         print(f'  prefill {prompt_tokens / p:10.1f} tok/s  ({prompt_tokens} tokens in {p * 1e3:.1f} ms)')
         print(f'  decode  {1 / d:10.1f} tok/s  ({d * 1e3:.3f} ms a token{floor(m.engine, prompt_tokens + tokens // 2, d)})')
@@ -551,8 +562,11 @@ def spawn(*flags,
             e = json.loads(line) if line.startswith('{') else dict(event='', message=line.strip())
             if seen: seen(e)
             if e['event'] == 'ready': return p, e['uri']
-            if e['event'] == 'error' or said == nothing: said = e.get('message') or said      # a wrong setting is told before there is a log
-    except BaseException: end(p); raise
+            # a wrong setting is told before there is a log
+            if e['event'] == 'error' or said == nothing: said = e.get('message') or said
+    except BaseException:
+        end(p)
+        raise
     p.wait()
     return p, said
 
@@ -574,7 +588,8 @@ def end(
     p.terminate()
     try: return p.wait(60)
     except BaseException as e:
-        p.kill(); p.wait()
+        p.kill()
+        p.wait()
         if not isinstance(e, subprocess.TimeoutExpired): raise
     return p.returncode
 
@@ -604,7 +619,7 @@ ENGINES = dict(cuda='CUDA on GPU 0', reference='the NumPy reference engine on th
 
 @app.command()
 def demo(prompt:Annotated[str, typer.Argument()]='Write a haiku about GPU computing', temperature:Temperature=0.7, seed:Seed=42,
-    device:Annotated[Optional[str], typer.Option('--device', metavar='DEVICE', help='a GPU, or reference [the GPU if there]')]=None):
+    device:Annotated[str | None, typer.Option('--device', metavar='DEVICE', help='a GPU, or reference [the GPU if there]')]=None):
     "Start a worker with the small model that comes along, let it write a haiku, end it."
     prompt, device = as_text(prompt, 'PROMPT'), device and str(as_device(device))
     problem = cuda_problem() if device is None else None

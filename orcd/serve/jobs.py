@@ -9,10 +9,11 @@ __all__ = ['STOPPED', 'Outbox', 'Job', 'Frames', 'Jobs', 'facts']
 import asyncio, secrets, threading, time
 from collections import deque
 from concurrent.futures import Future
+from structlog.contextvars import bind_contextvars, clear_contextvars
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #113b5ad1
 from ..errors import Cancelled, CUDAError, OrcdError, OutOfVRAM
-from .logs import bind_contextvars, clear_contextvars, log
+from .logs import log
 from .protocol import ApiError, frame, public_error, token_frame
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #e3555b56

@@ -7,11 +7,11 @@ __all__ = ['log', 'LineWriter', 'now', 'in_order', 'as_json', 'bar', 'as_text', 
 
 # %% ../../nbs/6_serve/36_logs.ipynb #ed69119e
 import json, logging, os, queue, sys, threading, time, traceback
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 # %% ../../nbs/6_serve/36_logs.ipynb #821653ad
 import structlog
-from structlog.contextvars import bind_contextvars, clear_contextvars, merge_contextvars
+from structlog.contextvars import merge_contextvars
 
 # %% ../../nbs/6_serve/36_logs.ipynb #6d093cd2
 from ..errors import printable
@@ -34,7 +34,8 @@ class LineWriter:
 
 # %% ../../nbs/6_serve/36_logs.ipynb #27a83006
 def _write_all(fd, data):
-    "`os.write` until all is written; a descriptor in non-blocking mode is waited for. Returns what nobody takes: the disk is full, the reader gone"
+    """`os.write` until all is written; a descriptor in non-blocking mode is waited for. Returns what nobody takes: the disk is full, the
+    reader gone"""
     while data:
         try: data = data[os.write(fd, data):]
         except BlockingIOError: time.sleep(.01)
@@ -63,7 +64,7 @@ def _flush(self, timeout=2.0):
 
 def now()->str:
     "The time of day in UTC, for people and log shippers; nothing in the worker is timed with it"
-    return datetime.now(timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+    return datetime.now(UTC).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
 
 LineWriter._line, LineWriter._run, LineWriter.flush = _line, _run, _flush
 

@@ -10,7 +10,7 @@ __all__ = ['MAX_BODY', 'MAX_DEPTH', 'MAX_DIGITS', 'MAX_PARTS', 'MAX_PROMPT', 'MA
 # %% ../../nbs/6_serve/35_protocol.ipynb #bccb29aa
 import ipaddress, json, re, time, uuid
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import islice
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #c44d242f
@@ -32,10 +32,14 @@ class ApiError(OrcdError):
         self.code, self.message, self.errors, self.lasting, self.own_status = code, message, list(errors), lasting, status
 
     @property
-    def status(self)->int: "HTTP status, before a stream has begun"; return self.own_status or super().status
+    def status(self)->int:
+        "HTTP status, before a stream has begun"
+        return self.own_status or super().status
 
     @property
-    def fields(self)->dict: "What every client is told, in a body or in an event"; return dict(code=self.code, message=self.message, retriable=self.retriable)
+    def fields(self)->dict:
+        "What every client is told, in a body or in an event"
+        return dict(code=self.code, message=self.message, retriable=self.retriable)
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #5bff90c6
 def public_error(
@@ -155,14 +159,16 @@ def _wrong_messages(messages):
     if isinstance(messages, list) and len(messages) > MAX_MESSAGES: return f'at most {MAX_MESSAGES} messages, not {len(messages)}'
     try: messages = check_messages(messages)
     except RequestError as e: return str(e)
-    if not 1 <= sum(len(text_of(m['content'])) for m in messages) <= MAX_PROMPT: return f'the contents must have 1 to {MAX_PROMPT} characters in all'
+    if not 1 <= sum(len(text_of(m['content'])) for m in messages) <= MAX_PROMPT:
+        return f'the contents must have 1 to {MAX_PROMPT} characters in all'
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #3979105d
 @dataclass(frozen=True)
 class Request:
     "A checked `/execute` body"
     job_id:str
-    prompt:object                                # str, or the list of messages; the worker puts what `model.encode` makes of it in its place
+    # str, or the list of messages; the worker puts what `model.encode` makes of it in its place
+    prompt:object
     params:dict = field(default_factory=dict)    # max_tokens, temperature, …, seed: arguments of `model.generate`
     stop:tuple = ()
 
@@ -241,7 +247,7 @@ def remaining_ms(
     "Milliseconds left until the deadline (negative: it has passed); None when there is none or it cannot be read"
     try:
         if header.isdecimal() and len(header) < 18: at = int(header) / 1000
-        else: at = datetime.fromisoformat(header).astimezone(timezone.utc).timestamp()
+        else: at = datetime.fromisoformat(header).astimezone(UTC).timestamp()
     except (ValueError, AttributeError, OverflowError): return None
     return round((at - (time.time() if now is None else now)) * 1000)
 

@@ -16,7 +16,8 @@ def enough_files():
     "Ends the process with a sentence when it may open so few files that it would fail later, who knows where"
     import resource
     n = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if n != resource.RLIM_INFINITY and n < FILES: raise SystemExit(f'orcd: this process may open {n} files at once, it needs at least {FILES}: ulimit -n')
+    if n != resource.RLIM_INFINITY and n < FILES:
+        raise SystemExit(f'orcd: this process may open {n} files at once, it needs at least {FILES}: ulimit -n')
 
 def open_standard_files():
     "Descriptors 0, 1 and 2 are open afterwards, on /dev/null if they were closed"

@@ -263,7 +263,8 @@ def _is_utf8(scope):
 async def _cancel(self, http, job_id=None):
     if job_id is None:
         body = await self.body(http)
-        job_id = (parse_json(body) if len(body) < SMALL else await self.work(parse_json, body)).get('job_id')     # a cancel waits for nobody's prompt
+        # a cancel waits for nobody's prompt
+        job_id = (parse_json(body) if len(body) < SMALL else await self.work(parse_json, body)).get('job_id')
     elif not _is_utf8(http.scope): job_id = None            # else bytes that are none would be another job's id
     if not isinstance(job_id, str) or not 1 <= len(job_id) <= 256:
         broken = rule('job_id', 'string(1..=256)', 'a string of 1 to 256 characters is required', job_id)
@@ -301,7 +302,8 @@ async def _router_error(http, e):
 def _num(kind, lo, hi, **kw): return dict(type=[kind, 'null'], minimum=lo, maximum=hi) | kw
 _text = dict(type='string', minLength=1, maxLength=32768)
 _message = dict(type='object', required=['role', 'content'], properties=dict(
-    role=dict(type='string', minLength=1, maxLength=64), content=dict(anyOf=[dict(type='string'), dict(type='array', items=dict(type='object', required=['type', 'text'], properties=dict(
+    role=dict(type='string', minLength=1, maxLength=64),
+    content=dict(anyOf=[dict(type='string'), dict(type='array', items=dict(type='object', required=['type', 'text'], properties=dict(
         type=dict(const='text'), text=dict(type='string'))))])))
 _id = dict(type='string', minLength=1, maxLength=256)
 _params = dict(
@@ -321,7 +323,8 @@ ERROR = dict(type='object', required=['code', 'message', 'retriable', 'correlati
     errors=dict(type='array', items=dict(type='object', required=['field', 'constraint', 'message']))))
 
 def _says(body=None, path=None, **answers):
-    "`openapi_extra` and `responses` of a route. Bodies and parameters are ours to check: FastAPI would import pydantic's first version for one."
+    """`openapi_extra` and `responses` of a route. Bodies and parameters are ours to check: FastAPI would import pydantic's first version
+    for one."""
     error = dict(description='error', content={'application/json': dict(schema=ERROR)})
     extra = dict(requestBody=dict(required=True, content={'application/json': dict(schema=body)})) if body else {}
     if path: extra['parameters'] = [{'name': path, 'in': 'path', 'required': True, 'schema': dict(type='string')}]
@@ -424,7 +427,8 @@ def _raw(status, phrase, problem):
     "A whole HTTP response as bytes, for when there is no request to answer"
     cid = correlation_id()
     body = to_json(error_body(problem, cid)).encode()
-    head = [f'HTTP/1.1 {status} {phrase}', 'Content-Type: application/json', f'Content-Length: {len(body)}', f'X-Correlation-ID: {cid}', 'Connection: close']
+    head = [f'HTTP/1.1 {status} {phrase}', 'Content-Type: application/json', f'Content-Length: {len(body)}', f'X-Correlation-ID: {cid}',
+        'Connection: close']
     return '\r\n'.join(head + ['Retry-After: 1'] * (status == 503) + ['', '']).encode() + body
 
 class Pieces(h11.Connection):
@@ -493,7 +497,8 @@ class Connection(H11Protocol):
             transport.close()
 
     def connection_lost(self, exc):
-        if self.worker.open.get(self.client) is self: del self.worker.open[self.client]     # its client may have come back from the same port
+        # its client may have come back from the same port
+        if self.worker.open.get(self.client) is self: del self.worker.open[self.client]
         super().connection_lost(exc)
 
     def on_response_complete(self):
@@ -508,7 +513,8 @@ class Connection(H11Protocol):
         self.paused_since = None
         super().resume_writing()
 
-    def _should_upgrade(self): return False             # some clients offer HTTP/2 with every request; without an answer to that they go on as they are
+    # some clients offer HTTP/2 with every request; without an answer to that they go on as they are
+    def _should_upgrade(self): return False
 
     def send_400_response(self, msg):
         self.transport.write(_raw(400, 'Bad Request', ApiError('INVALID_REQUEST', msg)))
@@ -530,7 +536,8 @@ class Connection(H11Protocol):
     def reap(self, now):
         "Abort when no request is running and none came for too long; unsent bytes get the longer limit"
         s = self.worker.settings
-        if self.paused_since and now - self.paused_since > 2 * s.stall_s: return self.transport.abort()     # a stream ends before that, with its job
+        # a stream ends before that, with its job
+        if self.paused_since and now - self.paused_since > 2 * s.stall_s: return self.transport.abort()
         if self.cycle is not None and not self.cycle.response_complete: return
         if now - self.idle_since > (s.stall_s if self.transport.get_write_buffer_size() else s.read_s): self.transport.abort()
 
@@ -560,7 +567,8 @@ class Server(uvicorn.Server):
     def on_error(self, loop, context):
         "An exception in the event loop. Without descriptors there are many, for the same reason: one line a second, and some room"
         e, now = context.get('exception'), time.monotonic()
-        if getattr(e, 'errno', None) not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM): return loop.default_exception_handler(context)
+        if getattr(e, 'errno', None) not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            return loop.default_exception_handler(context)
         if now < self.quiet_until: return
         self.quiet_until = now + 1
         drop_silent(self.server_state.connections, 8)
@@ -781,7 +789,8 @@ async def _serve(self, sock):
     for task in tasks: task.cancel()
 
 async def _last_words(self, steps=50):
-    "Clients may read the rest of their answers and end what they say; those that do not are cut, for uvicorn would log a traceback for each"
+    """Clients may read the rest of their answers and end what they say; those that do not are cut, for uvicorn would log a traceback for
+    each"""
     def unfinished(): return [c for c in self.server.server_state.connections if c.unfinished]
     for _ in range(steps):                                 # together less than half of `stop_s`: the model has to be freed too
         if not unfinished() or self.heard > 1: break
@@ -831,7 +840,8 @@ class Call:
     ):
         self.url, self.body, self.timeout, self.sock, self.given_up = urlsplit(url), body, timeout, None, False
         u = self.url
-        if u.scheme not in ('http', 'https') or not u.hostname or u.username is not None: raise ValueError('not an http or https URL without a user name')
+        if u.scheme not in ('http', 'https') or not u.hostname or u.username is not None:
+            raise ValueError('not an http or https URL without a user name')
 
     def connect(self):
         u = self.url
@@ -910,7 +920,8 @@ def serve(
     signals=None,       # `start.Signals` of this process, if it listens already
 )->int:
     "Run a worker until it is told to stop; returns the exit code"
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')       # one prompt at a time, with Python's lock free for the streams: see `tokenizer.library_ids`
+    # one prompt at a time, with Python's lock free for the streams: see `tokenizer.library_ids`
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     settings = replace(settings, worker_id=settings.worker_id or str(uuid.uuid4()),
         model_ref=settings.model_ref or Path(settings.model).name)
     write = configure(settings.log_format, worker_id=settings.worker_id, model_ref=settings.model_ref, gpu_device=settings.gpu_device)

@@ -66,7 +66,8 @@ class Renderer:
             try: return f(*args)
             except TimeoutError: pass
             finally: self.left -= min(time.monotonic() - began, .2)      # a call takes .1 s: what is longer, this process itself was frozen
-        raise _error(f'the process that renders the chat template does not answer within {self.seconds} s', 'limit' if self.ready else 'start')
+        raise _error(f'the process that renders the chat template does not answer within {self.seconds} s',
+            'limit' if self.ready else 'start')
 
     def _wait(self, seconds): self.seconds = self.left = seconds
 
@@ -180,7 +181,8 @@ def _talk(template, body):
             if letter == '?': letter, text = r.ask(template.request(body, source=True))
         except EOFError:
             ended = r.close(1)
-            if not r.ready or not _pool.size: raise _error(f'the process that renders chat templates does not start (exit code {ended})', 'start') from None
+            if not r.ready or not _pool.size:
+                raise _error(f'the process that renders chat templates does not start (exit code {ended})', 'start') from None
             raise _error(f'the chat template was stopped: it takes more than {CPU_SECONDS:g} s' if ended == -signal.SIGPROF else
                 f'the chat template was stopped: it ends the process that renders it ({ended})', 'limit') from None
         if letter == 'l': r.close()
@@ -484,7 +486,9 @@ class Harmony:
         self.parts, self.tool_calls, self.bytes = dict(analysis=[], commentary=[], final=[]), [], tokenizer.stream()
         head, mark, body = text.partition('<|message|>')
         self.header = head
-        if mark: self._open(); self._put(body)
+        if mark:
+            self._open()
+            self._put(body)
 
     @property
     def analysis(self): return ''.join(self.parts['analysis'])
@@ -495,7 +499,9 @@ class Harmony:
 
     def _put(self, text):
         "Text of the current body; returns it when it belongs to the answer"
-        if self.where == 'tool': self.tool_calls[-1]['content'] += text; return ''
+        if self.where == 'tool':
+            self.tool_calls[-1]['content'] += text
+            return ''
         self.parts[self.where].append(text)
         return text if self.where == 'final' else ''
 
@@ -509,12 +515,18 @@ class Harmony:
         "A header is complete: which channel, and for whom?"
         channel, to = re.search(r'<\|channel\|>\s*(\w+)', self.header), re.search(r'\bto=([^\s<]+)', self.header)
         self.where = channel[1] if channel and channel[1] in self.parts else 'commentary' if channel else 'final'
-        if to: self.where = 'tool'; self.tool_calls.append(dict(recipient=to[1], content=''))
+        if to:
+            self.where = 'tool'
+            self.tool_calls.append(dict(recipient=to[1], content=''))
         self.header = ''
 
     def _in_header(self, i, name):
-        if name == '<|message|>': self._open(); return ''
-        if name in ('<|start|>', '<|end|>', '<|return|>', '<|call|>'): self.header = name if name == '<|start|>' else ''; return ''
+        if name == '<|message|>':
+            self._open()
+            return ''
+        if name in ('<|start|>', '<|end|>', '<|return|>', '<|call|>'):
+            self.header = name if name == '<|start|>' else ''
+            return ''
         self.header += self.bytes.push(i) if name is None else name
         if '<|' in self.header or _bare_header.fullmatch(self.header) or 'assistant'.startswith(self.header.strip()): return ''
         self.where, text, self.header = 'final', self.header, ''     # not a header: the model just answers

@@ -28,7 +28,9 @@ class Rule(NamedTuple):
     open: bool = False       # is the smallest value itself forbidden?
 
     @property
-    def constraint(self)->str: "The range as errors name it"; return f"range({self.low}{'<' * self.open}..{'' if self.high is None else f'={self.high}'})"
+    def constraint(self)->str:
+        "The range as errors name it"
+        return f"range({self.low}{'<' * self.open}..{'' if self.high is None else f'={self.high}'})"
 
     def allows(self, x:float)->bool:
         "Is it in the range?"
@@ -124,12 +126,20 @@ class SamplingParams:
         "Temperature as the arithmetic uses it, float32; 0 means argmax"
         return np.float32(self.temperature if self.temperature >= 1e-6 else 0)
     @cached_property
-    def penalty(self)->np.float32: "Repetition penalty, float32, never 0"; return np.float32(max(self.repetition_penalty, 1e-6))
+    def penalty(self)->np.float32:
+        "Repetition penalty, float32, never 0"
+        return np.float32(max(self.repetition_penalty, 1e-6))
     @cached_property
-    def P(self)->int: "top_p in units of 2^-32"; return round(float(self.top_p) * 2**32)
+    def P(self)->int:
+        "top_p in units of 2^-32"
+        return round(float(self.top_p) * 2**32)
     @cached_property
-    def M(self)->int: "min_p in units of 2^-32"; return round(float(self.min_p) * 2**32)
-    def k(self, n_valid:int)->int: "How many tokens top_k keeps of `n_valid`"; return int(self.top_k) if 0 < self.top_k < n_valid else n_valid
+    def M(self)->int:
+        "min_p in units of 2^-32"
+        return round(float(self.min_p) * 2**32)
+    def k(self, n_valid:int)->int:
+        "How many tokens top_k keeps of `n_valid`"
+        return int(self.top_k) if 0 < self.top_k < n_valid else n_valid
 
 # %% ../../nbs/2_text/09_sampling.ipynb #2141d9fb
 def random_seed()->int:
@@ -158,7 +168,8 @@ def philox_u64(
     return lo | hi << 32
 
 # %% ../../nbs/2_text/09_sampling.ipynb #570307c1
-_exp2 = np.array([1.5403530e-4, 1.3333558e-3, 9.618129e-3, 5.550411e-2, 2.4022651e-1, 6.9314718e-1, 1.0], np.float32)    # highest degree first
+# highest degree first
+_exp2 = np.array([1.5403530e-4, 1.3333558e-3, 9.618129e-3, 5.550411e-2, 2.4022651e-1, 6.9314718e-1, 1.0], np.float32)
 _log2e = np.float32(1.4426950408889634)
 
 def weights(
@@ -228,10 +239,12 @@ def kept(
     l, w = l[ids], weights(z[ids])
     keep = w >= max(p.M, 1)
     if p.P < 2**32:
-        inside = np.zeros(len(l), bool); inside[_top_p(l, w, int(w.sum()) * p.P >> 32)] = True
+        inside = np.zeros(len(l), bool)
+        inside[_top_p(l, w, int(w.sum()) * p.P >> 32)] = True
         keep &= inside
     if (k := p.k(len(z))) < len(l):
-        inside = np.zeros(len(l), bool); inside[_best(l, k)[:k]] = True
+        inside = np.zeros(len(l), bool)
+        inside[_best(l, k)[:k]] = True
         keep &= inside
     keep[np.argmax(l)] = True    # argmax: the first of equals
     return ids[keep], w[keep]

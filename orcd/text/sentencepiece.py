@@ -34,7 +34,9 @@ def merge(
         for p in (left[i], i):
             if p >= 0 and (new := pair(p)): heappush(heap, new)
     out, i = [], 0
-    while i < n: out.append(text[i:end[i]]); i = end[i]
+    while i < n:
+        out.append(text[i:end[i]])
+        i = end[i]
     return out
 
 # %% ../../nbs/2_text/06_sentencepiece.ipynb #91797261
@@ -53,7 +55,8 @@ class SPM:
         self.tokens, self.types, self.space_prefix = tokens, [int(t) for t in types], space_prefix
         self.ids = {t: i for i, (t, y) in reversed(list(enumerate(zip(tokens, self.types)))) if y in (NORMAL, USER_DEFINED)}
         self.score = {t: float(scores[i]) for t, i in self.ids.items() if len(t) > 1}
-        if odd := next((t for t, s in self.score.items() if s != s), None): raise TokenizerError(f'the score of the token {odd!r} is not a number')
+        if odd := next((t for t, s in self.score.items() if s != s), None):
+            raise TokenizerError(f'the score of the token {odd!r} is not a number')
         self.byte_of = {i: int(t[3:5], 16) for i, (t, y) in enumerate(zip(tokens, self.types)) if y == BYTE
             and re.fullmatch('<0x[0-9A-Fa-f]{2}>', t)}
         self.byte_ids = {b: i for i, b in self.byte_of.items()}

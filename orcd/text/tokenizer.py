@@ -168,7 +168,8 @@ def library_ids(t, text):
     "Ids of ordinary text from a tokenizer of the library"
     with no_panic(RequestError, 'the text cannot be tokenised: the tokenizers library gave up on it'):
         if len(text) < 1000 or 'TOKENIZERS_PARALLELISM' not in os.environ: return t.encode(text, add_special_tokens=False).ids
-        return t.encode_batch_fast([text], add_special_tokens=False)[0].ids     # lets go of Python's lock; would start threads, had nobody said whether it may
+        # lets go of Python's lock; would start threads, had nobody said whether it may
+        return t.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #1144be0a
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ _never = re.compile('(?!)')
 _space = re.compile(r'[^\S\x1c-\x1f]*')
 
 class Finder:
-    "Finds the longest special token at each place. It takes at most as many steps as the text and the longest token have characters, multiplied."
+    """Finds the longest special token at each place. It takes at most as many steps as the text and the longest token have characters,
+    multiplied."""
     def __init__(self,
         specials,   # `Special` tokens
     ):
@@ -261,11 +263,13 @@ class Stream:
         return self.utf8.decode(b'', final=True)
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #b0f844eb
-_ends = set('''<|im_end|> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <end_of_turn> <|end_of_turn|>
-    <end_of_utterance> <EOT> _<EOT> [EOT] [EOS] <eos> </s> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
-    <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>'''.split()) | {'< EOT >', '_< EOT >'}
+_ends = set('''<|im_end|> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|calls|> <|flush|>
+    <end_of_turn> <|end_of_turn|> <end_of_utterance> <EOT> _<EOT> [EOT] [EOS] <eos> </s> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
+    <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>'''.split())
+_ends |= {'< EOT >', '_< EOT >'}
 _channels = {'<|start|>', '<|channel|>', '<|message|>', '<|end|>'}
-_only_a_message = _channels, {'<|end|>', '<|return|>', '<|call|>'}, {'<|end|>', '<|flush|>', '<|call|>'}, {'<|end|>', '<|flush|>', '<|calls|>'}
+_only_a_message = (_channels, {'<|end|>', '<|return|>', '<|call|>'}, {'<|end|>', '<|flush|>', '<|call|>'},
+    {'<|end|>', '<|flush|>', '<|calls|>'})
 
 def find_stops(
     names,   # {text: id} of special tokens
@@ -392,7 +396,8 @@ class _Chat(_Base):
         def work():
             try: self._prepared()
             except ChatTemplateError as e:
-                if getattr(e, 'kind', '') != 'start': warnings.warn(f'messages will be refused, prompts are not affected: {e}')
+                if getattr(e, 'kind', '') != 'start':
+                    warnings.warn(f'messages will be refused, prompts are not affected: {e}', stacklevel=2)
         if self._sources: threading.Thread(target=work, name='orcd-template', daemon=True).start()
 
     def _prepare(self, messages, variables):
@@ -505,7 +510,8 @@ def _pre(m):
     return PRE.get(pre)
 
 def _default_pre():
-    warnings.warn(f'the file has no {_g}pre: taking "default", as llama.cpp does; a newer conversion of the model may give better text')
+    warnings.warn(f'the file has no {_g}pre: taking "default", as llama.cpp does; a newer conversion of the model may give better text',
+        stacklevel=2)
     return PRE['default']
 
 def _merges(m):
@@ -529,7 +535,8 @@ def _special_ids(m, n):
     others = {k: m.get(f'{_g}{k}_token_id') for k in ('unknown', 'padding', 'fim_pad', 'fim_rep', 'fim_sep')}
     return needed | {k: i if _is_id(i, n) else None for k, i in others.items()}
 
-def _stop_ids(names, ids): return find_stops(names, [i for k in ('eos', 'eot', 'eom', 'fim_pad', 'fim_rep', 'fim_sep') if (i := ids[k]) is not None])
+def _stop_ids(names, ids):
+    return find_stops(names, [i for k in ('eos', 'eot', 'eom', 'fim_pad', 'fim_rep', 'fim_sep') if (i := ids[k]) is not None])
 
 def _model(m):
     model = _word(m, 'model')
@@ -547,9 +554,12 @@ def check_gguf(
     if _word(m, 'model') == 'no_vocab': return False
     _flag(m, 'add_bos_token', None)
     needed, model = ['tokens'], None if json_path else _model(m)
-    if model == 'gpt2': needed += ['merges']; _pre(m)
+    if model == 'gpt2':
+        needed += ['merges']
+        _pre(m)
     if model == 'llama':
-        needed += ['scores']; _flag(m, 'add_space_prefix', None)
+        needed += ['scores']
+        _flag(m, 'add_space_prefix', None)
         if _flag(m, 'treat_whitespace_as_suffix', False):
             raise TokenizerError(f'{_g}treat_whitespace_as_suffix is true: such vocabularies are not supported')
     for key in needed:
@@ -562,10 +572,12 @@ def _gguf_parts(m):
     tokens = _tokens(m)
     n, types = len(tokens), _types(m, len(tokens))
     merges = _merges(m) if model == 'gpt2' else ((), 0)
-    for t in mistyped_ends([t for i, t in enumerate(tokens) if t in _ends and types[i] == NORMAL], merges[0]): types[tokens.index(t)] = CONTROL
+    for t in mistyped_ends([t for i, t in enumerate(tokens) if t in _ends and types[i] == NORMAL], merges[0]):
+        types[tokens.index(t)] = CONTROL
     n_valid = _n_valid(tokens, types)
     specials = list(_specials(tokens, types, n_valid, rstrip=model == 'llama' and m.get('general.architecture') == 'phi3'))
-    hidden = [s.id for s in specials if s.control] + ([] if is_utf8(''.join(tokens)) else [i for i, t in enumerate(tokens) if not is_utf8(t)])
+    hidden = ([s.id for s in specials if s.control]
+        + ([] if is_utf8(''.join(tokens)) else [i for i, t in enumerate(tokens) if not is_utf8(t)]))
     backend, bos = _backends[model](m, tokens, types, hidden, merges)
     ids = _special_ids(m, n)
     return dict(backend=backend, kind='gguf-bpe', specials=specials, vocab_size=n, n_valid=n_valid, bos_id=ids['bos'], eos_id=ids['eos'],
@@ -613,7 +625,8 @@ _yes_no = False, True
 _steps = dict(    # type of a step -> its fields -> what they may be, the first one when absent
     normalizer=dict(NFC={}, Prepend=dict(prepend=(SPACE,)), Replace=dict(pattern=({'String': ' '},), content=(SPACE,))),
     pre_tokenizer=dict(
-        Split=dict(pattern=None, behavior=_behaviors, invert=_yes_no), Digits=dict(individual_digits=_yes_no), Punctuation=dict(behavior=('Isolated', *_behaviors)),
+        Split=dict(pattern=None, behavior=_behaviors, invert=_yes_no), Digits=dict(individual_digits=_yes_no),
+        Punctuation=dict(behavior=('Isolated', *_behaviors)),
         ByteLevel=dict(add_prefix_space=(True, False), use_regex=(True, False), trim_offsets=(True, False)),
         Metaspace=dict(replacement=(SPACE,), prepend_scheme=('always', 'first', 'never'), split=(True, False))))
 _lists = dict(normalizer='normalizers', pre_tokenizer='pretokenizers', decoder='decoders', post_processor='processors')
@@ -630,11 +643,13 @@ def _known_step(d, kind):
     "The step as the library shall see it"
     fields = _steps[kind].get(d['type']) if isinstance(d.get('type'), str) else None
     if fields is None: raise TokenizerError(f'the {kind} step {short(d.get("type"))!r} is not known; known: {", ".join(_steps[kind])}')
-    if d['type'] == 'Metaspace' and 'prepend_scheme' not in d: d = d | {'prepend_scheme': 'always' if d.get('add_prefix_space', True) else 'never'}
+    if d['type'] == 'Metaspace' and 'prepend_scheme' not in d:
+        d = d | {'prepend_scheme': 'always' if d.get('add_prefix_space', True) else 'never'}
     out = {'type': d['type']}
     for key, allowed in fields.items():
         v = d.get(key, allowed and allowed[0])
-        if not (_known_pattern(v) if allowed is None else any(type(v) is type(a) and v == a for a in allowed)): raise TokenizerError(f'the {kind} step {d["type"]} has an unknown {key}: {short(json.dumps(v))}')
+        if not (_known_pattern(v) if allowed is None else any(type(v) is type(a) and v == a for a in allowed)):
+            raise TokenizerError(f'the {kind} step {d["type"]} has an unknown {key}: {short(json.dumps(v))}')
         out[key] = v
     return out
 
@@ -683,7 +698,8 @@ def _leading(d):
     "Ids that the file puts before every text"
     for p in _flat(d, 'post_processor'):
         if p.get('type') == 'TemplateProcessing': return _template_ids(p)
-        if p.get('type') != 'ByteLevel': raise TokenizerError(f'the post_processor step {short(p.get("type"))!r} is not known; known: ByteLevel, TemplateProcessing')
+        if p.get('type') != 'ByteLevel':
+            raise TokenizerError(f'the post_processor step {short(p.get("type"))!r} is not known; known: ByteLevel, TemplateProcessing')
     return []
 
 def _template_ids(p):
@@ -691,8 +707,10 @@ def _template_ids(p):
     try:
         for piece in single[:single.index(next(s for s in single if 'Sequence' in s))]:
             out += p['special_tokens'][piece['SpecialToken']['id']]['ids']
-            if len(out) > 1 or not _is_id(out[0], MAX_TOKENS): raise TokenizerError('its TemplateProcessing puts more than one id before a text')
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError): raise TokenizerError('its TemplateProcessing is not a list of tokens and a sequence') from None
+            if len(out) > 1 or not _is_id(out[0], MAX_TOKENS):
+                raise TokenizerError('its TemplateProcessing puts more than one id before a text')
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError):
+        raise TokenizerError('its TemplateProcessing is not a list of tokens and a sequence') from None
     return out
 
 class JsonBPE:
@@ -724,7 +742,8 @@ class JsonBPE:
         self._look(d, vocab, unknown)
 
     def _build(self, d, vocab, pairs, unknown, flags):
-        if unknown is not None and not (isinstance(unknown, str) and unknown in vocab): raise TokenizerError('its unk_token is not in the vocabulary')
+        if unknown is not None and not (isinstance(unknown, str) and unknown in vocab):
+            raise TokenizerError('its unk_token is not in the vocabulary')
         hidden = [s.text for s in self.specials if s.control and s.text != unknown]
         model = bpe_without(vocab, pairs, hidden, unk_token=unknown, **flags)
         before, steps = known_steps(d.get('normalizer'), 'normalizer'), known_steps(d.get('pre_tokenizer'), 'pre_tokenizer')
@@ -735,7 +754,8 @@ class JsonBPE:
 
     def _look(self, d, vocab, unknown):
         "What becomes of characters that the vocabulary does not have, and is there a space in front?"
-        lost = [c for c in ALPHABET.values() if c not in vocab] if self.byte_level else [b for b in range(256) if f'<0x{b:02X}>' not in vocab]
+        lost = ([c for c in ALPHABET.values() if c not in vocab] if self.byte_level
+            else [b for b in range(256) if f'<0x{b:02X}>' not in vocab])
         if lost and unknown is None: raise TokenizerError('its vocabulary lacks some bytes and has no unk_token: text would be lost')
         probe = self.encode('a')
         self.space_prefix = not self.byte_level and bool(probe) and self.texts[probe[0]].startswith(SPACE)
@@ -755,7 +775,8 @@ def _library(model, normalizer, pre_tokenizer):
     parts = dict(normalizer=normalizer, pre_tokenizer=pre_tokenizer)
     parts = {k: {'type': 'Sequence', _lists[k]: v} if v else None for k, v in parts.items()}
     empty = dict(type='BPE', vocab={}, merges=[])
-    t = tokenizers.Tokenizer.from_str(json.dumps(dict(version='1.0', added_tokens=[], post_processor=None, decoder=None, model=empty) | parts))
+    t = tokenizers.Tokenizer.from_str(json.dumps(dict(version='1.0', added_tokens=[], post_processor=None, decoder=None,
+        model=empty) | parts))
     t.model = model
     return t
 
@@ -776,8 +797,10 @@ def _templates_beside(path, config):
     "name -> source of the templates that belong to a tokenizer.json: files of their own, else the list or the text in its configuration"
     listed, folder = config.get('chat_template'), Path(path).expanduser().parent
     named = {'default': listed} if isinstance(listed, str) else {}
-    if isinstance(listed, list): named = {t['name']: t.get('template') for t in listed if isinstance(t, dict) and isinstance(t.get('name'), str)}
-    files = {f.stem: f for f in sorted((folder / 'additional_chat_templates').glob('*.jinja'))} | {'default': folder / 'chat_template.jinja'}
+    if isinstance(listed, list):
+        named = {t['name']: t.get('template') for t in listed if isinstance(t, dict) and isinstance(t.get('name'), str)}
+    files = ({f.stem: f for f in sorted((folder / 'additional_chat_templates').glob('*.jinja'))}
+        | {'default': folder / 'chat_template.jinja'})
     return named | {name: _read_template(f) for name, f in files.items() if f.exists()}
 
 def _json_parts(path, n=None): # n: rows of the vocabulary, where they are known
@@ -808,7 +831,8 @@ def _compare(backend, tokens, n_valid):
     "The JSON file and the GGUF file must be about the same vocabulary"
     for i in [*range(0, n_valid, 97), *[s.id for s in backend.specials if s.id < n_valid]]:
         if (there := backend.texts.get(i)) != tokens[i]:
-            raise TokenizerError(f'{backend.name} does not belong to this model: token {i} is {there!r} there, {tokens[i]!r} in the GGUF file')
+            raise TokenizerError(f'{backend.name} does not belong to this model: token {i} is {there!r} there, {tokens[i]!r} in the GGUF '
+                'file')
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #4b8bd9dd
 class Tokenizer(_Chat):

@@ -1,8 +1,8 @@
 """How long `CudaEngine` takes to load files, and what it does when: `python tests/bench/loads.py FILE... [--n 6]`
 
-A line a load: milliseconds, then every part as `name begin-end` from the load's beginning. The first load of a process also loads the kernels. The logits
-of a short prompt are hashed: a loader that is fast and wrong would show. Then the loader alone, over the same bytes: pinned memory is made and given back, nothing else is done
-meanwhile."""
+A line a load: milliseconds, then every part as `name begin-end` from the load's beginning. The first load of a process also loads the
+kernels. The logits of a short prompt are hashed: a loader that is fast and wrong would show. Then the loader alone, over the same
+bytes: pinned memory is made and given back, nothing else is done meanwhile."""
 import argparse, functools, hashlib, inspect, os, time
 from statistics import median
 import cupy
@@ -24,7 +24,8 @@ def timed(owner, name):
     setattr(owner, name, g)
 
 
-PARTS = {engine: ('open_model', 'plan', 'kernel_files'), nvrtc: ('load_all', 'wait_for'), engine.CudaEngine: ('_arena', '_allocate', '_capture', '_warm_up'),
+PARTS = {engine: ('open_model', 'plan', 'kernel_files'), nvrtc: ('load_all', 'wait_for'),
+    engine.CudaEngine: ('_arena', '_allocate', '_capture', '_warm_up'),
          loader.Loader: ('_pin', 'start', '_run', 'wait', '_unpin', 'close')}
 for owner, names in PARTS.items():
     for name in names: timed(owner, name)
@@ -42,7 +43,8 @@ def alone(g, e, copies, stage):
 def timeline():
     "The parts in the order in which they began; of one that was at work several times how often, and from when to when"
     order = sorted(spans.items(), key=lambda s: min(s[1]))
-    return '  '.join(f'{name}{f"×{len(s)}" if len(s) > 1 else ""} {min(a for a, _ in s):.0f}-{max(b for _, b in s):.0f}' for name, s in order)
+    return '  '.join(f'{name}{f"×{len(s)}" if len(s) > 1 else ""} {min(a for a, _ in s):.0f}-{max(b for _, b in s):.0f}'
+        for name, s in order)
 
 
 def main():
@@ -71,7 +73,8 @@ def main():
                 if i == a.n - 1:
                     loader.Loader.start = start
                     ms = [alone(g, e, *kept) for _ in range(a.n)]
-                    print(f'  the loader alone {min(ms):.1f} to {max(ms):.1f}, median {median(ms):.1f}; logits then {hashlib.sha256(e.logits([1, 2, 3, 4, 5]).tobytes()).hexdigest()[:12]}')
+                    print(f'  the loader alone {min(ms):.1f} to {max(ms):.1f}, median {median(ms):.1f}; logits then '
+                        f'{hashlib.sha256(e.logits([1, 2, 3, 4, 5]).tobytes()).hexdigest()[:12]}')
                 e.close()
         if a.n > 1: print(f'  first {times[0]:.1f}, others {min(times[1:]):.1f} to {max(times[1:]):.1f}, median {median(times[1:]):.1f}')
 

@@ -48,7 +48,8 @@ def main():
             print(f'  prompt of {n:5} tokens {ms:8.2f} ms {1e3*n/ms:10,.0f} tok/s')
         for n in a.decode_at:
             rate, tokens = decode(e, ids[:n])
-            print(f'  decoding after {n:5}    {rate:8,.0f} tok/s, {rate*e.step_bytes(n + 128)/bandwidth:.0%} of what reading alone allows, {hashlib.sha256(str(tokens).encode()).hexdigest()[:12]}', flush=True)
+            print(f'  decoding after {n:5}    {rate:8,.0f} tok/s, {rate*e.step_bytes(n + 128)/bandwidth:.0%} of what reading alone allows, '
+                f'{hashlib.sha256(str(tokens).encode()).hexdigest()[:12]}', flush=True)
         e.close()
 
 

@@ -1,6 +1,7 @@
 """How long a worker takes from the start of its process until it is ready: `python tests/bench/starts.py FILE... [--n 4] [--device 0]`
 
-Seconds until `startup` (Python and its imports), until the model is loaded, until `ready`; the first start of a file, which also fills caches, is not counted."""
+Seconds until `startup` (Python and its imports), until the model is loaded, until `ready`; the first start of a file, which also
+fills caches, is not counted."""
 import argparse, os, sys, time
 from statistics import median
 from orcd.serve.cli import spawn
@@ -27,7 +28,8 @@ def main():
     for path in a.files:
         start(path, a.device)
         runs = [start(path, a.device) for _ in range(a.n)]
-        print(f'{os.path.basename(path)}: ready after', *(f'{r["ready"]:.2f}' for r in runs), 's; medians:', ', '.join(f'{e} {median(r[e] for r in runs):.2f}' for e in EVENTS), flush=True)
+        print(f'{os.path.basename(path)}: ready after', *(f'{r["ready"]:.2f}' for r in runs), 's; medians:',
+            ', '.join(f'{e} {median(r[e] for r in runs):.2f}' for e in EVENTS), flush=True)
 
 
 if __name__ == '__main__': main()

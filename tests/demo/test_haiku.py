@@ -54,7 +54,8 @@ def test_minutes(minute):
 
 
 @pytest.mark.parametrize('text, complaint', [('cold rain on the roof\nthe gutter whispers softly\nnothing but mud', '4 syllables, not 5'),
-    ('cold rain on the roof\nthe silver gutter whispers', '2 lines'), ('cold rain on the zoo\nthe silver gutter whispers\nthe night fades softly', "unknown word 'zoo'"),
+    ('cold rain on the roof\nthe silver gutter whispers', '2 lines'),
+    ('cold rain on the zoo\nthe silver gutter whispers\nthe night fades softly', "unknown word 'zoo'"),
     ('cold rain on the roof\nforty-two gutters wander\nthe night fades softly', 'numbers')])
 def test_the_check_complains(text, complaint): assert any(complaint in c for c in H.check(text)), H.check(text)
 
@@ -69,7 +70,8 @@ def test_gguf_py_reads_the_file(name):
     from orcd import GGUF
     with GGUF(FILES[name]) as g:
         for t in r.tensors:
-            if t.tensor_type.name != 'F32': assert (g.dequantize(t.name) == gguf.quants.dequantize(t.data, t.tensor_type).reshape(g.tensors[t.name].shape)).all()
+            if t.tensor_type.name != 'F32':
+                assert (g.dequantize(t.name) == gguf.quants.dequantize(t.data, t.tensor_type).reshape(g.tensors[t.name].shape)).all()
 
 
 @pytest.mark.parametrize('name', FILES)

@@ -16,8 +16,10 @@ from orcd.files.hub import find_model
 from orcd.text.sampling import Sampler, SamplingParams
 
 DEMO = Path(orcd.__file__).parent / 'demo' / 'haiku-qwen2-q4_k_m.gguf'
-CORPUS = ['The rain falls on the quiet roof of night and the river listens.', 'Write a haiku about the moon, forty-two of them.', 'Zwölf Boxkämpfer 雨 🌧 привет'] * 8
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CORPUS = ['The rain falls on the quiet roof of night and the river listens.', 'Write a haiku about the moon, forty-two of them.',
+    'Zwölf Boxkämpfer 雨 🌧 привет'] * 8
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt "
+    "%}<|im_start|>assistant\n{% endif %}")
 MARKS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
 
 
@@ -27,7 +29,8 @@ def vocabulary():
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    t.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.train_from_iterator(CORPUS,
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     model = json.loads(t.to_str())['model']
     return sorted(model['vocab'], key=model['vocab'].get), [m if isinstance(m, str) else ' '.join(m) for m in model['merges']]
 
@@ -80,7 +83,8 @@ def test_same_twice_and_a_b_a(model):
     assert model.generate(**dict(seeded, seed=g.seed)).run().ids == g.ids, 'the seed that was drawn repeats the run'
 
 
-@pytest.mark.parametrize('kw', [dict(temperature=0), dict(seed=3), dict(temperature=1.7, top_k=20, min_p=.01, seed=4), dict(top_p=.8, repetition_penalty=1.8, seed=5), dict(temperature=0, repetition_penalty=1.5)], ids=str)
+@pytest.mark.parametrize('kw', [dict(temperature=0), dict(seed=3), dict(temperature=1.7, top_k=20, min_p=.01, seed=4),
+    dict(top_p=.8, repetition_penalty=1.8, seed=5), dict(temperature=0, repetition_penalty=1.5)], ids=str)
 def test_against_logits_and_a_loop(model, kw):
     "generate is: logits of everything so far, draw, append"
     prompt = model.tokenizer.encode('The rain falls')
@@ -116,7 +120,8 @@ def test_stop_string_of_the_models_own_text(model):
 def test_messages(model):
     t, messages = model.tokenizer, [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'hi <|im_end|>'}]
     g = model.generate(messages, max_tokens=3, temperature=0)
-    assert g.prompt_ids == t.encode_chat(messages) and g.prompt_ids.count(t.encode('<|im_end|>')[0]) == 2, 'a marker in the text of a user is text'
+    assert g.prompt_ids == t.encode_chat(messages) and g.prompt_ids.count(t.encode('<|im_end|>')[0]) == 2, \
+        'a marker in the text of a user is text'
     raw = model.generate('<|im_start|>user\nhi<|im_end|>', max_tokens=1)
     assert raw.prompt_ids[0] == t.encode('<|im_start|>')[0]
     for bad in ([{'role': 'user'}], [{'role': 'user', 'content': object()}], [{'content': 'x'}]):
@@ -127,17 +132,22 @@ def test_messages(model):
 def test_channels(tmp_path, monkeypatch):
     "A reply as gpt-oss writes it, through a real tokenizer: the answer is the text, the thinking is kept apart"
     marks = ['<|start|>', '<|channel|>', '<|message|>', '<|end|>', '<|return|>', '<|call|>', '<|startoftext|>', '<|endoftext|>']
-    template = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    template = ("{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt "
+        "%}<|start|>assistant{% endif %}")
     with orcd.GGUF(write_model(tmp_path / 'c.gguf', monkeypatch, marks=marks, end='<|return|>', template=template)) as g:
         t = orcd.Tokenizer.from_gguf(g)
         config = SimpleNamespace(**{**vars(fake_config()), 'n_vocab': t.vocab_size})
-        reply = t.encode('<|channel|>analysis<|message|>A moon, then rain.<|end|><|start|>assistant<|channel|>final<|message|>Rain ') + t.encode('雨\n\nmore<|return|>')
+        reply = (t.encode('<|channel|>analysis<|message|>A moon, then rain.<|end|><|start|>assistant<|channel|>final<|message|>Rain ')
+            + t.encode('雨\n\nmore<|return|>'))
         def run(prompt, **kw): return Model(FakeEngine(reply, config=config), t).generate(prompt, **kw).run()
         out = run([{'role': 'user', 'content': 'hi'}])
-        assert (out.text, out.analysis) == ('Rain 雨\n\nmore', 'A moon, then rain.') and out.tokens_out == len(reply) - (out.stop_reason == 'EOS')
+        assert ((out.text, out.analysis) == ('Rain 雨\n\nmore', 'A moon, then rain.') and out.tokens_out == len(reply)
+            - (out.stop_reason == 'EOS'))
         out = run([{'role': 'user', 'content': 'hi'}], stop=['\n\n', 'moon'])
-        assert (out.text, out.analysis, out.stop_sequence_matched) == ('Rain 雨', 'A moon, then rain.', '\n\n'), 'what is thought does not stop the answer'
-        assert run('hi', max_tokens=8).text == t.decode(reply[:8]) and '<|channel|>' in run('hi', max_tokens=8).text, 'a text that is continued stays raw'
+        assert (out.text, out.analysis, out.stop_sequence_matched) == ('Rain 雨', 'A moon, then rain.', '\n\n'), \
+            'what is thought does not stop the answer'
+        assert run('hi', max_tokens=8).text == t.decode(reply[:8]) and '<|channel|>' in run('hi', max_tokens=8).text, \
+            'a text that is continued stays raw'
 
 
 def test_context(path):
@@ -168,18 +178,22 @@ def test_every_family(tmp_path, arch):
         prompt = list(range(3, 30))
         a = m.generate(prompt, max_tokens=12, temperature=0).run().ids
         b = m.generate(prompt[::-1], max_tokens=12, seed=9).run().ids
-        assert m.generate(prompt, max_tokens=12, temperature=0).run().ids == a and m.generate(prompt[::-1], max_tokens=12, seed=9).run().ids == b
+        assert (m.generate(prompt, max_tokens=12, temperature=0).run().ids == a
+            and m.generate(prompt[::-1], max_tokens=12, seed=9).run().ids == b)
         assert a[0] == m.logits(prompt)[-1].argmax()
 
 
-@given(st.text(min_size=1, max_size=30), st.floats(0, 2), st.integers(0, 50), st.floats(0, 1), st.floats(0, 1), st.floats(.01, 2), st.integers(0, 2**64 - 1), st.lists(st.text(min_size=1, max_size=3), max_size=4), st.integers(1, 8))
+@given(st.text(min_size=1, max_size=30), st.floats(0, 2), st.integers(0, 50), st.floats(0, 1), st.floats(0, 1), st.floats(.01, 2),
+    st.integers(0, 2**64 - 1), st.lists(st.text(min_size=1, max_size=3), max_size=4), st.integers(1, 8))
 @settings(max_examples=60, deadline=None)
 def test_any_valid_request_runs(model, prompt, T, k, p, q, r, seed, stop, n):
     try: prompt.encode(); ''.join(stop).encode()
     except UnicodeEncodeError: return
     if not model.tokenizer.encode(prompt): return
-    g = model.generate(prompt[:20], temperature=T, top_k=k, top_p=p, min_p=q, repetition_penalty=r, seed=seed, stop=stop, max_tokens=n).run()
-    assert g.stop_reason in ('EOS', 'MAX_TOKENS', 'STOP_SEQUENCE', 'CONTEXT_LENGTH') and g.tokens_out <= n and not any(s in g.text for s in stop)
+    g = model.generate(prompt[:20], temperature=T, top_k=k, top_p=p, min_p=q, repetition_penalty=r, seed=seed, stop=stop,
+        max_tokens=n).run()
+    assert (g.stop_reason in ('EOS', 'MAX_TOKENS', 'STOP_SEQUENCE', 'CONTEXT_LENGTH') and g.tokens_out <= n
+        and not any(s in g.text for s in stop))
     g.text.encode()
 
 
@@ -208,7 +222,8 @@ def test_failures_name_the_cure(path, tmp_path, monkeypatch):
     (tmp_path / 'text.gguf').write_text('not a model')
     fails(GGUFError, 'text.gguf', tmp_path / 'text.gguf')
     fails(OrcdError, tmp_path.name, tmp_path)
-    for device in ('cpu', 'cuda:', 'cuda:x', 'cuda:-1', 'gpu', '', None, 'cuda:0:1', 'CUDA:0'): fails(RequestError, 'reference', path, device=device)
+    for device in ('cpu', 'cuda:', 'cuda:x', 'cuda:-1', 'gpu', '', None, 'cuda:0:1', 'CUDA:0'):
+        fails(RequestError, 'reference', path, device=device)
     for kw in (dict(kv_cache_mb=0), dict(chunk_bytes=0), dict(kv_cache_mb=1.5)): fails(RequestError, 'at least 1', path, **kw)
     cut = tmp_path / 'cut.gguf'; cut.write_bytes(path.read_bytes()[:-1000])
     fails(OrcdError, 'cut.gguf', cut)
@@ -266,7 +281,8 @@ class Copying:
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'tokenizer.ggml.pre': 'klingon'}, "unknown tokenizer.ggml.pre 'klingon'"), ({'tokenizer.ggml.model': 'runes'}, "unknown tokenizer.ggml.model 'runes'"),
+    ({'tokenizer.ggml.pre': 'klingon'}, "unknown tokenizer.ggml.pre 'klingon'"),
+    ({'tokenizer.ggml.model': 'runes'}, "unknown tokenizer.ggml.model 'runes'"),
     ({'tokenizer.ggml.merges': None}, 'no tokenizer.ggml.merges'), ({'tokenizer.ggml.tokens': None}, 'no tokenizer.ggml.tokens'),
     ({'tokenizer.ggml.add_bos_token': 3}, 'add_bos_token is 3'), ({'tokenizer.ggml.model': 'no_vocab'}, 'no vocabulary')], ids=str)
 def test_a_bad_tokenizer_is_refused_before_weights_are_copied(path, monkeypatch, change, message):
@@ -297,7 +313,8 @@ def test_a_bad_tokenizer_ends_the_copying(path, monkeypatch):
 
 
 def test_loads_without_cupy_and_fastapi(path):
-    code = f'import sys, orcd; m = orcd.load({str(path)!r}, device="reference", progress=False); m.generate("hi", max_tokens=2).run(); m.close(); print({{"cupy", "fastapi", "uvicorn", "IPython"}} & set(sys.modules))'
+    code = (f'import sys, orcd; m = orcd.load({str(path)!r}, device="reference", progress=False); m.generate("hi", max_tokens=2).run(); '
+        f'm.close(); print({{"cupy", "fastapi", "uvicorn", "IPython"}} & set(sys.modules))')
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'set()'
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from orcd.text.chat import text_of
-from orcd.errors import Cancelled, CUDAError, OrcdError, OutOfVRAM, RequestError
-from orcd.engine.generation import Generation, Model, StopMatcher, TextStream, Token, prefix_table
+from orcd.errors import CUDAError, OrcdError, OutOfVRAM, RequestError
+from orcd.engine.generation import Model, StopMatcher, Token, prefix_table
 from doubling import doubling
 from speed import cost
-from fake_engine import EOS, IM_END, N_VALID, N_VOCAB, PIECES, FakeEngine, FakeStream, FakeTokenizer, fake_model, piece, say
+from fake_engine import EOS, IM_END, N_VALID, N_VOCAB, FakeEngine, FakeStream, FakeTokenizer, fake_model, piece, say
 
 
 # --- stop strings ---
@@ -65,7 +65,8 @@ def test_long_stop_is_fast():
 tokens = st.lists(st.integers(0, N_VALID - 1).filter(lambda i: i not in (EOS, IM_END)), max_size=20)
 
 
-@given(tokens, st.sampled_from([EOS, None]), st.lists(st.sampled_from(['\n\n', 'END', 'a', 'Haik', '雨', '🌧', '\ufffd', 'stop', ' the']), max_size=4), st.integers(1, 25))
+@given(tokens, st.sampled_from([EOS, None]),
+    st.lists(st.sampled_from(['\n\n', 'END', 'a', 'Haik', '雨', '🌧', '\ufffd', 'stop', ' the']), max_size=4), st.integers(1, 25))
 @settings(max_examples=500, deadline=None)
 @example([*say('雨')[:2]], EOS, ['\ufffd'], 9)
 @example(say('\n'), EOS, ['\n\n'], 9)
@@ -74,7 +75,8 @@ def test_text_is_whole_and_complete(script, end, stops, n):
     m = fake_model(script + ([end] if end else []), then=ord('z'))
     g = m.generate('?', max_tokens=n, stop=stops)
     got = list(g)
-    # the oracle: the ids up to the end, decoded at once, cut at the first stop string; the stop string ends the run at the token that completes it
+    # the oracle: the ids up to the end, decoded at once, cut at the first stop string; the stop string ends the run at the token that
+    # completes it
     drawn = [*script, *([] if end else [ord('z')] * n)][:n]
     full = m.tokenizer.decode(drawn)
     text, stop = oracle(full, stops)
@@ -112,26 +114,35 @@ def test_stop_across_tokens():
 
 def test_limits():
     assert fake_model(n_ctx=10).generate('1234', max_tokens=6).run().stop_reason == 'MAX_TOKENS'
-    for n in (7, 2048): 
+    for n in (7, 2048):
         g = fake_model(n_ctx=10).generate('1234', max_tokens=n).run(); assert (g.tokens_out, g.stop_reason) == (6, 'CONTEXT_LENGTH')
     g = fake_model(n_ctx=4).generate('1234').run(); assert (g.tokens_out, g.text, g.stop_reason) == (0, '', 'CONTEXT_LENGTH')
     with pytest.raises(RequestError, match='5 tokens, the context 4'): fake_model(n_ctx=4).generate('12345')
     g = fake_model(say('no\n')).generate('?', max_tokens=3, stop='\n\n').run(); assert (g.text, g.stop_reason) == ('no\n', 'MAX_TOKENS')
     g = fake_model([EOS]).generate('?'); assert list(g) == [] and (g.text, g.stop_reason, g.tokens_out) == ('', 'EOS', 0)
     g = fake_model([IM_END]).generate('?').run(); assert g.stop_reason == 'EOS'
-    m = fake_model(n_ctx=5000); assert m.generate('?', max_tokens=3000).run().tokens_out == 3000      # a notebook may ask for more than the worker's 2048
+    m = fake_model(n_ctx=5000)
+    assert m.generate('?', max_tokens=3000).run().tokens_out == 3000  # a notebook may ask for more than the worker's 2048
 
 
 def test_prompts():
     m = fake_model([EOS])
-    m.generate('hé').run(); m.generate([{'role': 'user', 'content': 'hi'}]).run(); m.generate([1, np.int64(2)]).run(); m.generate(np.array([3, 4])).run(); m.generate((5,)).run()
-    assert m.engine.prompts[0] == list('hé'.encode()) and m.engine.prompts[1] == m.tokenizer.encode_chat([{'role': 'user', 'content': 'hi'}])
+    m.generate('hé').run()
+    m.generate([{'role': 'user', 'content': 'hi'}]).run()
+    m.generate([1, np.int64(2)]).run()
+    m.generate(np.array([3, 4])).run()
+    m.generate((5,)).run()
+    assert (m.engine.prompts[0] == list('hé'.encode())
+        and m.engine.prompts[1] == m.tokenizer.encode_chat([{'role': 'user', 'content': 'hi'}]))
     assert m.engine.prompts[2:] == [[1, 2], [3, 4], [5]] and all(type(i) is int for i in m.engine.prompts[2])
-    for prompt in 'hé', [{'role': 'user', 'content': 'hi'}], [1, 2]:             # tokenised before, as by a server that counts the tokens first
+    # tokenised before, as by a server that counts the tokens first
+    for prompt in 'hé', [{'role': 'user', 'content': 'hi'}], [1, 2]:
         encoded = m.encode(prompt); m.generate(encoded).run()
-        assert m.engine.prompts.pop() == encoded.ids and len(encoded.ids) == m.count(prompt) and encoded.reply == (prompt[0] == {'role': 'user', 'content': 'hi'})
+        assert (m.engine.prompts.pop() == encoded.ids and len(encoded.ids) == m.count(prompt)
+            and encoded.reply == (prompt[0] == {'role': 'user', 'content': 'hi'}))
     assert m.count('hé') == 3 and m.count([1, 2]) == 2 and m.count_stop('ab') == 2
-    for bad in ('', [], [N_VOCAB], [-1], ['a'], [1.5], [True], None, 7, b'hi', {}, [{'role': 'user'}], [{'content': 'x'}], [{'role': 'user', 'content': 3}], [1, {}], '\ud800', np.zeros((2, 2), int), [[1]]):
+    for bad in ('', [], [N_VOCAB], [-1], ['a'], [1.5], [True], None, 7, b'hi', {}, [{'role': 'user'}], [{'content': 'x'}],
+            [{'role': 'user', 'content': 3}], [1, {}], '\ud800', np.zeros((2, 2), int), [[1]]):
         with pytest.raises(RequestError) as e: m.generate(bad)
         assert [x['field'] for x in e.value.errors] in (['prompt'], ['messages']), bad
     assert len(m.engine.prompts) == 5, 'nothing reached the engine'
@@ -139,8 +150,11 @@ def test_prompts():
 
 def test_every_broken_rule_at_once():
     m = fake_model()
-    with pytest.raises(RequestError) as e: m.generate('', max_tokens=0, temperature=math.nan, top_k=-1, top_p=2, min_p='x', repetition_penalty=0, seed=2**64, stop=[''], cancelled=7)
-    assert [x['field'] for x in e.value.errors] == ['max_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed', 'stop', 'cancelled', 'prompt']
+    with pytest.raises(RequestError) as e:
+        m.generate('', max_tokens=0, temperature=math.nan, top_k=-1, top_p=2, min_p='x', repetition_penalty=0, seed=2**64, stop=[''],
+            cancelled=7)
+    assert [x['field'] for x in e.value.errors] == ['max_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed',
+        'stop', 'cancelled', 'prompt']
     assert all(x['message'] in str(e.value) for x in e.value.errors) and e.value.code == 'INVALID_REQUEST'
     with pytest.raises(RequestError, match='32 tokens'): m.generate('?', stop=['x' * 33])
     assert m.engine.prompts == []
@@ -283,7 +297,8 @@ def test_closing_beside_a_call(call, way):
             gate.set()
         closer.join(60)
         assert engine.closed == 1 and m.engine is None
-    if call == 'generate': assert isinstance(out[0], RequestError) and 'closed' in str(out[0]) and g.stop_reason == 'ERROR' and engine.finished <= 1
+    if call == 'generate':
+        assert isinstance(out[0], RequestError) and 'closed' in str(out[0]) and g.stop_reason == 'ERROR' and engine.finished <= 1
     else: assert out[0].shape == (2, N_VOCAB)
     with pytest.raises(RequestError, match='closed'): m.logits([1])
 
@@ -313,7 +328,8 @@ def test_closing_a_text_from_another_thread():
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from(['generate', 'logits', 'close text', 'close']), min_size=2, max_size=4))
 def test_threads_at_random(deeds):
-    "Whatever several threads do to one model: the right text or one of two sentences; the engine refuses two threads and use after its end by an AssertionError"
+    """Whatever several threads do to one model: the right text or one of two sentences; the engine refuses two threads and use after its
+    end by an AssertionError"""
     m, seen = fake_model(say('Rain'), then=ord('.'), pace=.0002), []
     engine = m.engine
     def run(deed):
@@ -359,7 +375,8 @@ class Counting(FakeTokenizer):
     def token_bytes(self, i): return b'abc' if i == 7 else b'a'
 
 
-@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: [dict(role='user', content=s)], lambda s: [dict(role='user', content=[dict(type='text', text=s)])] * 2], ids=['text', 'messages', 'parts'])
+@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: [dict(role='user', content=s)],
+    lambda s: [dict(role='user', content=[dict(type='text', text=s)])] * 2], ids=['text', 'messages', 'parts'])
 def test_huge_prompts_are_refused_by_their_length(wrap):
     "Three bytes a token and a context of 100: more than 900 characters cannot fit, and are not tokenised (below 4,800 that is not asked)"
     m = fake_model(tokenizer=Counting(), n_ctx=100)
@@ -432,4 +449,5 @@ def test_timing_and_cost():
         def decode(self, params, n, cancelled=None):
             for i in text.encode()[:n]: yield i, -1.
     def run(stop): assert Model(Fast(), FakeTokenizer()).generate('?', max_tokens=2000, stop=stop).run().tokens_out == 2000
-    for stop in (), ('\n\n',), ('night!', 'the end', 'on the river', '\n\n'): assert cost(lambda: run(stop)) < 15      # 2000 tokens, a few microseconds each
+    # 2000 tokens, a few microseconds each
+    for stop in (), ('\n\n',), ('night!', 'the end', 'on the river', '\n\n'): assert cost(lambda: run(stop)) < 15

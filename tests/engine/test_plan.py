@@ -10,8 +10,9 @@ def plan_of(tmp_path_factory):
     from orcd.engine.cuda_engine import plan
     folder = tmp_path_factory.mktemp('plan')
 
-    def run(arch='qwen2', limits={}, **model):
-        with orcd.GGUF(make_model(folder / f'{arch}.gguf', arch, **({'head_dim': 32, 'n_embd': 64} | model))) as g: return plan(g, **limits)
+    def run(arch='qwen2', limits=None, **model):
+        with orcd.GGUF(make_model(folder / f'{arch}.gguf', arch, **({'head_dim': 32, 'n_embd': 64} | model))) as g:
+            return plan(g, **limits or {})
     return run
 
 
@@ -46,11 +47,13 @@ def test_kv_budget(plan_of):
 def test_bad_limits(plan_of):
     from orcd.errors import RequestError
     with pytest.raises(RequestError, match='trained for 512'): plan_of(limits=dict(n_ctx=513))
-    with pytest.raises(RequestError, match='one token'): plan_of(limits=dict(kv_cache_mb=1), n_layer=40, n_head=64, n_head_kv=64, head_dim=128, n_embd=32, n_ff=32)
+    with pytest.raises(RequestError, match='one token'):
+        plan_of(limits=dict(kv_cache_mb=1), n_layer=40, n_head=64, n_head_kv=64, head_dim=128, n_embd=32, n_ff=32)
 
 
 # What no kernel is made for, and a word of the sentence that says so. The reference engine runs all of them.
-REFUSED = [(dict(head_dim=80, n_embd=160), 'heads of 80 numbers'), (dict(head_dim=16), 'heads of 16 numbers'), (dict(head_dim=256), 'heads of 256 numbers'),
+REFUSED = [(dict(head_dim=80, n_embd=160), 'heads of 80 numbers'), (dict(head_dim=16), 'heads of 16 numbers'),
+    (dict(head_dim=256), 'heads of 256 numbers'),
     (dict(n_head=256, n_head_kv=256), '256 key heads'), (dict(n_ff=1 << 16, types='Q4_0', n_layer=1), '65536 columns'),
     (dict(arch='gpt-oss', n_expert=40, n_expert_used=33, n_layer=1), '33 of 40 experts')]
 
@@ -81,7 +84,8 @@ def test_no_kernel_at_a_load(tmp_path, monkeypatch):
     from orcd.errors import ModelError
     from fake_gpu import played
     path, copied = make_model(tmp_path / 'm.gguf', 'llama', head_dim=80, n_embd=160), []
-    with played(monkeypatch) as gpu, pytest.raises(ModelError, match='heads of 80 numbers'): orcd.load(path, progress=lambda done, total: copied.append(done))
+    with played(monkeypatch) as gpu, pytest.raises(ModelError, match='heads of 80 numbers'):
+        orcd.load(path, progress=lambda done, total: copied.append(done))
     assert not gpu.alive and not gpu.pinned and not any(copied)
     with orcd.load(path, device='reference', progress=False) as m: assert m.logits([1, 2]).shape == (2, 160)
 
@@ -94,7 +98,8 @@ def test_no_kernel_in_a_terminal(tmp_path):
     assert r.returncode == 1 and 'heads of 80 numbers' in r.stderr and 'Traceback' not in r.stderr and 'VRAM at a context' not in r.stdout
 
 
-@pytest.mark.parametrize('name, weights, kv', [('qwen2.5-0.5b-instruct-q4_k_m', 491.4e6 - 5.9e6, 12288), ('phi-3-mini-4k-instruct-q4', 2393e6, 393216), ('gpt-oss-20b-mxfp4', 12.0966e9, 24576)])
+@pytest.mark.parametrize('name, weights, kv', [('qwen2.5-0.5b-instruct-q4_k_m', 491.4e6 - 5.9e6, 12288),
+    ('phi-3-mini-4k-instruct-q4', 2393e6, 393216), ('gpt-oss-20b-mxfp4', 12.0966e9, 24576)])
 def test_published_files(name, weights, kv, headers):
     "Weights are the file's tensor bytes, the cache grows by the published bytes a token, the workspace stays below 96 MB"
     import orcd
@@ -139,4 +144,5 @@ def test_decode_finds_its_kernels(arch, request, tmp_path):
             family.layer(ops, Shape((1, config.n_embd)), w, i)
             ops.flush()
         product([bound.model['output']])
-        assert wanted and wanted <= decode_files(config, bound) <= set(kernel_files(config, bound)) & set(kernel_files(config, bound, is_hopper=True))
+        assert (wanted and wanted <= decode_files(config, bound)
+            <= set(kernel_files(config, bound)) & set(kernel_files(config, bound, is_hopper=True)))

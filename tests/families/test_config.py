@@ -10,11 +10,14 @@ from orcd.errors import ModelError
 from orcd.files.gguf import GGUF
 
 PUBLISHED = {
-    'qwen2.5-0.5b-instruct-q4_k_m': dict(arch='qwen2', n_layer=24, n_embd=896, n_head=14, n_head_kv=2, head_dim=64, n_ff=4864, n_vocab=151936, context_length=32768,
+    'qwen2.5-0.5b-instruct-q4_k_m': dict(arch='qwen2', n_layer=24, n_embd=896, n_head=14, n_head_kv=2, head_dim=64, n_ff=4864,
+        n_vocab=151936, context_length=32768,
         rms_eps=1e-6, windows=(0,)*24, quant_kind='Q4_K_M', kv_bytes_per_token=12288),
-    'phi-3-mini-4k-instruct-q4': dict(arch='phi3', n_layer=32, n_embd=3072, n_head=32, n_head_kv=32, head_dim=96, n_ff=8192, n_vocab=32064, context_length=4096,
+    'phi-3-mini-4k-instruct-q4': dict(arch='phi3', n_layer=32, n_embd=3072, n_head=32, n_head_kv=32, head_dim=96, n_ff=8192, n_vocab=32064,
+        context_length=4096,
         rms_eps=1e-5, windows=(0,)*32, quant_kind='Q4_K_M', kv_bytes_per_token=393216),
-    'gpt-oss-20b-mxfp4': dict(arch='gpt-oss', n_layer=24, n_embd=2880, n_head=64, n_head_kv=8, head_dim=64, n_ff_exp=2880, n_vocab=201088, context_length=131072,
+    'gpt-oss-20b-mxfp4': dict(arch='gpt-oss', n_layer=24, n_embd=2880, n_head=64, n_head_kv=8, head_dim=64, n_ff_exp=2880, n_vocab=201088,
+        context_length=131072,
         rms_eps=1e-5, windows=(128, 0)*12, n_expert=32, n_expert_used=4, quant_kind='MXFP4', kv_bytes_per_token=49152)}
 ROPE = {'qwen2': RopeConfig(64, 1e6), 'phi3': RopeConfig(96, 1e4),
         'gpt-oss': RopeConfig(64, 150000., scaling='yarn', factor=32., original_context=4096, yarn_truncate=False)}
@@ -38,9 +41,12 @@ def broken(tmp_path, **kw):
     return str(e.value)
 
 
-@pytest.mark.parametrize('key, value', [('block_count', 0), ('block_count', 100_000), ('attention.head_count', 3), ('attention.head_count_kv', 3), ('attention.key_length', 15),
-    ('attention.value_length', 8), ('embedding_length', 65), ('context_length', 0), ('feed_forward_length', 95), ('attention.layer_norm_rms_epsilon', math.nan),
-    ('attention.layer_norm_rms_epsilon', 2.), ('attention.layer_norm_rms_epsilon', 1), ('rope.freq_base', -1.), ('rope.freq_base', math.inf), ('rope.dimension_count', 18),
+@pytest.mark.parametrize('key, value', [('block_count', 0), ('block_count', 100_000), ('attention.head_count', 3),
+    ('attention.head_count_kv', 3), ('attention.key_length', 15),
+    ('attention.value_length', 8), ('embedding_length', 65), ('context_length', 0), ('feed_forward_length', 95),
+    ('attention.layer_norm_rms_epsilon', math.nan),
+    ('attention.layer_norm_rms_epsilon', 2.), ('attention.layer_norm_rms_epsilon', 1), ('rope.freq_base', -1.),
+    ('rope.freq_base', math.inf), ('rope.dimension_count', 18),
     ('rope.dimension_count', 7), ('rope.scaling.type', 'magic'), ('vocab_size', 161), ('block_count', True), ('block_count', '2')])
 def test_bad_values(tmp_path, key, value):
     "The message names the key, or the tensor whose shape does not follow"
@@ -76,7 +82,8 @@ def test_wrong_shape_and_type(tmp_path):
 
 def test_unknown_architectures(tmp_path):
     from types import SimpleNamespace
-    for name, said in (('mamba', 'known: gpt-oss, llama, phi3, qwen2, qwen3'), ('gptoss', "another program's own"), (None, 'general.architecture')):
+    for name, said in (('mamba', 'known: gpt-oss, llama, phi3, qwen2, qwen3'), ('gptoss', "another program's own"),
+            (None, 'general.architecture')):
         with pytest.raises(ModelError, match=said): arch.resolve(SimpleNamespace(metadata={'general.architecture': name}, tensors={}))
 
 
@@ -86,7 +93,8 @@ def test_gptoss_needs_its_keys(tmp_path):
 
 
 def test_longrope_is_refused(tmp_path):
-    assert 'rope.scaling.type' in broken(tmp_path, arch='phi3', keys={'phi3.rope.scaling.type': 'longrope', 'phi3.rope.scaling.factor': 32.})
+    assert 'rope.scaling.type' in broken(tmp_path, arch='phi3',
+        keys={'phi3.rope.scaling.type': 'longrope', 'phi3.rope.scaling.factor': 32.})
 
 
 def test_inv_freq_in_double():
@@ -102,8 +110,9 @@ def test_inv_freq_in_double():
 
 
 def paper(d, base, s, length, alpha=1., beta=32.):
-    """YaRN as its paper has it: pair i turns length / wavelength times over the original context; gamma is 0 below alpha turns and 1 above beta, and between them the ramp is over
-    the pairs, whose ends the published code rounds outwards. Returns radians a position and what the paper calls sqrt(1/t)."""
+    """YaRN as its paper has it: pair i turns length / wavelength times over the original context; gamma is 0 below alpha turns and 1
+    above beta, and between them the ramp is over the pairs, whose ends the published code rounds outwards. Returns radians a position
+    and what the paper calls sqrt(1/t)."""
     wavelength = [2*math.pi*base**(2*i/d) for i in range(d//2)]
     def pair_of(turns): return d*math.log(length/(turns*2*math.pi))/(2*math.log(base)) # where wavelength = length / turns
     first, last = max(math.floor(pair_of(beta)), 0), min(math.ceil(pair_of(alpha)), d - 1)
@@ -128,12 +137,16 @@ def test_yarn_of_the_paper(tmp_path, family, d, base, s, length):
 def test_yarn_keys(tmp_path, name):
     "Keys that change what YaRN computes are used, or refused by name"
     def rope(**keys):
-        with GGUF(make_model(tmp_path/'m.gguf', name, head_dim=64, yarn=(4., 2048), keys={f'{name}.rope.scaling.{k}': v for k, v in keys.items()})) as g: return arch.resolve(g)[1].rope
+        with GGUF(make_model(tmp_path/'m.gguf', name, head_dim=64, yarn=(4., 2048),
+                keys={f'{name}.rope.scaling.{k}': v for k, v in keys.items()})) as g:
+            return arch.resolve(g)[1].rope
     plain = rope()
     assert (rope(yarn_beta_fast=16.).beta_fast, rope(yarn_beta_slow=2.).beta_slow) == (16., 2.)
     assert rope(attn_factor=.5).mscale == pytest.approx(plain.mscale/2)
-    assert rope(yarn_attn_factor=.1*math.log(4) + 1, yarn_ext_factor=1., yarn_log_multiplier=0., finetuned=True) == plain # what YaRN says by itself
-    for key, value in (('yarn_attn_factor', 1.), ('yarn_attn_factor', 2.), ('yarn_ext_factor', 0.), ('yarn_ext_factor', .5), ('yarn_log_multiplier', 1.), ('yarn_beta_slow', 40.),
+    # what YaRN says by itself
+    assert rope(yarn_attn_factor=.1*math.log(4) + 1, yarn_ext_factor=1., yarn_log_multiplier=0., finetuned=True) == plain
+    for key, value in (('yarn_attn_factor', 1.), ('yarn_attn_factor', 2.), ('yarn_ext_factor', 0.), ('yarn_ext_factor', .5),
+            ('yarn_log_multiplier', 1.), ('yarn_beta_slow', 40.),
                        ('original_context_length', 6)):
         with pytest.raises(ModelError, match=f'{name}.rope.scaling.{key}'): rope(**{key: value})
 
@@ -143,26 +156,34 @@ CONVERTED = [
     ('llama', {'rope.scaling.type': 'linear', 'rope.scaling.factor': 4., 'rope.scaling.finetuned': True}), # long LLaMA 2
     ('llama', {'tensor_data_layout': 'Meta AI original pth', 'use_parallel_residual': False}),
     ('llama', {'expert_count': 0, 'expert_used_count': 0, 'attention.layer_norm_epsilon': 1e-5}),
-    ('llama', {'attention.sliding_window': 4096}), ('llama', {'logit_scale': 1., 'residual_scale': 1., 'embedding_scale': 1., 'attention.causal': True}),
+    ('llama', {'attention.sliding_window': 4096}),
+    ('llama', {'logit_scale': 1., 'residual_scale': 1., 'embedding_scale': 1., 'attention.causal': True}),
     ('llama', {'rope.scale_linear': 1.}), ('phi3', {'attention.sliding_window': 2047, 'rope.scaling.original_context_length': 4096}),
     ('phi3', {'attention.sliding_window': 0, 'rope.scaling.original_context_length': 16384}), # Phi-4
-    ('qwen2', {'rope.scaling.type': 'none'}), ('qwen2', {'attn_logit_softcapping': 0., 'final_logit_softcapping': 0., 'pooling_type': 0, 'attention.clamp_kqv': 0.}),
+    ('qwen2', {'rope.scaling.type': 'none'}),
+    ('qwen2', {'attn_logit_softcapping': 0., 'final_logit_softcapping': 0., 'pooling_type': 0, 'attention.clamp_kqv': 0.}),
     ('qwen2', {'attention.sliding_window': 0, 'attention.max_alibi_bias': 0.}), ('qwen3', {'rope.dimension_sections': [0, 0, 0, 0]}),
-    ('gpt-oss', {'rope.scaling.yarn_beta_fast': 32., 'rope.scaling.yarn_beta_slow': 1.}), ('gpt-oss', {'expert_weights_scale': 1., 'expert_group_count': 1, 'expert_group_used_count': 1})]
+    ('gpt-oss', {'rope.scaling.yarn_beta_fast': 32., 'rope.scaling.yarn_beta_slow': 1.}),
+    ('gpt-oss', {'expert_weights_scale': 1., 'expert_group_count': 1, 'expert_group_used_count': 1})]
 
 @pytest.mark.parametrize('name, keys', CONVERTED, ids=str)
 def test_keys_of_converters(tmp_path, name, keys):
-    with GGUF(make_model(tmp_path/'m.gguf', name, keys={f'{name}.{k}': v for k, v in keys.items()})) as g: assert arch.resolve(g)[1].arch == name
+    with GGUF(make_model(tmp_path/'m.gguf', name, keys={f'{name}.{k}': v for k, v in keys.items()})) as g:
+        assert arch.resolve(g)[1].arch == name
 
 
-WITHOUT_EFFECT = {'attention.layer_norm_epsilon', 'rope.scaling.finetuned', 'rope.scale_linear', 'vocab_size'} # of a norm that they lack; a remark; older than `scaling.factor`; padding
-YARN_ALONE = {'rope.scaling.original_context_length', 'rope.scaling.yarn_beta_fast', 'rope.scaling.yarn_beta_slow', 'rope.scaling.yarn_attn_factor'}
+# of a norm that they lack; a remark; older than `scaling.factor`; padding
+WITHOUT_EFFECT = {'attention.layer_norm_epsilon', 'rope.scaling.finetuned', 'rope.scale_linear', 'vocab_size'}
+YARN_ALONE = {'rope.scaling.original_context_length', 'rope.scaling.yarn_beta_fast', 'rope.scaling.yarn_beta_slow',
+    'rope.scaling.yarn_attn_factor'}
 
 @pytest.mark.parametrize('name', ARCHES)
 def test_no_key_is_ignored(tmp_path, name):
     "Every key that gguf-py knows of, with a value that no file of the family has: it changes the hyper-parameters or is refused by name"
     import gguf
-    def numbers(of): return [v for k, v in vars(of).items() if isinstance(v, str) and k.isupper()] + [n for v in vars(of).values() if isinstance(v, type) for n in numbers(v)]
+    def numbers(of):
+        return [v for k, v in vars(of).items() if isinstance(v, str)
+            and k.isupper()] + [n for v in vars(of).values() if isinstance(v, type) for n in numbers(v)]
     every = {k.removeprefix('{arch}.') for k in numbers(gguf.Keys) if k.startswith('{arch}.')}
     assert len(every) > 90
     def outcome(keys):
@@ -173,12 +194,16 @@ def test_no_key_is_ignored(tmp_path, name):
     for key in sorted(every | {'rope.scale_linear', 'a.key.of.tomorrow'}):
         for value in ([words[key]] if key in words else [3., 3, False if key == 'attention.causal' else True]):
             got = outcome({f'{name}.{key}': value})
-            if isinstance(got, str): assert f'{name}.{key}' in got or 'by the hyper-parameters' in got or key == 'block_count', (key, value, got)
-            elif got == plain: assert key in WITHOUT_EFFECT or key in YARN_ALONE and name != 'gpt-oss', f'{name}.{key} = {value!r} is ignored'
+            if isinstance(got, str):
+                assert f'{name}.{key}' in got or 'by the hyper-parameters' in got or key == 'block_count', (key, value, got)
+            elif got == plain:
+                assert key in WITHOUT_EFFECT or key in YARN_ALONE and name != 'gpt-oss', f'{name}.{key} = {value!r} is ignored'
 
 
-@pytest.mark.parametrize('key, value', [('logit_scale', .5), ('residual_scale', .25), ('embedding_scale', 12.), ('attn_logit_softcapping', 50.), ('final_logit_softcapping', 30.),
-    ('attention.temperature_scale', .1), ('attention.causal', False), ('expert_count', 8), ('attention.clamp_kqv', 8.), ('attention.max_alibi_bias', 8.), ('pooling_type', 3),
+@pytest.mark.parametrize('key, value', [('logit_scale', .5), ('residual_scale', .25), ('embedding_scale', 12.),
+    ('attn_logit_softcapping', 50.), ('final_logit_softcapping', 30.),
+    ('attention.temperature_scale', .1), ('attention.causal', False), ('expert_count', 8), ('attention.clamp_kqv', 8.),
+    ('attention.max_alibi_bias', 8.), ('pooling_type', 3),
     ('use_parallel_residual', True), ('rope.dimension_sections', [16, 24, 24, 0]), ('attention.sliding_window_pattern', [True, False])])
 @pytest.mark.parametrize('name', ARCHES)
 def test_refused_by_name(tmp_path, name, key, value):

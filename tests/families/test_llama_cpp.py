@@ -11,12 +11,14 @@ from orcd.text.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(llama_cpp_ctypes.find() is None, reason="needs llama.cpp's library (make oracles, or ORCD_LLAMA_LIB)")
 ROOT = Path(__file__).resolve().parents[2]
-HEADS = {'32': dict(head_dim=32, n_embd=128), '48': dict(head_dim=48, n_head=6, n_head_kv=3, n_embd=288), '64': dict(head_dim=64, n_embd=256),
+HEADS = {'32': dict(head_dim=32, n_embd=128), '48': dict(head_dim=48, n_head=6, n_head_kv=3, n_embd=288),
+    '64': dict(head_dim=64, n_embd=256),
          '96': dict(head_dim=96, n_head=3, n_head_kv=1, n_embd=288), '128': dict(head_dim=128, n_head=2, n_head_kv=2, n_embd=256)}
 
 
 def reference(g):
-    "As it is, but for gpt-oss: llama.cpp rounds the ends of its ramp too, which its published configuration denies; the other oracles have them fractional"
+    """As it is, but for gpt-oss: llama.cpp rounds the ends of its ramp too, which its published configuration denies; the other oracles
+    have them fractional"""
     engine = ReferenceEngine(g)
     if engine.config.arch != 'gpt-oss': return engine
     return ReferenceEngine(g, config=replace(engine.config, rope=replace(engine.config.rope, yarn_truncate=True)))
@@ -28,7 +30,8 @@ def compare(path, n=300):
         ids = np.random.default_rng(7).integers(0, ours.config.n_vocab, n)
         want, got = theirs.logits(ids), ours.logits(ids)
         ours.prefill(ids[:20])
-        return (abs(got - want).max()/want.std(), (got - want).std()/want.std()), [i for i, _ in ours.decode(SamplingParams(temperature=0.), 30)], theirs.greedy(ids[:20], 30)
+        return (abs(got - want).max()/want.std(),
+            (got - want).std()/want.std()), [i for i, _ in ours.decode(SamplingParams(temperature=0.), 30)], theirs.greedy(ids[:20], 30)
 
 
 @pytest.mark.parametrize('heads', HEADS)
@@ -39,9 +42,11 @@ def test_float32(tmp_path, arch, heads):
     assert ours == theirs
 
 
-@pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='qwen2', tied=True), dict(arch='qwen2', leave_out=[f'blk.{i}.attn_{n}.bias' for i in range(3) for n in 'qkv']),
+@pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='qwen2', tied=True),
+    dict(arch='qwen2', leave_out=[f'blk.{i}.attn_{n}.bias' for i in range(3) for n in 'qkv']),
     dict(arch='llama', biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']),
-    dict(arch='llama', keys={'llama.attention.head_count': [4]*3, 'llama.attention.head_count_kv': [2]*3, 'llama.feed_forward_length': [96]*3}),
+    dict(arch='llama', keys={'llama.attention.head_count': [4]*3, 'llama.attention.head_count_kv': [2]*3,
+        'llama.feed_forward_length': [96]*3}),
     dict(arch='gpt-oss', n_expert=8, n_expert_used=4, window=128), dict(arch='gpt-oss', window=1)], ids=str)
 def test_variants(tmp_path, kw): assert compare(make_model(tmp_path/'m.gguf', n_layer=3, **HEADS['64'], **kw))[0][0] < 1e-3
 

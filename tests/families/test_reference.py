@@ -9,7 +9,8 @@ from orcd.files.gguf import GGUF
 from orcd.families.reference import ReferenceEngine
 from orcd.text.sampling import SamplingParams
 
-SHAPES = [dict(head_dim=32), dict(head_dim=48, n_head=6, n_head_kv=3, n_embd=96), dict(head_dim=64, n_head=2, n_head_kv=1), dict(head_dim=96, n_head=3, n_head_kv=1, n_embd=160),
+SHAPES = [dict(head_dim=32), dict(head_dim=48, n_head=6, n_head_kv=3, n_embd=96), dict(head_dim=64, n_head=2, n_head_kv=1),
+    dict(head_dim=96, n_head=3, n_head_kv=1, n_embd=160),
     dict(head_dim=128, n_head=2, n_head_kv=2)]
 GREEDY = SamplingParams(temperature=0.)
 
@@ -38,9 +39,12 @@ def test_float64(model, arch, shape):
         assert abs(engine.logits(ids[:n]) - logits[:n]).max() < 1e-4*logits.std()
 
 
-@pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='llama', n_rot=8), dict(arch='qwen2', tied=True), dict(arch='phi3', window=5),
-    dict(arch='gpt-oss', types={'exps': 'MXFP4', '': 'Q8_0'}), dict(arch='qwen2', types='Q4_K', n_embd=256, n_ff=256), dict(arch='qwen3', types='Q6_K', n_embd=256),
-    dict(arch='llama', biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']), dict(arch='llama', biases=['ffn_down']),
+@pytest.mark.parametrize('kw', [dict(arch='llama', rope_freqs=True), dict(arch='llama', n_rot=8), dict(arch='qwen2', tied=True),
+    dict(arch='phi3', window=5),
+    dict(arch='gpt-oss', types={'exps': 'MXFP4', '': 'Q8_0'}), dict(arch='qwen2', types='Q4_K', n_embd=256, n_ff=256),
+    dict(arch='qwen3', types='Q6_K', n_embd=256),
+    dict(arch='llama', biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']),
+    dict(arch='llama', biases=['ffn_down']),
     dict(arch='qwen2', leave_out=[f'blk.{i}.attn_{n}.bias' for i in range(2) for n in 'qkv']),
     dict(arch='qwen3', keys={'qwen3.attention.scale': .4}), dict(arch='gpt-oss', keys={'gpt-oss.attention.scale': .1}),
     dict(arch='phi3', keys={'phi3.rope.scaling.attn_factor': 1.2})], ids=str)
@@ -72,7 +76,8 @@ def test_numbers_of_layers(model, arch):
     one = model(arch, n_layer=3)
     c, ids = ReferenceEngine(one).config, [5, 9, 77, 3]
     want = ReferenceEngine(one).logits(ids)
-    many = model(arch, n_layer=3, keys={f'{arch}.{k}': [n]*3 for k, n in (('attention.head_count', c.n_head), ('attention.head_count_kv', c.n_head_kv), ('feed_forward_length', c.n_ff))})
+    many = model(arch, n_layer=3, keys={f'{arch}.{k}': [n]*3 for k,
+        n in (('attention.head_count', c.n_head), ('attention.head_count_kv', c.n_head_kv), ('feed_forward_length', c.n_ff))})
     assert ReferenceEngine(many).config == c and (ReferenceEngine(many).logits(ids) == want).all()
 
 
@@ -93,7 +98,8 @@ def test_lengths(model):
     g = model('gpt-oss', window=128)
     ids = np.random.default_rng(0).integers(0, 160, 300)
     logits, _ = Float64(g.path).run(ids)
-    for n in (1, 2, 127, 128, 129, 255, 256, 257, 300): assert abs(ReferenceEngine(g).logits(ids[:n]) - logits[:n]).max() < 1e-4*logits.std(), n
+    for n in (1, 2, 127, 128, 129, 255, 256, 257, 300):
+        assert abs(ReferenceEngine(g).logits(ids[:n]) - logits[:n]).max() < 1e-4*logits.std(), n
 
 
 def test_a_b_a(model):

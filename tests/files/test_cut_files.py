@@ -1,4 +1,5 @@
-"A model file that somebody cuts off, overwrites or replaces while it is in use: an error that names it, or the old file; the process is never killed"
+"""A model file that somebody cuts off, overwrites or replaces while it is in use: an error that names it, or the old file; the process
+is never killed"""
 import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -13,7 +14,8 @@ def file(tmp_path): return shutil.copy(find_model('demo'), tmp_path / 'x.gguf')
 
 def child(code, *args):
     "What a process prints; a signal ends the test and not the suite"
-    r = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    r = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert r.returncode == 0, (r.returncode, r.stderr[-1000:])
     return r.stdout.split('\n')[:-1]
 

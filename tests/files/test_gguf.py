@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np, pytest
 from orcd.errors import GGUFError, MissingError, OrcdError
 from orcd.files.gguf import GGUF, GGUFType, MAX_STRINGS
-from doubling import cost, doubling
-from gguf_files import *
+from conftest import PUBLISHED
+from doubling import doubling
+from gguf_files import ARR, BOOL, F32, F64, I32, STR, U8, U16, U32, U64, array, pair, raw, small, string, tensor, u32, u64
+from speed import cost
 
 gguf = pytest.importorskip('gguf')
-from conftest import PUBLISHED
-from speed import cost
 
 
 def write(folder, data, name='x.gguf'):
@@ -181,8 +181,10 @@ LIARS = {
     'alignment_huge': (raw([pair('general.alignment', U32, 1 << 31)]), 'general.alignment'),
     'alignment_text': (raw([pair('general.alignment', STR, '32')]), 'general.alignment must be a uint32'),
     'architecture_number': (raw([pair('general.architecture', U32, 7)]), 'general.architecture must be a string, not uint32'),
-    'architecture_list': (raw([pair('general.architecture', ARR, array(I32, [1, 2]))]), 'general.architecture must be a string, not array of int32'),
-    'tokenizer_list': (raw([pair('tokenizer.ggml.model', ARR, array(STR, ['gpt2']))]), 'tokenizer.ggml.model must be a string, not array of string'),
+    'architecture_list': (raw([pair('general.architecture', ARR, array(I32, [1, 2]))]),
+        'general.architecture must be a string, not array of int32'),
+    'tokenizer_list': (raw([pair('tokenizer.ggml.model', ARR, array(STR, ['gpt2']))]),
+        'tokenizer.ggml.model must be a string, not array of string'),
     'pre_empty_list': (raw([pair('tokenizer.ggml.pre', ARR, array(F32, []))]), 'tokenizer.ggml.pre must be a string'),
     'empty_name': (raw([], [F('')], DATA), 'the name of tensor 0'),
     'long_name': (raw([], [F('n' * 64)], DATA), 'the name of tensor 0 is 64 bytes'),
@@ -253,7 +255,8 @@ LATIN, UTF_16, MARK = 'Größe'.encode('latin-1'), 'Größe'.encode('utf-16'), '
 @pytest.mark.parametrize('size', [1, 20_000])
 @pytest.mark.parametrize('text', [LATIN, UTF_16, MARK])
 def test_descriptions_in_other_encodings(tmp_path, text, size):
-    "They stop nothing; what they say is shown as well as it goes. What is needed is an error when it is asked for. Tokens keep their bytes."
+    """They stop nothing; what they say is shown as well as it goes. What is needed is an error when it is asked for. Tokens keep their
+    bytes."""
     needed = 'general.architecture', 'tokenizer.chat_template', 'some.key'
     keys = [pair(k, STR, text*size) for k in ('general.description', *needed)]
     keys += [pair(k, ARR, array(STR, ['a', text]*1000)) for k in ('general.tags', 'tokenizer.ggml.tokens')]
@@ -272,7 +275,8 @@ def test_descriptions_in_other_encodings(tmp_path, text, size):
 
 def test_ids_that_nobody_uses(tmp_path):
     "Of padding, masks and the like many files say -1 or 2^32-1"
-    unused = [pair(f'tokenizer.ggml.{k}_token_id', t, v) for k, t, v in (('padding', U32, 0xffffffff), ('seperator', I32, -1), ('mask', STR, 'none'), ('fim_pre', F32, .5))]
+    unused = [pair(f'tokenizer.ggml.{k}_token_id', t, v) for k, t,
+        v in (('padding', U32, 0xffffffff), ('seperator', I32, -1), ('mask', STR, 'none'), ('fim_pre', F32, .5))]
     assert GGUF(write(tmp_path, raw([ONE, TOKENS(3), *unused]))).metadata['tokenizer.ggml.padding_token_id'] == 0xffffffff
     for k in ('bos', 'eot', 'eom', 'unknown'):
         refused(write(tmp_path, raw([TOKENS(3), pair(f'tokenizer.ggml.{k}_token_id', U32, 3)])), f'{k}_token_id is 3')
@@ -449,7 +453,8 @@ def test_expensive_liars(tmp_path):
 
 def array_of(n, text): return pair('a', ARR, u32(STR) + u64(n) + string(text)*n)
 
-GROW = {        # bytes of a file for n, and an n that takes some milliseconds: long enough for a factor to show, short enough for a busy machine
+# bytes of a file for n, and an n that takes some milliseconds: long enough for a factor to show, short enough for a busy machine
+GROW = {
     'numbers': (lambda n: raw([pair(f'key.{i}', U32, i) for i in range(n)]), 2000),
     'texts': (lambda n: raw([pair(f'key.{i}', STR, 'x' * 500) for i in range(n)]), 2000),
     'long_keys': (lambda n: raw([pair(f'{i}'.rjust(3000, 'k'), U32, i) for i in range(n)]), 2000),
@@ -475,14 +480,16 @@ def test_twice_as_much_takes_twice_as_long(tmp_path, case):
         def read():
             gc.disable()                                                # it looks at all objects there are, however many of them are ours
             try:
-                with GGUF(path) as g: case in ('long_texts', 'texts_of_300') or dict(g.metadata)      # what those cost is the allocator's business
+                # what those cost is the allocator's business
+                with GGUF(path) as g: case in ('long_texts', 'texts_of_300') or dict(g.metadata)
             finally: gc.enable()
         return read
     doubling(make, start, tries=40)
 
 
 def test_short_arrays_cost_what_they_hold(tmp_path):
-    "Four thousand arrays of a thousand texts take not much longer than one array of them all: to look for strings is bounded by how many there are"
+    """Four thousand arrays of a thousand texts take not much longer than one array of them all: to look for strings is bounded by how
+    many there are"""
     many = raw([string(f'{i}') + u32(ARR) + u32(STR) + u64(1000) + string('t')*1000 for i in range(400)])
     one = raw([array_of(400_000, 't')])
     times = {}
@@ -529,7 +536,8 @@ def test_wrong_names_and_types(tmp_path):
     small(tmp_path/'x.gguf')
     with GGUF(tmp_path/'x.gguf') as g:
         for wrong in ('nothing', 5, None, [], 'x'*100_000, '\x1b[31m'):
-            for ask in (lambda: g.metadata[wrong], lambda: g.metadata.pairs(wrong), lambda: g.read(wrong), lambda: g.blocks(wrong), lambda: g.dequantize(wrong)):
+            for ask in (lambda: g.metadata[wrong], lambda: g.metadata.pairs(wrong), lambda: g.read(wrong), lambda: g.blocks(wrong),
+                    lambda: g.dequantize(wrong)):
                 with pytest.raises(OrcdError) as e: ask()
                 assert isinstance(e.value, KeyError) and len(str(e.value)) < 300 and str(e.value).isprintable()
             assert wrong not in g.metadata and g.metadata.get(wrong, 3) == 3 and g.metadata.kind(wrong) == (None, None, None)

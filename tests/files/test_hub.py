@@ -17,7 +17,8 @@ class Hub(ThreadingHTTPServer):
     daemon_threads = True
     def __init__(self):
         self.data, self.etag, self.cut_at, self.cuts, self.gets = DATA, SHA, None, 0, []
-        self.answer, self.seen, self.size, self.go = None, [], None, None     # a test's own way to answer GET; headers of every request; the size that HEAD states; waited for before each piece
+        # a test's own way to answer GET; headers of every request; the size that HEAD states; waited for before each piece
+        self.answer, self.seen, self.size, self.go = None, [], None, None
         super().__init__(('127.0.0.1', 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
     @property
@@ -40,7 +41,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def known(self):
         if self.path.startswith('/me/repo/resolve/'): return True
-        self.send_response(404); self.send_header('X-Error-Code', 'EntryNotFound'); self.send_header('Content-Length', '0'); self.end_headers()
+        self.send_response(404)
+        self.send_header('X-Error-Code', 'EntryNotFound')
+        self.send_header('Content-Length', '0')
+        self.end_headers()
 
     def do_HEAD(self):
         self.server.seen.append((self.command, dict(self.headers)))
@@ -111,7 +115,7 @@ def test_a_wrong_file_is_refused_and_deleted(fake, wrong):
     fake.data = wrong
     with pytest.raises(HubError, match='SHA-256|more than the stated 300004 bytes'): hub.pull('toy', progress=False, endpoint=fake.url)
     with pytest.raises(ModelError): hub.find('toy')
-    assert not [p for p in hub.models_dir().rglob('*.gguf')]
+    assert not list(hub.models_dir().rglob('*.gguf'))
     fake.data = DATA
     assert hub.pull('toy', progress=False, endpoint=fake.url).read_bytes() == DATA
 
@@ -173,8 +177,10 @@ def test_the_lock_of_a_dead_process(fake, tmp_path):
     target = hub.place(hub.remote('toy'))
     target.parent.mkdir(parents=True)
     part = target.with_name(f'toy.gguf.{SHA[:16]}.part')
-    code = f"from orcd.files import hub; from pathlib import Path; f = hub._locked(Path({str(part)!r}), Path({str(target)!r})); f.write(b'GGUF'); print('here', flush=True); input()"
-    p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    code = (f"from orcd.files import hub; from pathlib import Path; f = hub._locked(Path({str(part)!r}), Path({str(target)!r})); "
+        f"f.write(b'GGUF'); print('here', flush=True); input()")
+    p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert p.stdout.readline() == b'here\n'
     t, got = started(hub.pull, 'toy', progress=False, endpoint=fake.url)
     t.join(.3)
@@ -234,7 +240,8 @@ def test_a_server_without_ranges(fake):
     assert hub.pull('toy', progress=False, endpoint=fake.url).read_bytes() == DATA and len(fake.gets) == 1
 
 
-@pytest.mark.parametrize('wrong', ['bytes 0-300003/300004', 'bytes 100000-300003/999999', 'bytes 99999-300003/300004', None, 'nonsense', 'bytes 100000-300003'])
+@pytest.mark.parametrize('wrong', ['bytes 0-300003/300004', 'bytes 100000-300003/999999', 'bytes 99999-300003/300004', None, 'nonsense',
+    'bytes 100000-300003'])
 def test_another_part_than_was_asked_for(fake, wrong):
     part = leave(fake, 100_000)
     def answer(h):
@@ -262,7 +269,8 @@ def test_answers_that_end_early(fake, monkeypatch):
     fake.gets.clear()
     def nothing(h): h.send_response(200); h.send_header('Connection', 'close'); h.end_headers(); h.close_connection = True
     fake.answer = nothing
-    with pytest.raises(HubError, match='nothing more is sent. Run the same command again'): hub.pull('toy', progress=False, endpoint=fake.url)
+    with pytest.raises(HubError, match='nothing more is sent. Run the same command again'):
+        hub.pull('toy', progress=False, endpoint=fake.url)
     assert len(fake.gets) == hub.TRIES + 1
 
 
@@ -289,7 +297,11 @@ def test_the_token_is_for_the_hub(fake, monkeypatch):
     "It is not sent to the server that the hub leads to"
     monkeypatch.setenv('HF_TOKEN', 'hf_' + 'x' * 30)
     cdn = Hub()
-    def lead(h): h.send_response(302); h.send_header('Location', f'{cdn.url}{h.path}'); h.send_header('Content-Length', '0'); h.end_headers()
+    def lead(h):
+        h.send_response(302)
+        h.send_header('Location', f'{cdn.url}{h.path}')
+        h.send_header('Content-Length', '0')
+        h.end_headers()
     fake.answer = lead
     try:
         assert hub.pull('toy', progress=False, endpoint=fake.url).read_bytes() == DATA and cdn.gets == [0]
@@ -420,7 +432,8 @@ def test_a_disk_that_gets_full(fake, monkeypatch):
         if f.tell() + len(block) > 150_000: write(f, block[:150_000 - f.tell()]); raise OSError(errno.ENOSPC, 'No space left on device')
         write(f, block)
     monkeypatch.setattr(hub, '_write', full)
-    with pytest.raises(HubError, match='the disk is full: make room and run the same command again') as e: hub.pull('toy', progress=False, endpoint=fake.url)
+    with pytest.raises(HubError, match='the disk is full: make room and run the same command again') as e:
+        hub.pull('toy', progress=False, endpoint=fake.url)
     assert len(fake.gets) == 1 and '\n' not in str(e.value)
     monkeypatch.setattr(hub, '_write', write)
     assert hub.pull('toy', progress=False, endpoint=fake.url).read_bytes() == DATA and fake.gets[-1] == 150_000
@@ -463,11 +476,13 @@ def test_without_the_extra(fake, monkeypatch):
 
 def test_command(fake, tmp_path):
     env = dict(os.environ, ORCD_CACHE_DIR=str(tmp_path), HF_ENDPOINT=fake.url, PYTHONPATH=PATH)
-    r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', 'pull', 'me/repo/x.gguf'], env=env, capture_output=True, text=True, cwd=ROOT)
+    r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', 'pull', 'me/repo/x.gguf'], env=env, capture_output=True,
+        text=True, cwd=ROOT)
     assert r.returncode == 0 and Path(r.stdout.strip()).read_bytes() == DATA, r.stderr
     fake.etag = None
     for flags, rc in ((), 1), (('--no-verify',), 0):
-        r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', 'pull', 'me/repo/y.gguf', *flags], env=env, capture_output=True, text=True, cwd=ROOT)
+        r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', 'pull', 'me/repo/y.gguf', *flags], env=env, capture_output=True,
+            text=True, cwd=ROOT)
         assert r.returncode == rc and ('--no-verify' in r.stderr) == bool(rc), r.stderr
     r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', 'pull', 'nonsense'], env=env, capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 1 and r.stderr.count('\n') == 1 and 'qwen2.5-0.5b' in r.stderr

@@ -275,13 +275,20 @@ def test_like_libggml(t, weights):
 
 ONES = np.ones((2, 256), np.float32)
 REFUSED = dict(
-    scalar=lambda: quantize(3., 'F32'), ragged=lambda: quantize([[1.], [1., 2.]], 'F32'), text=lambda: quantize(['1.5'], 'F32'), complex=lambda: quantize(ONES*1j, 'Q8_0'),
-    objects=lambda: quantize(ONES.astype(object), 'Q8_0'), times=lambda: quantize(np.zeros((1, 32), 'm8[s]'), 'Q8_0'), half_a_block=lambda: quantize(ONES[:, :48], 'Q4_0'),
-    nan=lambda: quantize(ONES*np.nan, 'F32'), infinite=lambda: quantize(ONES*np.inf, 'F16'), beyond_half=lambda: quantize(ONES*65536, 'Q4_K'), beyond_single=lambda: quantize(ONES.astype(float)*1e300, 'F32'),
-    beyond_bf16=lambda: quantize([[3.3962e38]], 'BF16'), nothing=lambda: quantize(None, 'F32'), whole_numbers_as_blocks=lambda: dequantize([[0]*34], 'Q8_0'),
-    blocks_cut=lambda: dequantize(np.zeros((2, 33), np.uint8), 'Q8_0'), one_number=lambda: dequantize(np.uint8(3), 'Q8_0'), ragged_blocks=lambda: dequantize([[1], [1, 2]], 'Q8_0'),
-    out_is_a_list=lambda: dequantize(np.zeros((1, 4), np.uint8), 'F32', out=[0.]), out_of_another_shape=lambda: dequantize(np.zeros((1, 4), np.uint8), 'F32', out=np.zeros(1, np.float32)),
-    true=lambda: ggml_type(True), real=lambda: ggml_type(2.), a_list=lambda: ggml_type([2]), none=lambda: ggml_type(None), long=lambda: ggml_type('Q' * 10_000), negative=lambda: ggml_type(-1),
+    scalar=lambda: quantize(3., 'F32'), ragged=lambda: quantize([[1.], [1., 2.]], 'F32'), text=lambda: quantize(['1.5'], 'F32'),
+    complex=lambda: quantize(ONES*1j, 'Q8_0'),
+    objects=lambda: quantize(ONES.astype(object), 'Q8_0'), times=lambda: quantize(np.zeros((1, 32), 'm8[s]'), 'Q8_0'),
+    half_a_block=lambda: quantize(ONES[:, :48], 'Q4_0'),
+    nan=lambda: quantize(ONES*np.nan, 'F32'), infinite=lambda: quantize(ONES*np.inf, 'F16'),
+    beyond_half=lambda: quantize(ONES*65536, 'Q4_K'), beyond_single=lambda: quantize(ONES.astype(float)*1e300, 'F32'),
+    beyond_bf16=lambda: quantize([[3.3962e38]], 'BF16'), nothing=lambda: quantize(None, 'F32'),
+    whole_numbers_as_blocks=lambda: dequantize([[0]*34], 'Q8_0'),
+    blocks_cut=lambda: dequantize(np.zeros((2, 33), np.uint8), 'Q8_0'), one_number=lambda: dequantize(np.uint8(3), 'Q8_0'),
+    ragged_blocks=lambda: dequantize([[1], [1, 2]], 'Q8_0'),
+    out_is_a_list=lambda: dequantize(np.zeros((1, 4), np.uint8), 'F32', out=[0.]),
+    out_of_another_shape=lambda: dequantize(np.zeros((1, 4), np.uint8), 'F32', out=np.zeros(1, np.float32)),
+    true=lambda: ggml_type(True), real=lambda: ggml_type(2.), a_list=lambda: ggml_type([2]), none=lambda: ggml_type(None),
+    long=lambda: ggml_type('Q' * 10_000), negative=lambda: ggml_type(-1),
     negative_row=lambda: ggml_type('Q4_0').row_bytes(-32))
 
 
@@ -312,7 +319,9 @@ def test_however_it_lies_in_memory(t):
     "Columns first, every second row, backwards, double precision, whole numbers: the same blocks"
     x = np.random.default_rng(0).integers(-9, 9, (4, 512)).astype(np.float32)
     want = quantize(x, t)
-    for y in np.asfortranarray(x), np.repeat(x, 2, 0)[::2], x[::-1][::-1], x.astype(float), x.astype(int), x.astype('>f4'), x.reshape(2, 2, 512): assert np.array_equal(quantize(y, t).reshape(want.shape), want)
+    for y in np.asfortranarray(x), np.repeat(x, 2,
+            0)[::2], x[::-1][::-1], x.astype(float), x.astype(int), x.astype('>f4'), x.reshape(2, 2, 512):
+        assert np.array_equal(quantize(y, t).reshape(want.shape), want)
     shown = dequantize(want, t)
     for b in np.asfortranarray(want), np.repeat(want, 2, 0)[::2], want[::-1][::-1]: assert np.array_equal(dequantize(b, t), shown)
 

@@ -1,22 +1,24 @@
 "The command line as people and supervisors use it: real processes, a small real model on the reference engine"
-import json, os, re, signal, socket, subprocess, sys, time
+import os, re, signal, socket, subprocess, sys, time
 import pytest
 import orcd as package
 from orcd.serve.cli import FLAGS, complete_model, run
 from orcd.files.hub import MODELS, place, remote
 from test_api import write_model
-from worker_tools import PATH, PATIENCE, ROOT, check, orcd, soak
+from worker_tools import PATH, PATIENCE, ROOT, orcd, soak
 
 
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as m: return write_model(tmp_path_factory.mktemp('cli') / 'small.gguf', m, context_length=2048, head_dim=32)
+    with pytest.MonkeyPatch.context() as m:
+        return write_model(tmp_path_factory.mktemp('cli') / 'small.gguf', m, context_length=2048, head_dim=32)
 
 
 def call(*args, env=None, cwd=None, timeout=4 * PATIENCE, **kw):
     "(exit code, stdout, stderr) of a command"
-    r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT,
+    r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', *map(str, args)], capture_output=True, text=True, timeout=timeout,
+        cwd=cwd or ROOT,
         env=dict(os.environ, PYTHONPATH=PATH) | (env or {}), **kw)
     return r.returncode, r.stdout, r.stderr
 
@@ -24,7 +26,8 @@ def call(*args, env=None, cwd=None, timeout=4 * PATIENCE, **kw):
 # --- speed and shape
 
 def test_help_is_fast_and_imports_nothing_heavy():
-    code = "import sys; from orcd.serve.cli import run; run(['--help']); print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'fastapi', 'uvicorn', 'cupy', 'structlog', 'tokenizers', 'huggingface_hub', 'tqdm'}))"
+    code = ("import sys; from orcd.serve.cli import run; run(['--help']); print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', "
+        "'fastapi', 'uvicorn', 'cupy', 'structlog', 'tokenizers', 'huggingface_hub', 'tqdm'}))")
     def took(code):
         began = time.monotonic()
         out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout
@@ -37,7 +40,8 @@ def test_help_is_fast_and_imports_nothing_heavy():
 
 
 def test_serve_imports_no_cupy():
-    code = "import sys, orcd.serve.worker, orcd.serve.cli, orcd.serve.jobs, orcd.serve.protocol, orcd.serve.logs, orcd.files.hub; assert 'cupy' not in sys.modules and 'huggingface_hub' not in sys.modules"
+    code = ("import sys, orcd.serve.worker, orcd.serve.cli, orcd.serve.jobs, orcd.serve.protocol, orcd.serve.logs, orcd.files.hub; assert "
+        "'cupy' not in sys.modules and 'huggingface_hub' not in sys.modules")
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
@@ -50,10 +54,14 @@ def test_alias(path):
     assert r.returncode == 2 and r.stderr.startswith('orcd: --port')
 
 
-BAD = [('--port', '65536'), ('--port', 'http'), ('--port', '-1'), ('--gpu-device', '-1'), ('--device', 'gpu'), ('--max-tokens-in', '0'), ('--max-tokens-out', '2049'),
-    ('--max-tokens-out', '0'), ('--inference-timeout-sec', '0'), ('--inference-timeout-sec', 'nan'), ('--inference-timeout-sec', 'inf'), ('--inference-timeout-sec', '1_0'), ('--inference-timeout-sec', '٣'), ('--kv-cache-size-mb', '0'),
-    ('--context-length', '-5'), ('--context-length', '1.5'), ('--chunk-bytes', '1'), ('--callback-url', 'localhost:80'), ('--queue-depth', 'many'), ('--log-format', 'xml'),
-    ('--token-file', '/nowhere/token'), ('--settings', '/nowhere/settings.ini'), ('--host', '0.0.0.0'), ('--port', '٣'), ('--model-ref', ''), ('--worker-id', 'a\nb')]
+BAD = [('--port', '65536'), ('--port', 'http'), ('--port', '-1'), ('--gpu-device', '-1'), ('--device', 'gpu'), ('--max-tokens-in', '0'),
+    ('--max-tokens-out', '2049'),
+    ('--max-tokens-out', '0'), ('--inference-timeout-sec', '0'), ('--inference-timeout-sec', 'nan'), ('--inference-timeout-sec', 'inf'),
+    ('--inference-timeout-sec', '1_0'), ('--inference-timeout-sec', '٣'), ('--kv-cache-size-mb', '0'),
+    ('--context-length', '-5'), ('--context-length', '1.5'), ('--chunk-bytes', '1'), ('--callback-url', 'localhost:80'),
+    ('--queue-depth', 'many'), ('--log-format', 'xml'),
+    ('--token-file', '/nowhere/token'), ('--settings', '/nowhere/settings.ini'), ('--host', '0.0.0.0'), ('--port', '٣'),
+    ('--model-ref', ''), ('--worker-id', 'a\nb')]
 
 
 @pytest.mark.parametrize('flag, value', BAD)
@@ -94,13 +102,15 @@ def test_settings_file_of_the_repository():
 # --- serve
 
 def test_serve_on_the_reference_engine(path):
-    with orcd('serve', '--model', str(path), '--device', 'reference', '--port', '0', '--worker-id', 'not-a-uuid', '--model-ref', 'small', wait=True) as w:
+    with orcd('serve', '--model', str(path), '--device', 'reference', '--port', '0', '--worker-id', 'not-a-uuid', '--model-ref', 'small',
+            wait=True) as w:
         names = [e['event'] for e in w.log if e['event'] != 'uvicorn']
         assert names[0] == 'startup' and names[-1] == 'ready' and names.index('model_load_start') < names.index('model_load_complete')
         assert [e['percent'] for e in w.log if e['event'] == 'model_load_progress'] == [0, 25, 50, 75, 100]
         assert 'not the production engine' in w.event('reference_engine')['message'] and 'not-a-uuid' in w.event('worker_id')['message']
         h = w.health()
-        want = dict(status='healthy', state='ready', resident=False, tokenizer_kind='gguf-bpe', context_length=2048, worker_id='not-a-uuid', model_ref='small', gpu_device='reference')
+        want = dict(status='healthy', state='ready', resident=False, tokenizer_kind='gguf-bpe', context_length=2048,
+            worker_id='not-a-uuid', model_ref='small', gpu_device='reference')
         assert want.items() <= h.items(), h
         # the same seed gives the same text, whatever ran before; the pieces are what the library says
         a = w.execute('a', prompt='The rain', seed=7, max_tokens=40, temperature=1.2).all()
@@ -108,11 +118,13 @@ def test_serve_on_the_reference_engine(path):
         b = w.execute('c', prompt='The rain', seed=7, max_tokens=40, temperature=1.2).all()
         text = ''.join(e['t'] for e in a[1:-1])
         assert a[1:-1] == b[1:-1] and text
-        with package.load(path, device='reference', progress=False) as m: assert m.generate('The rain', seed=7, max_tokens=40, temperature=1.2).run().text == text
+        with package.load(path, device='reference', progress=False) as m:
+            assert m.generate('The rain', seed=7, max_tokens=40, temperature=1.2).run().text == text
         # stop strings are never sent
         stop = text[8:10]
         c = w.execute('d', prompt='The rain', seed=7, max_tokens=40, temperature=1.2, stop=stop).all()
-        assert c[-1]['stop_reason'] == 'STOP_SEQUENCE' and c[-1]['stop_sequence_matched'] == stop and ''.join(e['t'] for e in c[1:-1]) == text[:text.index(stop)]
+        assert (c[-1]['stop_reason'] == 'STOP_SEQUENCE' and c[-1]['stop_sequence_matched'] == stop
+            and ''.join(e['t'] for e in c[1:-1]) == text[:text.index(stop)])
         # the chat template, the end of the context, a prompt that is too long
         assert w.execute('e', messages=[dict(role='user', content='hi')], max_tokens=3).all()[-1]['type'] == 'end'
         status, _, body = w.post('/execute', dict(job_id='f', prompt='the rain ' * 3000))
@@ -136,20 +148,23 @@ def test_context_length(path):
 
 
 @pytest.mark.parametrize('make, code, text', [
-    (lambda p: p / 'missing.gguf', 'MODEL_LOAD_FAILED', 'missing.gguf'), (lambda p: (p / 'bad.gguf').write_bytes(b'GGUF' + b'\xff' * 60) and p / 'bad.gguf', 'MODEL_LOAD_FAILED', 'version'),
-    (lambda p: (p / 'empty.gguf').touch() or p / 'empty.gguf', 'MODEL_LOAD_FAILED', ''), (lambda p: p, 'MODEL_LOAD_FAILED', ''), (lambda p: 'gpt-oss-20b', 'MODEL_LOAD_FAILED', 'orcd pull gpt-oss-20b')])
+    (lambda p: p / 'missing.gguf', 'MODEL_LOAD_FAILED', 'missing.gguf'),
+    (lambda p: (p / 'bad.gguf').write_bytes(b'GGUF' + b'\xff' * 60) and p / 'bad.gguf', 'MODEL_LOAD_FAILED', 'version'),
+    (lambda p: (p / 'empty.gguf').touch() or p / 'empty.gguf', 'MODEL_LOAD_FAILED', ''), (lambda p: p, 'MODEL_LOAD_FAILED', ''),
+    (lambda p: 'gpt-oss-20b', 'MODEL_LOAD_FAILED', 'orcd pull gpt-oss-20b')])
 def test_files_that_cannot_be_served(tmp_path, make, code, text):
-    with orcd('serve', '--model', str(make(tmp_path)), '--device', 'reference', '--port', '0', env=dict(ORCD_CACHE_DIR=str(tmp_path / 'cache'))) as w:
+    with orcd('serve', '--model', str(make(tmp_path)), '--device', 'reference', '--port', '0',
+            env=dict(ORCD_CACHE_DIR=str(tmp_path / 'cache'))) as w:
         assert w.end() == 1
         errors = [e for e in w.log if e['event'] == 'error']
-        assert len(errors) == 1 and errors[0]['code'] == code and text in errors[0]['message'] and {'gpu_device', 'model_path'} <= set(errors[0])
+        assert (len(errors) == 1 and errors[0]['code'] == code and text in errors[0]['message']
+            and {'gpu_device', 'model_path'} <= set(errors[0]))
         assert not any('Traceback' in l or 'exception' in l for l in w.raw) and w.log[-1]['event'] == 'shutdown'
 
 
 def test_unknown_architecture_and_no_vocabulary(tmp_path):
     from make_models import make_model
-    with pytest.MonkeyPatch.context() as m:
-        plain = make_model(tmp_path / 'plain.gguf')
+    plain = make_model(tmp_path / 'plain.gguf')
     data = plain.read_bytes()
     (tmp_path / 'odd.gguf').write_bytes(data.replace(b'qwen2', b'qwenX'))
     for name, text in ('odd.gguf', 'qwenX'), ('plain.gguf', 'vocabulary'):
@@ -170,19 +185,22 @@ def test_no_usable_gpu(path, visible):
 def test_port_in_use(path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); s.listen()
-        with orcd('serve', '--model', str(path), '--device', 'reference', '--port', str(s.getsockname()[1])) as w: assert w.end() == 1 and 'in use' in w.event('error')['message']
+        with orcd('serve', '--model', str(path), '--device', 'reference', '--port', str(s.getsockname()[1])) as w:
+            assert w.end() == 1 and 'in use' in w.event('error')['message']
 
 
 def test_settings_from_file_environment_and_flags(path, tmp_path):
     (tmp_path / 's.ini').write_text(f'[worker]\nmodel = {path}\ndevice = reference\nport = 1\nmax-tokens-out = 7\nmodel-ref = from-file\n')
-    with orcd('serve', '--settings', str(tmp_path / 's.ini'), '--port', '0', env=dict(ORCD_MODEL_REF='from-env', ORCD_PORT='2'), wait=True) as w:
+    with orcd('serve', '--settings', str(tmp_path / 's.ini'), '--port', '0', env=dict(ORCD_MODEL_REF='from-env', ORCD_PORT='2'),
+            wait=True) as w:
         assert w.health()['model_ref'] == 'from-env'
         assert w.post('/execute', dict(job_id='1', prompt='a', max_tokens=8))[0] == 400
 
 
 def test_token_file(path, tmp_path):
     (tmp_path / 'token').write_text('abc-123-456-789-0\n')
-    with orcd('serve', '--model', str(path), '--device', 'reference', '--port', '0', '--host', '0.0.0.0', '--token-file', str(tmp_path / 'token'), wait=False) as w:
+    with orcd('serve', '--model', str(path), '--device', 'reference', '--port', '0', '--host', '0.0.0.0', '--token-file',
+            str(tmp_path / 'token'), wait=False) as w:
         w.address = f"127.0.0.1:{w.event('ready')['uri'].rsplit(':', 1)[1]}"
         assert w.post('/shutdown')[0] == 401 and w.health()['state'] == 'ready'
         assert w.post('/shutdown', headers={'Authorization': 'Bearer abc-123-456-789-0'})[0] == 202 and w.end() == 0
@@ -192,7 +210,8 @@ def test_pretty_log(path):
     "On a terminal: a progress bar and lines for people"
     import pty
     leader, follower = pty.openpty()
-    p = subprocess.Popen([sys.executable, '-m', 'orcd.serve.cli', 'serve', '--model', str(path), '--device', 'reference', '--port', '0'], stderr=follower, cwd=ROOT)
+    p = subprocess.Popen([sys.executable, '-m', 'orcd.serve.cli', 'serve', '--model', str(path), '--device', 'reference', '--port', '0'],
+        stderr=follower, cwd=ROOT)
     os.close(follower)
     text = ''
     while 'ready' not in text: text += os.read(leader, 4096).decode()
@@ -208,16 +227,19 @@ def test_generate(path, capsys):
     assert run(args) == 0
     first = capsys.readouterr()
     assert run(args) == 0 and capsys.readouterr() == first and first.err == ''
-    with package.load(path, device='reference', progress=False) as m: assert m.generate('The rain', max_tokens=12, seed=3).run().text + '\n' == first.out
+    with package.load(path, device='reference', progress=False) as m:
+        assert m.generate('The rain', max_tokens=12, seed=3).run().text + '\n' == first.out
     assert run(['generate', str(path), 'x', '--device', 'reference', '--temperature', '9', '--top-p', '7']) == 1
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'temperature' in err and 'top_p' in err
 
 
 def test_generate_from_stdin_into_a_closed_pipe(path):
-    p = subprocess.run(f'echo hi | {sys.executable} -m orcd.serve.cli generate {path} - --device reference -n 3', shell=True, capture_output=True, cwd=ROOT)
+    p = subprocess.run(f'echo hi | {sys.executable} -m orcd.serve.cli generate {path} - --device reference -n 3', shell=True,
+        capture_output=True, cwd=ROOT)
     assert p.returncode == 0 and p.stderr == b''
-    p = subprocess.run(f'{sys.executable} -m orcd.serve.cli generate {path} hi --device reference -n 200 | true', shell=True, capture_output=True, cwd=ROOT)
+    p = subprocess.run(f'{sys.executable} -m orcd.serve.cli generate {path} hi --device reference -n 200 | true', shell=True,
+        capture_output=True, cwd=ROOT)
     assert b'Traceback' not in p.stderr
 
 
@@ -241,7 +263,8 @@ def test_info_where_there_is_a_gpu(path, capsys, monkeypatch, free, code):
     with played(monkeypatch, free=free): assert run(['info', str(path)]) == code
     said = capsys.readouterr()
     assert f'GPU 0 has {free / 2**20:,.1f} MiB of VRAM free' in said.out
-    assert ('VRAM at a context of 2048' in said.out) if code == 0 else ('needs' in said.err and 'context' in said.err and 'Traceback' not in said.err)
+    assert (('VRAM at a context of 2048' in said.out)
+        if code == 0 else ('needs' in said.err and 'context' in said.err and 'Traceback' not in said.err))
 
 
 def test_bench(path, capsys):
@@ -255,7 +278,9 @@ def test_bench_says_what_reading_alone_would_take(tmp_path, capsys, monkeypatch)
     from fake_gpu import played
     model = make_model(tmp_path/'m.gguf', 'qwen2', types='Q4_K', n_layer=3, n_embd=256, n_ff=512, head_dim=64, n_head=4, n_head_kv=2)
     with played(monkeypatch): assert run(['bench', str(model), '--prompt', '8', '--tokens', '4', '--repeat', '1']) == 0
-    assert re.search(r'decode +[\d.]+ tok/s +\([\d.]+ ms a token; reading \d+ MB at 17\.18 TB/s takes \d+% of that\)', capsys.readouterr().out)     # 2 GiB in an eighth of a millisecond
+    # 2 GiB in an eighth of a millisecond
+    assert re.search(r'decode +[\d.]+ tok/s +\([\d.]+ ms a token; reading \d+ MB at 17\.18 TB/s takes \d+% of that\)',
+        capsys.readouterr().out)
 
 
 def test_doctor(capsys):
@@ -266,9 +291,13 @@ def test_doctor(capsys):
 
 def test_completion(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'models').mkdir(); (tmp_path / 'models' / 'm.gguf').touch(); (tmp_path / 'mine.gguf').touch(); (tmp_path / 'notes.txt').touch()
+    (tmp_path / 'models').mkdir()
+    (tmp_path / 'models' / 'm.gguf').touch()
+    (tmp_path / 'mine.gguf').touch()
+    (tmp_path / 'notes.txt').touch()
     assert complete_model('') == ['demo', *MODELS, 'mine.gguf', 'models/']
-    assert complete_model('m') == ['mine.gguf', 'models/'] and complete_model('models/') == ['models/m.gguf'] and complete_model('q') == ['qwen2.5-0.5b']
+    assert (complete_model('m') == ['mine.gguf', 'models/'] and complete_model('models/') == ['models/m.gguf']
+        and complete_model('q') == ['qwen2.5-0.5b'])
     assert complete_model(f'{tmp_path}/mi') == [f'{tmp_path}/mine.gguf'] and complete_model('/nowhere/x') == []
     env = dict(os.environ, _ORCD_COMPLETE='complete_bash', COMP_WORDS='orcd info q', COMP_CWORD='2', PYTHONPATH=PATH)
     r = subprocess.run([sys.executable, '-c', 'from orcd.serve.cli import main; main()'], env=env, capture_output=True, text=True)
@@ -313,7 +342,8 @@ def test_a_demo_that_is_ended_leaves_no_worker(sig, when):
         def ask(*args, **kw): print('asked', flush=True); time.sleep(1e6); yield
         cli.ask = ask
         cli.main(['demo', '--device', 'reference'])"""
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ, PYTHONPATH=PATH))
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=PATH))
     pid = next(int(line) for line in p.stdout if line.strip().isdigit())
     if when == 'ready': assert any(line == 'asked\n' for line in p.stdout)
     p.send_signal(sig)

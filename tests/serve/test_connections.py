@@ -8,10 +8,13 @@ from fake_engine import EOS, fake_model, say
 from worker_tools import PATIENCE, Proc, quiet_logs, worker
 
 HEAD = b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
-SILENT = [b'', b'GET /hea', HEAD, HEAD + b'Content-Length: 100\r\n\r\n{"job', HEAD + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"job', b'GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n']
+SILENT = [b'', b'GET /hea', HEAD, HEAD + b'Content-Length: 100\r\n\r\n{"job', HEAD + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"job',
+    b'GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n']
 
 
-def sockets_of(w): return sum(os.readlink(f'/proc/{w.p.pid}/fd/{f}').startswith('socket:') for f in os.listdir(f'/proc/{w.p.pid}/fd') if os.path.lexists(f'/proc/{w.p.pid}/fd/{f}'))
+def sockets_of(w):
+    return sum(os.readlink(f'/proc/{w.p.pid}/fd/{f}').startswith('socket:') for f in os.listdir(f'/proc/{w.p.pid}/fd')
+        if os.path.lexists(f'/proc/{w.p.pid}/fd/{f}'))
 
 
 def everything(c):
@@ -135,7 +138,9 @@ def test_bodies_in_crumbs(n):
     with worker() as w:
         body = json.dumps(dict(job_id='1', prompt='a', more='x' * n)).encode()[:n]
         c = w.connect()
-        with contextlib.suppress(ConnectionError): c.sendall(HEAD + b'Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n' + b''.join(b'1\r\n%c\r\n' % b for b in body) + b'0\r\n\r\n')
+        with contextlib.suppress(ConnectionError):
+            c.sendall(HEAD + b'Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n' + b''.join(b'1\r\n%c\r\n' % b for b in body)
+                + b'0\r\n\r\n')
         answer = everything(c)
         if n == 5000: assert b' 400 ' in answer.split(b'\r\n')[0] and b'not JSON' in answer
         elif answer: assert b' 400 ' in answer.split(b'\r\n')[0] and b'INVALID_REQUEST' in answer and b'not JSON' not in answer
@@ -168,7 +173,9 @@ class Here:
         self.thread.join(PATIENCE); self.jobs.stop()
 
 
-def post(path, body): return b'POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n' % (path, len(body)) + body
+def post(path, body):
+    return b'POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n' % (path,
+        len(body)) + body
 
 
 def test_what_the_event_loop_is_spared(monkeypatch):
@@ -187,7 +194,9 @@ def test_what_the_event_loop_is_spared(monkeypatch):
 def test_cookies_end_at_the_edge(monkeypatch):
     import starlette.requests
     monkeypatch.setattr(starlette.requests, 'cookie_parser', lambda s: 1 / 0)
-    with quiet_logs(), Here() as h: assert b' 200 ' in h.ask(b'GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nCookie: a="' + b'\\' * 9000 + b'"\r\n\r\n').split(b'\r\n')[0]
+    with quiet_logs(), Here() as h:
+        assert b' 200 ' in h.ask(b'GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nCookie: a="' + b'\\' * 9000
+            + b'"\r\n\r\n').split(b'\r\n')[0]
 
 
 # --- file descriptors
@@ -203,11 +212,13 @@ def test_descriptors_run_out_and_come_back():
         for c in held: c.close()
         assert w.request('GET', '/health', timeout=PATIENCE)[0] == 200 and w.execute(prompt='a').all()[-1]['type'] == 'end'
         lines = [e for e in w.log if e['level'] in ('warning', 'error')]
-        assert {e['event'] for e in lines} == {'descriptors'} and len(lines) <= time.monotonic() - began + 2 and not any('exception' in e for e in lines)
+        assert ({e['event'] for e in lines} == {'descriptors'} and len(lines) <= time.monotonic() - began + 2
+            and not any('exception' in e for e in lines))
 
 
 def test_few_descriptors_from_the_start():
-    few = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); sys.argv = ['', '{\"read_s\": 60}']; runpy.run_path('fake_worker.py', run_name='__main__')"
+    few = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); sys.argv = ['', '{\"read_s\": 60}']; "
+        "runpy.run_path('fake_worker.py', run_name='__main__')")
     w = Proc(['-c', few])
     try:
         assert 'ulimit -n' in w.event('descriptors')['message']
@@ -229,7 +240,8 @@ def test_answers_without_a_request_have_the_headers_of_all_answers():
         c = w.connect()
         c.sendall(b'what\r\n\r\n')
         head, _, body = everything(c).partition(b'\r\n\r\n')
-        assert head.startswith(b'HTTP/1.1 400 ') and ('X-Correlation-ID: ' + json.loads(body)['correlation_id']).encode() in head.split(b'\r\n')
+        assert (head.startswith(b'HTTP/1.1 400 ')
+            and ('X-Correlation-ID: ' + json.loads(body)['correlation_id']).encode() in head.split(b'\r\n'))
 
 
 def test_places_taken_are_told_with_retry_after():
@@ -237,7 +249,8 @@ def test_places_taken_are_told_with_retry_after():
     from orcd.serve.worker import _raw
     head, _, body = _raw(503, 'Service Unavailable', ApiError('WORKER_BUSY', 'too many connections')).decode().partition('\r\n\r\n')
     headers = dict(l.split(': ') for l in head.split('\r\n')[1:])
-    assert headers['Retry-After'] == '1' and headers['X-Correlation-ID'] == json.loads(body)['correlation_id'] and int(headers['Content-Length']) == len(body)
+    assert (headers['Retry-After'] == '1' and headers['X-Correlation-ID'] == json.loads(body)['correlation_id']
+        and int(headers['Content-Length']) == len(body))
 
 
 def test_odd_requests_say_little():
@@ -260,7 +273,8 @@ def test_a_path_that_is_no_text_names_no_job():
         for path in '/cancel/%ff', '/cancel/%ed%a0%80':
             status, _, body = w.post(path)
             assert (status, body['errors'][0]['field']) == (400, 'job_id')
-        assert s.next()['type'] == 'token' and w.post('/cancel/%ef%bf%bd')[2]['status'] == 'cancelling' and list(s.frames())[-1]['code'] == 'CANCELLED'
+        assert (s.next()['type'] == 'token' and w.post('/cancel/%ef%bf%bd')[2]['status'] == 'cancelling'
+            and list(s.frames())[-1]['code'] == 'CANCELLED')
 
 
 def test_a_port_that_comes_back_before_it_is_gone():
@@ -289,6 +303,7 @@ def test_a_cancel_does_not_wait_for_prompts():
         w = Worker(Settings(), Jobs(None))
         for _ in range(2): await w.working.acquire()
         async def receive(): return dict(type='http.request', body=b'{"job_id":"1"}', more_body=False)
-        http = Request({'type': 'http', 'method': 'POST', 'path': '/cancel', 'headers': [(b'content-type', b'application/json')], 'orcd.id': 'x'}, receive)
+        http = Request({'type': 'http', 'method': 'POST', 'path': '/cancel', 'headers': [(b'content-type', b'application/json')],
+            'orcd.id': 'x'}, receive)
         return json.loads((await asyncio.wait_for(w.cancel(http), PATIENCE)).body)
     assert asyncio.run(go()) == dict(job_id='1', status='not_active')

@@ -22,7 +22,8 @@ def test_flags_exist(name):
     "Every flag and every ORCD_ variable is one that the worker has"
     flags = {f.name for f in FLAGS} | {'settings'}
     worker = re.sub(r'RUN .*|HEALTHCHECK .*|COPY .*', '', code(name))
-    used = set(re.findall(r'(?<![\w-])--([a-z][a-z-]+)', worker)) | {m.lower().replace('_', '-') for m in re.findall(r'ORCD_([A-Z_]+)', worker)} - {'cache-dir'}
+    used = (set(re.findall(r'(?<![\w-])--([a-z][a-z-]+)', worker))
+        | {m.lower().replace('_', '-') for m in re.findall(r'ORCD_([A-Z_]+)', worker)} - {'cache-dir'})
     assert used <= flags and used
 
 
@@ -49,12 +50,13 @@ def test_unit_stops_after_the_drain():
 
 def test_unit_reaches_the_gpu_and_no_other_device():
     assert service('DevicePolicy') == ['closed'] and service('PrivateDevices') == ['no']
-    assert {v.split()[0] for v in service('DeviceAllow')} == {f'char-{n}' for n in ('nvidia', 'nvidiactl', 'nvidia-frontend', 'nvidia-uvm', 'nvidia-caps')}
+    assert ({v.split()[0] for v in service('DeviceAllow')}
+        == {f'char-{n}' for n in ('nvidia', 'nvidiactl', 'nvidia-frontend', 'nvidia-uvm', 'nvidia-caps')})
 
 
 def test_unit_is_confined():
-    yes = 'NoNewPrivileges ProtectHome PrivateTmp ProtectKernelTunables ProtectKernelModules ProtectKernelLogs ProtectControlGroups ProtectClock ProtectHostname ' \
-        'RestrictSUIDSGID RestrictNamespaces RestrictRealtime LockPersonality'
+    yes = 'NoNewPrivileges ProtectHome PrivateTmp ProtectKernelTunables ProtectKernelModules ProtectKernelLogs ProtectControlGroups ' \
+        'ProtectClock ProtectHostname RestrictSUIDSGID RestrictNamespaces RestrictRealtime LockPersonality'
     for key in yes.split(): assert service(key) == ['yes'], key
     assert service('ProtectSystem') == ['strict'] and service('CapabilityBoundingSet') == [''] and service('User') == ['orcd']
     assert service('SystemCallFilter') == ['@system-service', '~@privileged'] and service('SystemCallArchitectures') == ['native']
@@ -71,8 +73,10 @@ def test_unit_in_the_eyes_of_systemd():
     "systemd's own judgement, from 0 (closed) to 10 (open)"
     tool = shutil.which('systemd-analyze')
     if not tool: pytest.skip('needs the program systemd-analyze')
-    if int(re.search(r'systemd (\d+)', subprocess.run([tool, '--version'], capture_output=True, text=True).stdout)[1]) < 250: pytest.skip('needs systemd-analyze 250')
-    r = subprocess.run([tool, 'security', '--offline=true', '--threshold=30', '--no-pager', DEPLOY / 'orcd.service'], capture_output=True, text=True)
+    if int(re.search(r'systemd (\d+)', subprocess.run([tool, '--version'], capture_output=True, text=True).stdout)[1]) < 250:
+        pytest.skip('needs systemd-analyze 250')
+    r = subprocess.run([tool, 'security', '--offline=true', '--threshold=30', '--no-pager', DEPLOY / 'orcd.service'],
+        capture_output=True, text=True)
     assert r.returncode == 0 and 'Overall exposure level' in r.stdout, r.stdout[-300:] + r.stderr
 
 
@@ -101,7 +105,8 @@ def restricted(pod):
     if any(pod.get(k) for k in ('hostNetwork', 'hostPID', 'hostIPC')): wrong.append('host namespaces')
     for v in pod.get('volumes', []):
         kinds = set(v) - {'name'}
-        if not kinds <= {'configMap', 'csi', 'downwardAPI', 'emptyDir', 'ephemeral', 'persistentVolumeClaim', 'projected', 'secret'}: wrong.append(f'volume {kinds}')
+        if not kinds <= {'configMap', 'csi', 'downwardAPI', 'emptyDir', 'ephemeral', 'persistentVolumeClaim', 'projected', 'secret'}:
+            wrong.append(f'volume {kinds}')
     for c in pod['containers'] + pod.get('initContainers', []):
         s = c.get('securityContext', {})
         get = lambda key: s.get(key, ours.get(key))
@@ -109,7 +114,8 @@ def restricted(pod):
         if s.get('allowPrivilegeEscalation') is not False: wrong.append('allowPrivilegeEscalation')
         if get('runAsNonRoot') is not True or get('runAsUser') == 0: wrong.append('runAsNonRoot')
         if (get('seccompProfile') or {}).get('type') not in ('RuntimeDefault', 'Localhost'): wrong.append('seccompProfile')
-        if 'ALL' not in s.get('capabilities', {}).get('drop', []) or set(s['capabilities'].get('add', [])) - {'NET_BIND_SERVICE'}: wrong.append('capabilities')
+        if 'ALL' not in s.get('capabilities', {}).get('drop', []) or set(s['capabilities'].get('add', [])) - {'NET_BIND_SERVICE'}:
+            wrong.append('capabilities')
         if any('hostPort' in p for p in c.get('ports', [])): wrong.append('hostPort')
     return wrong
 
@@ -128,7 +134,8 @@ def test_pod_writes_into_its_volumes_only(pod, container):
     assert container['securityContext']['readOnlyRootFilesystem'] is True
     written = {m['mountPath'] for m in container['volumeMounts'] if not m.get('readOnly')}
     kinds = {v['name']: v for v in pod['volumes']}
-    assert written == {'/cache', '/tmp'} and all('sizeLimit' in kinds[m['name']]['emptyDir'] for m in container['volumeMounts'] if m['mountPath'] in written)
+    assert (written == {'/cache', '/tmp'}
+        and all('sizeLimit' in kinds[m['name']]['emptyDir'] for m in container['volumeMounts'] if m['mountPath'] in written))
     for e in container['env']: assert Path(e['value']).is_relative_to('/cache'), e
     assert {'ORCD_CACHE_DIR', 'CUPY_CACHE_DIR', 'CUDA_CACHE_PATH'} == {e['name'] for e in container['env']}
 
@@ -151,17 +158,20 @@ def test_token_is_a_secret_and_a_file(pod, container):
     args = dict(zip(container['args'][::2], container['args'][1::2]))
     mount, = [m for m in container['volumeMounts'] if Path(args['--token-file']).is_relative_to(m['mountPath'])]
     volume, = [v for v in pod['volumes'] if v['name'] == mount['name']]
-    assert volume['secret']['items'] == [{'key': 'token', 'path': Path(args['--token-file']).name}] and volume['secret']['defaultMode'] == 0o440
+    assert (volume['secret']['items'] == [{'key': 'token', 'path': Path(args['--token-file']).name}]
+        and volume['secret']['defaultMode'] == 0o440)
     assert not any('TOKEN' in e['name'] for e in container['env'])
 
 
 def test_network_policy(cluster):
     policy, deployment = cluster['NetworkPolicy'], cluster['Deployment']
     labels = deployment['spec']['template']['metadata']['labels']
-    assert policy['spec']['podSelector']['matchLabels'].items() <= labels.items() and cluster['Service']['spec']['selector'].items() <= labels.items()
+    assert (policy['spec']['podSelector']['matchLabels'].items() <= labels.items() and cluster['Service']['spec']['selector'].items()
+        <= labels.items())
     assert policy['spec']['policyTypes'] == ['Ingress', 'Egress'] and policy['spec']['egress'] == []
     rule, = policy['spec']['ingress']
-    assert rule['ports'] == [{'protocol': 'TCP', 'port': 'http'}] and all(f.get('podSelector') and f.get('namespaceSelector') for f in rule['from'])
+    assert (rule['ports'] == [{'protocol': 'TCP', 'port': 'http'}]
+        and all(f.get('podSelector') and f.get('namespaceSelector') for f in rule['from']))
     assert {o['metadata'].get('namespace', o['metadata']['name']) for o in cluster.values()} == {'orcd'}
 
 

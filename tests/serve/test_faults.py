@@ -1,8 +1,8 @@
 "What goes wrong in the life of a worker process: every stream ends once, the process ends with the right code"
-import contextlib, json, os, signal, socket, subprocess, sys, threading, time
+import contextlib, json, os, signal, socket, threading, time
 import pytest
 from statistics import median
-from worker_tools import PATIENCE, ROOT, check, worker
+from worker_tools import PATIENCE, worker
 
 LONG = dict(prefill='prefill:200', decode='tokens:2000@0.1')      # 200 s: whoever waits for the end of such a job is given up long before
 
@@ -74,8 +74,10 @@ def answer_time(w):
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize('data', [b'', b'GET /hea', b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-', b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
-    b'Content-Length: 100\r\n\r\n{"job', b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"job'])
+@pytest.mark.parametrize('data', [b'', b'GET /hea', b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-',
+    b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
+    b'Content-Length: 100\r\n\r\n{"job',
+    b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"job'])
 def test_half_sent(w, data):
     "Silence does not keep a connection: cut, or 408 for half a body"
     c = w.connect()
@@ -90,8 +92,10 @@ def reading(c):
     except ConnectionResetError: return b''
 
 
-@pytest.mark.parametrize('data', [b'\x16\x03\x01\x02\x00\x01\x00', b'GARBAGE\r\n\r\n', b'GET / HTTP/9.9\r\n\r\n', b'GET /' + b'x' * 40000, b'GET / HTTP/1.1\r\n' + b'A: b\r\n' * 9000,
-    b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n', b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n'])
+@pytest.mark.parametrize('data', [b'\x16\x03\x01\x02\x00\x01\x00', b'GARBAGE\r\n\r\n', b'GET / HTTP/9.9\r\n\r\n', b'GET /' + b'x' * 40000,
+    b'GET / HTTP/1.1\r\n' + b'A: b\r\n' * 9000,
+    b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n',
+    b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n'])
 def test_broken_http(w, data):
     c = w.connect()
     with contextlib.suppress(ConnectionError): c.sendall(data)
@@ -150,8 +154,8 @@ def test_cancel(w, phase, times):
 
 
 def test_health_while_busy(w):
-    """A job does not make answers slower: the median of many is that of the same worker without one, within what a machine's other work does.
-    They are asked in turns, since that comes and goes."""
+    """A job does not make answers slower: the median of many is that of the same worker without one, within what a machine's other work
+    does. They are asked in turns, since that comes and goes."""
     idle, busy = [], []
     for _ in range(10):
         idle += [answer_time(w) for _ in range(5)]
@@ -178,7 +182,7 @@ def test_sigterm_lets_the_job_finish():
     with worker() as w:
         s = w.execute(prompt='tokens:60@0.05')
         s.next()
-        idle = w.connect()                                                      # a silent connection does not keep the process
+        idle = w.connect()  # noqa: F841 (a silent connection, open to the end: it does not keep the process)
         w.signal()
         w.event('signal')
         w.wait_state('draining')
@@ -259,7 +263,8 @@ def test_too_little_vram():
     with worker(env=dict(FAKE_LOAD='vram'), wait=False) as w:
         assert w.end() == 1
         e = w.event('error')
-        assert (e['code'], e['required_bytes'], e['available_bytes'], e['gpu_device'], e['model_path']) == ('INSUFFICIENT_VRAM', 10**12, 10**9, 0, 'fake.gguf')
+        assert (e['code'], e['required_bytes'], e['available_bytes'], e['gpu_device'],
+            e['model_path']) == ('INSUFFICIENT_VRAM', 10**12, 10**9, 0, 'fake.gguf')
 
 
 def test_lost_context():
@@ -334,4 +339,5 @@ def test_nothing_leaks():
             if i % 2: s.all()
             else: s.close(); w.wait_state('ready')
         end = time.monotonic() + PATIENCE                                      # connections that were left are closed when that is noticed
-        while not (count()[0] <= before[0] + 2 and count()[1] <= before[1] + 8): assert time.monotonic() < end, (before, count())    # the pool for prompts grows to a few threads
+        # the pool for prompts grows to a few threads
+        while not (count()[0] <= before[0] + 2 and count()[1] <= before[1] + 8): assert time.monotonic() < end, (before, count())

@@ -16,7 +16,8 @@ def quiet():
     with quiet_logs(): yield
 
 
-def request(job_id='1', prompt='hi', stop=(), **params): return NS(job_id=job_id, prompt=prompt, params=dict(max_tokens=16) | params, stop=stop)
+def request(job_id='1', prompt='hi', stop=(), **params):
+    return NS(job_id=job_id, prompt=prompt, params=dict(max_tokens=16) | params, stop=stop)
 
 
 async def read(job, timeout=60):
@@ -29,7 +30,8 @@ async def read(job, timeout=60):
 
 
 # what an engine may do in the middle of a job
-faults = st.sampled_from([OutOfVRAM('full'), CUDAError('launch failed'), ZeroDivisionError('x'), MemoryError(), OrcdError('odd'), KeyError('secret'), SystemExit(3),
+faults = st.sampled_from([OutOfVRAM('full'), CUDAError('launch failed'), ZeroDivisionError('x'), MemoryError(), OrcdError('odd'),
+    KeyError('secret'), SystemExit(3),
     RuntimeError('generator raised StopIteration')])
 pauses = st.floats(.0005, .004)
 tokens = st.sampled_from([*say('ab. é'), *[piece('雨'.encode()[:2]), piece('雨'.encode()[2:]), piece(b'END')], EOS])
@@ -45,7 +47,8 @@ def test_every_path_has_one_end(script, prefill, deeds, depth, timeout, max_toke
         model = fake_model(script, prefill=prefill)
         jobs = Jobs(lambda: model, queue_depth=depth, timeout=timeout)
         jobs.thread.start(); await asyncio.wrap_future(jobs.loaded)
-        mine = [Job(request(str(i), max_tokens=max_tokens, stop=('END',)), f'c{i}', Outbox(asyncio.get_running_loop()), 'fake') for i in range(depth + 2)]
+        mine = [Job(request(str(i), max_tokens=max_tokens, stop=('END',)), f'c{i}', Outbox(asyncio.get_running_loop()), 'fake')
+            for i in range(depth + 2)]
         accepted = []
         for j in mine:
             try: jobs.submit(j); accepted.append(j)
@@ -159,9 +162,11 @@ def test_nothing_outside_a_job_ends_the_thread_in_silence(error, where, monkeypa
         gate.set()
         ends = [(await read(j))[-1] for j in mine]
         await asyncio.to_thread(jobs.thread.join, 10)
-        assert not jobs.thread.is_alive() and not jobs.healthy and len(died) == 1 and jobs.fatal is died[0] and not jobs.active and not jobs.waiting
+        assert (not jobs.thread.is_alive() and not jobs.healthy and len(died) == 1 and jobs.fatal is died[0] and not jobs.active
+            and not jobs.waiting)
         n_fine = sum(e['type'] == 'end' for e in ends)
-        assert n_fine == dict(memory=1, log=0, next=1, close=3)[where] and all(e['code'] in ('INTERNAL', 'CUDA_ERROR') for e in ends if e['type'] == 'error')
+        assert (n_fine == dict(memory=1, log=0, next=1, close=3)[where]
+            and all(e['code'] in ('INTERNAL', 'CUDA_ERROR') for e in ends if e['type'] == 'error'))
         with pytest.raises(ApiError): jobs.submit(Job(request('9'), 'c', None))
         assert jobs.refusal('9').code in ('INTERNAL', 'CUDA_ERROR')
     asyncio.run(go())

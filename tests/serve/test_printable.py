@@ -15,7 +15,8 @@ ANY = st.text(st.characters(exclude_categories=()), max_size=40)
 
 def harmless(text):
     "No controls, no line ends, no directions, no halves of pairs, by Unicode's own tables"
-    return all(unicodedata.category(c) not in ('Cc', 'Zl', 'Zp', 'Cs') and unicodedata.bidirectional(c) not in ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')
+    return all(unicodedata.category(c) not in ('Cc', 'Zl', 'Zp', 'Cs')
+        and unicodedata.bidirectional(c) not in ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')
         and c not in '\u200e\u200f\u061c' for c in text)
 
 
@@ -32,7 +33,8 @@ def test_messages_have_an_end(text, n):
     "What a file or a client wrote may be a megabyte long: what is said of it begins and ends as it would"
     whole = text + 'x'*n + '; it must be a word'
     for e in OrcdError(whole), GGUFError(whole, 'm.gguf', 7):
-        said, full = str(e), printable(('m.gguf: ' if isinstance(e, GGUFError) else '') + whole + (' (byte 7)' if isinstance(e, GGUFError) else ''), keep='\n\t')
+        said, full = str(e), printable(('m.gguf: ' if isinstance(e, GGUFError) else '') + whole
+            + (' (byte 7)' if isinstance(e, GGUFError) else ''), keep='\n\t')
         assert said == full if len(full) <= 8000 else len(said) < 8000 and full.startswith(said[:1000]) and full.endswith(said[-1000:])
 
 
@@ -50,7 +52,8 @@ def test_a_log_line_is_one_line(path, key):
 
 
 def test_a_traceback_cannot_begin_a_line():
-    text = as_text(None, 'error', dict(event='error', level='error', timestamp='2026-01-01T12:00:00.000Z', exception=f'ValueError: {EVIL}\n'))
+    text = as_text(None, 'error',
+        dict(event='error', level='error', timestamp='2026-01-01T12:00:00.000Z', exception=f'ValueError: {EVIL}\n'))
     first, *below = text[:-1].split('\n')
     assert below and all(l.startswith('    ') for l in below) and harmless(first + ''.join(below))
 
@@ -73,7 +76,9 @@ def test_generated_text_on_a_terminal(monkeypatch):
         monkeypatch.setattr(sys, 'stdout', stream)
         assert cli.stream(out()) == ''.join(parts)
         said = stream.getvalue()
-        if stream.isatty(): assert said.startswith('雨 a\n\tb مرحبا\u200f ') and harmless(said.translate(dict.fromkeys(map(ord, PROSE)))) and r'\x1b[31m' in said
+        if stream.isatty():
+            assert (said.startswith('雨 a\n\tb مرحبا\u200f ') and harmless(said.translate(dict.fromkeys(map(ord, PROSE))))
+                and r'\x1b[31m' in said)
         else: assert said == ''.join(parts)
     assert for_output('\x1b', io.StringIO()) == '\x1b'
 

@@ -28,7 +28,8 @@ class InProcess:
 
     def request(self, method, path, **kw):
         async def go():
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app, raise_app_exceptions=True), base_url='http://x') as c: return await c.request(method, path, **kw)
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app, raise_app_exceptions=True), base_url='http://x') as c:
+                return await c.request(method, path, **kw)
         return asyncio.run(go())
 
     def post(self, path, body): return self.request('POST', path, content=body, headers={'Content-Type': 'application/json'})
@@ -41,7 +42,8 @@ def app():
     a.jobs.stop()
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()), max_size=8),
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats()
+    | st.text(st.characters(exclude_categories=()), max_size=8),
     lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=4), x, max_size=4), max_leaves=8)
 FIELDS = 'prompt messages max_tokens temperature top_k top_p min_p repetition_penalty stop seed stream'.split()
 
@@ -54,12 +56,16 @@ def whole(s): return isinstance(s, str) and not any(0xd800 <= ord(c) <= 0xdfff f
 ALLOWED = dict(
     job_id=lambda v: whole(v) and 1 <= len(v) <= 256,
     prompt=lambda v: whole(v) and 1 <= len(v) <= 32768,
-    messages=lambda v: isinstance(v, list) and v and all(isinstance(m, dict) and whole(m.get('role')) and m['role'] and whole(m.get('content')) for m in v)
+    messages=lambda v: isinstance(v, list) and v
+    and all(isinstance(m, dict) and whole(m.get('role')) and m['role'] and whole(m.get('content')) for m in v)
         and any(m['content'] for m in v),
-    max_tokens=lambda v: is_int(v) and 1 <= v <= 2048, temperature=lambda v: is_num(v) and 0 <= v <= 2, top_k=lambda v: is_int(v) and v >= 0,
-    top_p=lambda v: is_num(v) and 0 <= v <= 1, min_p=lambda v: is_num(v) and 0 <= v <= 1, repetition_penalty=lambda v: is_num(v) and 0 < v <= 2,
+    max_tokens=lambda v: is_int(v) and 1 <= v <= 2048, temperature=lambda v: is_num(v) and 0 <= v <= 2,
+    top_k=lambda v: is_int(v) and v >= 0,
+    top_p=lambda v: is_num(v) and 0 <= v <= 1, min_p=lambda v: is_num(v) and 0 <= v <= 1, repetition_penalty=lambda v: is_num(v)
+    and 0 < v <= 2,
     seed=lambda v: is_int(v) and 0 <= v < 2**64,
-    stop=lambda v: (whole(v) and 0 < len(v.encode()) <= 32) or (isinstance(v, list) and len(v) <= 4 and all(whole(s) and 0 < len(s.encode()) <= 32 for s in v)))
+    stop=lambda v: (whole(v) and 0 < len(v.encode()) <= 32)
+    or (isinstance(v, list) and len(v) <= 4 and all(whole(s) and 0 < len(s.encode()) <= 32 for s in v)))
 
 
 def allowed(d):
@@ -75,7 +81,7 @@ def finite(x):
 
 
 @quick
-@given(st.fixed_dictionaries(dict(job_id=st.just('j') | json_values), optional={f: json_values for f in FIELDS}))
+@given(st.fixed_dictionaries(dict(job_id=st.just('j') | json_values), optional=dict.fromkeys(FIELDS, json_values)))
 def test_anything_in_any_field(app, d):
     r = app.post('/execute', json.dumps(d))
     if finite(d) and allowed(d): assert r.status_code == 200, (d, r.text)
@@ -83,12 +89,14 @@ def test_anything_in_any_field(app, d):
         assert r.status_code == 400, (d, r.text)
         body = r.json()
         assert body['code'] == 'INVALID_REQUEST' and body['retriable'] is False and uuid.UUID(body['correlation_id'])
-        assert all(set(e) <= {'field', 'constraint', 'message', 'value'} and isinstance(e.get('value', ''), str) for e in body.get('errors', []))
+        assert all(set(e) <= {'field', 'constraint', 'message', 'value'} and isinstance(e.get('value', ''), str)
+            for e in body.get('errors', []))
         assert not any('value' in e for e in body.get('errors', []) if e['field'] in ('prompt', 'messages', 'stop'))
 
 
 good = dict(
-    prompt=st.text(min_size=1, max_size=20), max_tokens=st.integers(1, 2048), temperature=st.floats(0, 2) | st.integers(0, 2), top_k=st.integers(0, 10**30),
+    prompt=st.text(min_size=1, max_size=20), max_tokens=st.integers(1, 2048), temperature=st.floats(0, 2) | st.integers(0, 2),
+    top_k=st.integers(0, 10**30),
     top_p=st.floats(0, 1), min_p=st.floats(0, 1), repetition_penalty=st.floats(0, 2, exclude_min=True), seed=st.integers(0, 2**64 - 1),
     stop=st.lists(st.text('abc', min_size=1, max_size=9), max_size=4) | st.text('abc', min_size=1, max_size=9))
 
@@ -140,13 +148,20 @@ def filled(head, unit, tail):
     return lambda n: head + unit * ((n - len(head) - len(tail)) // len(unit)) + tail
 
 BODIES = dict(
-    quotes_escaped=filled(b'{"a":"', b'\\"', b''), quotes_escaped_closed=filled(b'{"a":"', b'\\"', b'"}'), backslashes=filled(b'{"a":"', b'\\', b''), quotes=filled(b'', b'"', b''),
-    strings=filled(b'{"a":[', b'"",', b'""]}'), strings_of_brackets=filled(b'{"a":[', b'"[",', b'""]}'), half_strings=filled(b'{"a":', b'"[', b''), text=filled(b'{"a":"', b'x', b'"}'),
-    escapes=filled(b'{"a":"', b'\\u00e9', b'"}'), pairs=filled(b'{"a":"', b'\\ud83d\\ude00', b'"}'), utf8=filled(b'{"a":"', 'é'.encode(), b'"}'), spaces=filled(b'{"a":1', b' ', b'}'),
-    lines=filled(b'{"a":1', b'\n', b'!'), integers=filled(b'{"a":[', b'1,', b'1]}'), floats=filled(b'{"a":[', b'1e0,', b'1]}'), digits=filled(b'{"a":', b'1', b'}'), fraction=filled(b'{"a":0.', b'1', b'}'),
-    zeros=filled(b'{"a":0.', b'0', b'1}'), exponent=filled(b'{"a":1e', b'0', b'}'), nulls=filled(b'{"a":[', b'null,', b'1]}'), open=filled(b'', b'[', b''), closed=filled(b'', b']', b''),
-    lists=filled(b'{"a":[', b'[],', b'[]]}'), objects=filled(b'{"a":[', b'{},', b'{}]}'), keys=lambda n: b'{' + b','.join(b'"%07x":0' % i for i in range(n // 12)) + b'}',
-    same_key=filled(b'{', b'"a":0,', b'"a":0}'), deep=filled(b'', b'{"a":', b''), junk=filled(b'', b'x', b''), not_utf8=filled(b'"', b'\xff', b'"'))
+    quotes_escaped=filled(b'{"a":"', b'\\"', b''), quotes_escaped_closed=filled(b'{"a":"', b'\\"', b'"}'),
+    backslashes=filled(b'{"a":"', b'\\', b''), quotes=filled(b'', b'"', b''),
+    strings=filled(b'{"a":[', b'"",', b'""]}'), strings_of_brackets=filled(b'{"a":[', b'"[",', b'""]}'),
+    half_strings=filled(b'{"a":', b'"[', b''), text=filled(b'{"a":"', b'x', b'"}'),
+    escapes=filled(b'{"a":"', b'\\u00e9', b'"}'), pairs=filled(b'{"a":"', b'\\ud83d\\ude00', b'"}'),
+    utf8=filled(b'{"a":"', 'é'.encode(), b'"}'), spaces=filled(b'{"a":1', b' ', b'}'),
+    lines=filled(b'{"a":1', b'\n', b'!'), integers=filled(b'{"a":[', b'1,', b'1]}'), floats=filled(b'{"a":[', b'1e0,', b'1]}'),
+    digits=filled(b'{"a":', b'1', b'}'), fraction=filled(b'{"a":0.', b'1', b'}'),
+    zeros=filled(b'{"a":0.', b'0', b'1}'), exponent=filled(b'{"a":1e', b'0', b'}'), nulls=filled(b'{"a":[', b'null,', b'1]}'),
+    open=filled(b'', b'[', b''), closed=filled(b'', b']', b''),
+    lists=filled(b'{"a":[', b'[],', b'[]]}'), objects=filled(b'{"a":[', b'{},', b'{}]}'),
+    keys=lambda n: b'{' + b','.join(b'"%07x":0' % i for i in range(n // 12)) + b'}',
+    same_key=filled(b'{', b'"a":0,', b'"a":0}'), deep=filled(b'', b'{"a":', b''), junk=filled(b'', b'x', b''),
+    not_utf8=filled(b'"', b'\xff', b'"'))
 
 
 def ask(body):
@@ -175,15 +190,18 @@ def test_values_of_any_size_are_reported_cheaply(name):
 def test_headers_take_linear_time():
     "What the parser of HTTP and ours do with a header of the largest size"
     import h11
-    heads = dict(many=b'A: b\r\n', spaces=b'A: a' + b' ' * 60 + b'\x00\r\n', folded=b'A: b\r\n' + b' a\r\n' * 12, lengths=b'Content-Length: 1\r\n', tokens=b'Connection: ' + b'a,' * 30 + b'a\r\n')
+    heads = dict(many=b'A: b\r\n', spaces=b'A: a' + b' ' * 60 + b'\x00\r\n', folded=b'A: b\r\n' + b' a\r\n' * 12,
+        lengths=b'Content-Length: 1\r\n', tokens=b'Connection: ' + b'a,' * 30 + b'a\r\n')
     def read(data):
         c = h11.Connection(h11.SERVER, 1 << 20)
         c.receive_data(data)
         try: c.next_event()
         except h11.RemoteProtocolError: pass
-    for unit in heads.values(): doubling(lambda n: functools.partial(read, b'GET / HTTP/1.1\r\nHost: x\r\n' + unit * (n // len(unit)) + b'\r\n'), 1 << 15)
+    for unit in heads.values():
+        doubling(lambda n: functools.partial(read, b'GET / HTTP/1.1\r\nHost: x\r\n' + unit * (n // len(unit)) + b'\r\n'), 1 << 15)
     for text in '9', '-', ' ', 'T', '2023-11-14T22:13:21.', 'a-':
-        for f in protocol.remaining_ms, protocol.correlation_id, protocol.is_uuid: doubling(lambda n: functools.partial(f, text * (n // len(text))), 1 << 15)
+        for f in protocol.remaining_ms, protocol.correlation_id, protocol.is_uuid:
+            doubling(lambda n: functools.partial(f, text * (n // len(text))), 1 << 15)
 
 
 def test_stop_strings_are_measured_in_tokens():
@@ -193,13 +211,16 @@ def test_stop_strings_are_measured_in_tokens():
 
 
 def test_a_prompt_is_tokenised_once(monkeypatch):
-    "By the thread that checks the request; the engine's thread, for which everybody waits, gets ids. Messages are read as a reply all the same."
+    """By the thread that checks the request; the engine's thread, for which everybody waits, gets ids. Messages are read as a reply all
+    the same."""
     from fake_engine import FakeTokenizer
     seen = []
     def noted(name, f): return lambda self, *a, **k: [seen.append((name, threading.current_thread().name)), f(self, *a, **k)][1]
-    for name in 'encode', 'encode_chat', 'parse_reply', 'stream': monkeypatch.setattr(FakeTokenizer, name, noted(name, getattr(FakeTokenizer, name)))
+    for name in 'encode', 'encode_chat', 'parse_reply', 'stream':
+        monkeypatch.setattr(FakeTokenizer, name, noted(name, getattr(FakeTokenizer, name)))
     a = InProcess()
-    for body, name, reader in (dict(prompt='rain'), 'encode', 'stream'), (dict(messages=[dict(role='user', content='rain')]), 'encode_chat', 'parse_reply'):
+    for body, name, reader in (dict(prompt='rain'), 'encode', 'stream'), (dict(messages=[dict(role='user', content='rain')]),
+            'encode_chat', 'parse_reply'):
         seen.clear()
         assert a.post('/execute', json.dumps(dict(job_id='j') | body)).status_code == 200
         assert seen == [(name, 'orcd-work'), (reader, 'orcd-engine')]
@@ -208,7 +229,8 @@ def test_a_prompt_is_tokenised_once(monkeypatch):
     a.jobs.stop()
 
 
-@pytest.mark.parametrize('method, path', [('GET', '/health'), ('POST', '/shutdown'), ('POST', '/cancel/x'), ('GET', '/nowhere'), ('POST', '/execute')])
+@pytest.mark.parametrize('method, path',
+    [('GET', '/health'), ('POST', '/shutdown'), ('POST', '/cancel/x'), ('GET', '/nowhere'), ('POST', '/execute')])
 def test_every_answer_has_a_correlation_id(method, path):
     a, cid = InProcess(), str(uuid.uuid4())
     assert a.request(method, path, headers={'X-Correlation-ID': cid}).headers['x-correlation-id'] == cid
@@ -224,7 +246,8 @@ def test_schemathesis(mode):
     from schemathesis import GenerationMode
     from schemathesis.checks import CHECKS, load_all_checks
     load_all_checks()
-    checks = CHECKS.get_by_names(['not_a_server_error', 'status_code_conformance', 'content_type_conformance', 'response_schema_conformance'])
+    checks = CHECKS.get_by_names(['not_a_server_error', 'status_code_conformance', 'content_type_conformance',
+        'response_schema_conformance'])
     a, seen = InProcess(), set()
     schema = schemathesis.openapi.from_asgi('/openapi.json', a.app).exclude(path='/shutdown')
     for result in schema.get_all_operations():

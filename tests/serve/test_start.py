@@ -1,4 +1,5 @@
-"How a worker's process begins and ends: signals in every phase, descriptors that are closed, files that are no files, errors outside of jobs"
+"""How a worker's process begins and ends: signals in every phase, descriptors that are closed, files that are no files, errors outside
+of jobs"""
 import json, os, resource, signal, socket, subprocess, sys, tempfile, threading, time
 import pytest
 from worker_tools import PATH, ROOT, worker
@@ -10,7 +11,8 @@ FAR = 120   # seconds that nobody waits for
 def run(*args, env=None, cwd=None, before=None, **kw):
     "(exit code, stdout, stderr) of the command line"
     e = {k: v for k, v in dict(os.environ, PYTHONPATH=PATH, **(env or {})).items() if v is not None}
-    r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd or ROOT,
+    r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', *map(str, args)], stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, cwd=cwd or ROOT,
         env=e, timeout=FAR, preexec_fn=before, **kw)
     return r.returncode, r.stdout, r.stderr
 
@@ -31,7 +33,8 @@ class Slow:
         if name == 'typer': print('importing', flush=True); import time; time.sleep(1e6)
 sys.meta_path.insert(0, Slow())
 start.main()"""
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=PATH))
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=dict(os.environ, PYTHONPATH=PATH))
     assert p.stdout.readline() == b'importing\n'
     p.send_signal(sig)
     out, err = p.communicate(timeout=FAR)
@@ -52,7 +55,8 @@ if {when == 'importing'}: sys.meta_path.insert(0, Slow())
 else: atexit.register(wait)
 sys.argv = ['orcd', '--version']
 start.main()"""
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=PATH))
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=dict(os.environ, PYTHONPATH=PATH))
     while p.stdout.readline() != b'here\n': assert p.poll() is None
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=FAR)
@@ -68,7 +72,8 @@ def test_a_load_that_does_not_come_back(sig, times):
         for _ in range(times): w.signal(sig)
         assert w.end(FAR) == 0
         names = [e['event'] for e in w.log]
-        assert names[-1] == 'shutdown' and names.count('shutdown') == 1 and w.log[-1]['exit_code'] == 0 and 'error' not in names and 'ready' not in names
+        assert (names[-1] == 'shutdown' and names.count('shutdown') == 1 and w.log[-1]['exit_code'] == 0 and 'error' not in names
+            and 'ready' not in names)
 
 
 def test_sighup_lets_the_job_finish():
@@ -80,8 +85,10 @@ def test_sighup_lets_the_job_finish():
 
 
 def test_nohup_is_respected():
-    script = "import os, signal\nfrom orcd.serve.start import Signals\nwith Signals() as s: os.kill(os.getpid(), signal.SIGHUP); print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"
-    r = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), env=dict(os.environ, PYTHONPATH=PATH))
+    script = ("import os, signal\nfrom orcd.serve.start import Signals\nwith Signals() as s: os.kill(os.getpid(), signal.SIGHUP); "
+        "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)")
+    r = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), env=dict(os.environ, PYTHONPATH=PATH))
     assert (r.returncode, r.stdout) == (0, 'True\n')
 
 
@@ -117,7 +124,8 @@ import fake_worker, orcd.serve.worker as w
 def bind(*a): time.sleep(1e6)
 w.bind = bind
 sys.exit(w.serve(w.Settings(model='fake.gguf', port=0, stop_s=.5), fake_worker.load))"""
-    p = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, cwd=ROOT / 'tests', env=dict(os.environ, PYTHONPATH=PATH))
+    p = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, cwd=ROOT / 'tests',
+        env=dict(os.environ, PYTHONPATH=PATH))
     assert '"startup"' in p.stderr.readline()
     p.send_signal(signal.SIGTERM)
     text = p.communicate(timeout=FAR)[1]
@@ -144,7 +152,8 @@ def without(self, name):
     told(self, name)
 w.Process.told = without
 sys.exit(w.serve(w.Settings(model='fake.gguf', port=0), fake_worker.load))"""
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT / 'tests', env=dict(os.environ, PYTHONPATH=PATH))
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT / 'tests',
+        env=dict(os.environ, PYTHONPATH=PATH))
     with p:
         while '"ready"' not in p.stderr.readline(): pass
         p.send_signal(signal.SIGTERM)
@@ -189,7 +198,8 @@ def test_watching_forgives_frozen_time():
 def test_a_model_that_cannot_be_asked_is_a_failed_start():
     with worker(env=dict(FAKE_LOAD='facts'), wait=False) as w:
         assert w.end(FAR) == 1
-        assert len(errors('\n'.join(w.raw))) == 1 and w.log[-1]['event'] == 'shutdown' and w.p.stdout.read() == b'closed\n' and 'ready' not in [e['event'] for e in w.log]
+        assert (len(errors('\n'.join(w.raw))) == 1 and w.log[-1]['event'] == 'shutdown' and w.p.stdout.read() == b'closed\n'
+            and 'ready' not in [e['event'] for e in w.log])
 
 
 def test_an_error_after_a_job_replaces_the_process():
@@ -207,14 +217,16 @@ import fake_worker, orcd.serve.worker as w
 def look(*a): raise ZeroDivisionError('a bug')
 w.Worker.look = look
 sys.exit(w.serve(w.Settings(model='fake.gguf', port=0, hang_s=.4), fake_worker.load))"""
-    r = subprocess.run([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, cwd=ROOT / 'tests', env=dict(os.environ, PYTHONPATH=PATH), timeout=FAR)
+    r = subprocess.run([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, cwd=ROOT / 'tests',
+        env=dict(os.environ, PYTHONPATH=PATH), timeout=FAR)
     assert r.returncode == 1 and errors(r.stderr)[0]['fatal'] and 'a bug' in errors(r.stderr)[0]['message'] and '"shutdown"' in r.stderr
 
 
 # --- busy before any work
 
 def test_busy_is_said_before_a_prompt_is_tokenised():
-    "A prompt that is far too long for the context, and a stop string of too many tokens: a busy worker says that it is busy, an idle one what is wrong"
+    """A prompt that is far too long for the context, and a stop string of too many tokens: a busy worker says that it is busy, an idle
+    one what is wrong"""
     with worker() as w:
         long = dict(prompt='a ' * 5000)
         s = w.execute('long', prompt='tokens:100000@0.01')
@@ -250,7 +262,8 @@ def test_the_first_file_does_not_become_stderr(tmp_path):
     model = tmp_path / 'm.gguf'
     model.write_bytes(find_model("demo").read_bytes())
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    p = subprocess.Popen([sys.executable, '-m', 'orcd.serve.cli', 'serve', '--model', str(model), '--device', 'reference', '--port', str(port)], preexec_fn=close(0, 1, 2), cwd=ROOT, env=dict(os.environ, PYTHONPATH=PATH))
+    p = subprocess.Popen([sys.executable, '-m', 'orcd.serve.cli', 'serve', '--model', str(model), '--device', 'reference', '--port',
+        str(port)], preexec_fn=close(0, 1, 2), cwd=ROOT, env=dict(os.environ, PYTHONPATH=PATH))
     try:
         end = time.monotonic() + FAR
         while True:
@@ -265,9 +278,11 @@ def test_the_first_file_does_not_become_stderr(tmp_path):
 
 
 def test_a_terminal_that_cannot_show_everything():
-    code, out, err = run('generate', 'demo', 'Write a haiku about GPU computing', '--device', 'reference', '-n', '40', '--temperature', '0', env=dict(PYTHONIOENCODING='ascii', PYTHONUTF8='0'))
+    code, out, err = run('generate', 'demo', 'Write a haiku about GPU computing', '--device', 'reference', '-n', '40', '--temperature',
+        '0', env=dict(PYTHONIOENCODING='ascii', PYTHONUTF8='0'))
     assert code == 0 and err == '' and out.isascii()
-    whole = run('generate', 'demo', 'Write a haiku about GPU computing', '--device', 'reference', '-n', '40', '--temperature', '0', env=dict(PYTHONIOENCODING='utf-8'))[1]
+    whole = run('generate', 'demo', 'Write a haiku about GPU computing', '--device', 'reference', '-n', '40', '--temperature', '0',
+        env=dict(PYTHONIOENCODING='utf-8'))[1]
     assert out == whole.encode('ascii', 'backslashreplace').decode() and not whole.isascii()
 
 
@@ -282,11 +297,13 @@ def test_text_that_the_terminal_could_not_read():
 
 def test_a_full_disk_and_a_reader_that_left():
     with open('/dev/full', 'w') as full:
-        p = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', '--version'], stdout=full, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONPATH=PATH))
+        p = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', '--version'], stdout=full, stderr=subprocess.PIPE, text=True,
+            env=dict(os.environ, PYTHONPATH=PATH))
     assert (p.returncode, p.stderr) == (1, 'orcd: No space left on device\n')
     read, write = os.pipe(); os.close(read)
     for args in ['--version'], ['generate', 'demo', 'hi', '--device', 'reference', '-n', '30']:
-        p = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', *args], stdout=write, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONPATH=PATH))
+        p = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', *args], stdout=write, stderr=subprocess.PIPE, text=True,
+            env=dict(os.environ, PYTHONPATH=PATH))
         assert (p.returncode, p.stderr) == (0, '')
     os.close(write)
 
@@ -305,7 +322,8 @@ def odd(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('name', ['fifo', 'folder', 'empty', 'broken', 'loop', 'socket', '/dev/zero', 'x' * 300, '~nobody-at-all/x.gguf', 'empty/x', 'a/b/c.gguf'])
+@pytest.mark.parametrize('name', ['fifo', 'folder', 'empty', 'broken', 'loop', 'socket', '/dev/zero', 'x' * 300, '~nobody-at-all/x.gguf',
+    'empty/x', 'a/b/c.gguf'])
 def test_what_is_no_model(odd, name, monkeypatch):
     from orcd.serve import cli
     code, out, err = run('serve', '--model', name, '--device', 'reference', '--port', '0', '--log-format', 'json', cwd=odd)
@@ -332,8 +350,10 @@ def test_what_is_no_settings_or_token_file(odd, flag, name, monkeypatch, capsys)
     assert err.count('\n') == 1 and err.startswith(f'orcd: {flag}: ')
 
 
-@pytest.mark.parametrize('text, says', [('[worker]\nprot = 1\n', "'prot'"), ('[worker]\nport = 1\nport = 2\n', "'port'"), ('[worker]\nport=1\n[worker]\n', "'worker'"), ('[wroker]\nport = 1\n', "'wroker'"),
-    ('[DEFAULT]\nport = 1\n[worker]\n', "'port'"), ('port = 1\n', 'section'), ('[worker]\nport\n', 'line'), ('\udcff\udcfe', 'UTF-8'), ('[worker]\nport = 99999\n', '99999'), ('[worker]\nport =\n', 'port'), ('x' * (2 << 20), 'MiB')])
+@pytest.mark.parametrize('text, says', [('[worker]\nprot = 1\n', "'prot'"), ('[worker]\nport = 1\nport = 2\n', "'port'"),
+    ('[worker]\nport=1\n[worker]\n', "'worker'"), ('[wroker]\nport = 1\n', "'wroker'"),
+    ('[DEFAULT]\nport = 1\n[worker]\n', "'port'"), ('port = 1\n', 'section'), ('[worker]\nport\n', 'line'), ('\udcff\udcfe', 'UTF-8'),
+    ('[worker]\nport = 99999\n', '99999'), ('[worker]\nport =\n', 'port'), ('x' * (2 << 20), 'MiB')])
 def test_settings_that_are_wrong(tmp_path, text, says, capsys):
     from orcd.serve.cli import run
     (tmp_path / 's.ini').write_bytes(text.encode('utf-8', 'surrogateescape'))
@@ -342,7 +362,8 @@ def test_settings_that_are_wrong(tmp_path, text, says, capsys):
     assert err.count('\n') == 1 and says in err, err
 
 
-@pytest.mark.parametrize('text', ['x', 'short-token-15ch', '', 'two words of some length', 'line-of-16-chars\nanother', 'umläut-umläut-umläut', 'null\0null\0null\0null'])
+@pytest.mark.parametrize('text', ['x', 'short-token-15ch', '', 'two words of some length', 'line-of-16-chars\nanother',
+    'umläut-umläut-umläut', 'null\0null\0null\0null'])
 def test_tokens_that_are_wrong(tmp_path, text, capsys):
     from orcd.serve.cli import run
     (tmp_path / 't').write_text(text[:15] if text.startswith('short') else text)
@@ -351,14 +372,15 @@ def test_tokens_that_are_wrong(tmp_path, text, capsys):
     assert err.count('\n') == 1 and '--token-file' in err and (len(text) < 5 or text[:15] not in err), 'a secret is not printed'
 
 
-@pytest.mark.parametrize('ini, refused', [('host = 0.0.0.0\ninsecure = yes', True), ('host = 0.0.0.0\ntoken-file = token', True), ('host = 0.0.0.0', True), ('host = 127.0.0.1\ninsecure = yes', False), ('queue-depth = 1', False)])
+@pytest.mark.parametrize('ini, refused', [('host = 0.0.0.0\ninsecure = yes', True), ('host = 0.0.0.0\ntoken-file = token', True),
+    ('host = 0.0.0.0', True), ('host = 127.0.0.1\ninsecure = yes', False), ('queue-depth = 1', False)])
 def test_a_settings_file_that_nobody_named_opens_nothing(tmp_path, ini, refused, monkeypatch):
     from orcd.serve.cli import worker_settings
     from orcd.errors import UsageError
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'token').write_text('0123456789abcdef')
     (tmp_path / 'settings.ini').write_text(f'[worker]\nmodel = m\n{ini}\n')
-    def host(given={}, settings=None): return worker_settings(given, settings)['host']
+    def host(given=None, settings=None): return worker_settings(given or {}, settings)['host']
     if not refused: assert host() == '127.0.0.1'
     else:
         with pytest.raises(UsageError, match='--host'): host()
@@ -380,9 +402,11 @@ def test_a_settings_file_of_another_program(tmp_path, monkeypatch):
     assert read_settings() == dict(port='7')
 
 
-@pytest.mark.parametrize('host, port, says', [('192.0.2.7', '0', '--host: 192.0.2.7:0'), ('no such host', '0', '--host'), ('x' * 70, '0', '--host')])
+@pytest.mark.parametrize('host, port, says',
+    [('192.0.2.7', '0', '--host: 192.0.2.7:0'), ('no such host', '0', '--host'), ('x' * 70, '0', '--host')])
 def test_addresses_that_are_wrong(host, port, says):
-    code, _, err = run('serve', '--model', 'demo', '--device', 'reference', '--host', host, '--port', port, '--insecure', '--log-format', 'json')
+    code, _, err = run('serve', '--model', 'demo', '--device', 'reference', '--host', host, '--port', port, '--insecure',
+        '--log-format', 'json')
     assert code == 1 and [e['code'] for e in errors(err)] == ['MODEL_LOAD_FAILED'] and errors(err)[0]['message'].startswith(says)
 
 
@@ -391,7 +415,8 @@ def test_a_port_in_use_is_named():
         port = s.getsockname()[1]
         code, _, err = run('serve', '--model', 'demo', '--device', 'reference', '--port', port, '--log-format', 'json')
     e, = errors(err)
-    assert (code, e['code'], e['model_path']) == (1, 'MODEL_LOAD_FAILED', 'demo') and f'--port: 127.0.0.1:{port} is in use' in e['message'] and 'exception' not in e
+    assert ((code, e['code'], e['model_path']) == (1, 'MODEL_LOAD_FAILED', 'demo')
+        and f'--port: 127.0.0.1:{port} is in use' in e['message'] and 'exception' not in e)
 
 
 def test_addresses_in_brackets():
@@ -415,7 +440,8 @@ def test_tilde_is_the_home(tmp_path, monkeypatch):
     with package.load('~/x.gguf', device='reference', progress=False) as m: assert m.config.arch == 'qwen2'
     with package.GGUF('~/x.gguf') as g: assert g.path == str(model)
     s = resolve_settings({}, {}, read_settings('~/s.ini'))
-    assert s['port'] == 7 and read_token(s['token_file']) == '0123456789abcdef' and resolve_settings({}, {'ORCD_TOKEN_FILE': '~/t'}, {})['token_file'] == str(tmp_path / 't')
+    assert (s['port'] == 7 and read_token(s['token_file']) == '0123456789abcdef'
+        and resolve_settings({}, {'ORCD_TOKEN_FILE': '~/t'}, {})['token_file'] == str(tmp_path / 't'))
     assert complete_model('~/x') == ['~/x.gguf']
     monkeypatch.setenv('ORCD_CACHE_DIR', '~/cache')
     assert models_dir() == tmp_path / 'cache' / 'models'
@@ -447,7 +473,9 @@ def test_an_empty_variable_is_none(monkeypatch):
 # --- a chat that outgrows its context
 
 def chat(said, *flags):
-    r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', 'chat', 'demo', '--device', 'reference', '--temperature', '0', *flags], input=said if isinstance(said, bytes) else said.encode(), capture_output=True, cwd=ROOT, env=dict(os.environ, PYTHONPATH=PATH), timeout=FAR)
+    r = subprocess.run([sys.executable, '-m', 'orcd.serve.cli', 'chat', 'demo', '--device', 'reference', '--temperature', '0', *flags],
+        input=said if isinstance(said, bytes) else said.encode(), capture_output=True, cwd=ROOT, env=dict(os.environ, PYTHONPATH=PATH),
+        timeout=FAR)
     return r.returncode, r.stdout.decode(), r.stderr.decode()
 
 
@@ -482,7 +510,8 @@ def test_a_line_that_is_no_text():
 
 
 @pytest.mark.parametrize('n', [5, 8, 12, 31])
-@pytest.mark.parametrize('command', [('info', 'demo'), ('serve', '--model', 'demo', '--device', 'reference', '--port', '0')], ids=['info', 'serve'])
+@pytest.mark.parametrize('command', [('info', 'demo'), ('serve', '--model', 'demo', '--device', 'reference', '--port', '0')],
+    ids=['info', 'serve'])
 def test_too_few_files(n, command):
     code, out, err = run(*command, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (n, n)))
     assert (code, out) == (1, '') and len(err.splitlines()) == 1 and 'ulimit -n' in err and str(n) in err
@@ -499,7 +528,8 @@ def say(n, most):
     assert out.flush(60)
 say(3, -1); say(5, os.path.getsize('log') + 40); say(3, -1)"""
     with tempfile.TemporaryDirectory() as folder:
-        r = subprocess.run([sys.executable, '-c', code], cwd=folder, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=PATH), timeout=FAR)
+        r = subprocess.run([sys.executable, '-c', code], cwd=folder, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=PATH),
+            timeout=FAR)
         lines = open(f'{folder}/log').read().splitlines()
     assert (r.returncode, r.stderr) == (0, '')
     torn = [l for l in lines if not l.endswith('}')]
@@ -511,7 +541,7 @@ say(3, -1); say(5, os.path.getsize('log') + 40); say(3, -1)"""
 @pytest.mark.parametrize('kind', ['half a body', 'does not read', 'does not read the end'])
 def test_clients_that_are_not_done_when_the_worker_ends(kind, sigs):
     "are cut after a moment: no error line, no traceback, exit code 0"
-    prompt = dict([('does not read', 'flood:2000@0.001'), ('does not read the end', 'flood:20')]).get(kind, 'a')
+    prompt = {'does not read': 'flood:2000@0.001', 'does not read the end': 'flood:20'}.get(kind, 'a')
     body = json.dumps(dict(job_id='1', prompt=prompt)).encode()
     head = b'POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(body)
     with worker(stop_s=3, drain_s=1) as w, socket.socket() as c:
@@ -525,4 +555,5 @@ def test_clients_that_are_not_done_when_the_worker_ends(kind, sigs):
             w.event('signal')
             time.sleep(.1)
         assert w.end(FAR) == 0
-        assert not [e for e in w.log if e['level'] == 'error' or 'exception' in e] and w.log[-1]['event'] == 'shutdown' and 'forced' not in w.log[-1]
+        assert (not [e for e in w.log if e['level'] == 'error' or 'exception' in e] and w.log[-1]['event'] == 'shutdown'
+            and 'forced' not in w.log[-1])

@@ -1,5 +1,5 @@
 "The contract, against a real worker process around a scripted model"
-import contextlib, json, re, signal, socket, struct, threading, time, uuid
+import contextlib, json, re, socket, struct, threading, time, uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from worker_tools import PATIENCE, worker
@@ -22,8 +22,10 @@ def test_start_order(w):
 def test_health(w):
     h = w.health()
     assert h.pop('uptime_seconds') >= 0 and h.pop('worker_id') == w.log[0]['worker_id'] and h.pop('version')
-    want = dict(status='healthy', state='ready', model='fake', model_ref='fake.gguf', resident=True, quant_kind='Q4_K_M', vram_bytes_used=1234, vram_bytes=1234,
-        tokenizer_kind='gguf-bpe', vocab_size=1000, context_length=4096, gpu_device=0, sm=90, cuda_runtime_version='13.0', capabilities=['text-gen'], protocol='sse')
+    want = dict(status='healthy', state='ready', model='fake', model_ref='fake.gguf', resident=True, quant_kind='Q4_K_M',
+        vram_bytes_used=1234, vram_bytes=1234,
+        tokenizer_kind='gguf-bpe', vocab_size=1000, context_length=4096, gpu_device=0, sm=90, cuda_runtime_version='13.0',
+        capabilities=['text-gen'], protocol='sse')
     assert want.items() <= h.items()
 
 
@@ -31,12 +33,14 @@ def test_stream(w):
     cid = str(uuid.uuid4())
     s = w.execute('job-1', prompt='soft half rain', seed=2**64 - 1, headers={'X-Correlation-ID': cid, 'X-Deadline': '99999999999999'})
     h = s.r.headers
-    assert (h['Content-Type'], h['Cache-Control'], h['X-Accel-Buffering'], h['X-Correlation-ID']) == ('text/event-stream', 'no-cache', 'no', cid)
+    assert (h['Content-Type'], h['Cache-Control'], h['X-Accel-Buffering'],
+        h['X-Correlation-ID']) == ('text/event-stream', 'no-cache', 'no', cid)
     assert 'Server' not in h
     started, *tokens, end = s.all()
     assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ', started.pop('started_at'))
     assert started == dict(type='started', job_id='job-1', model='fake', seed=2**64 - 1, correlation_id=cid)
-    assert tokens == [dict(type='token', t='soft ', i=0), dict(type='token', t='rain ', i=1)]      # the token without text is no event, but counts
+    # the token without text is no event, but counts
+    assert tokens == [dict(type='token', t='soft ', i=0), dict(type='token', t='rain ', i=1)]
     assert (end['tokens_out'], end['stop_reason'], sorted(end)) == (3, 'EOS', ['decode_time_ms', 'stop_reason', 'tokens_out', 'type'])
     line = w.event('execute_end', job_id='job-1')
     assert line['correlation_id'] == cid and w.event('execute_start', job_id='job-1')['correlation_id'] == cid
@@ -52,13 +56,17 @@ def test_messages_and_random_seed(w):
 def test_contents_in_parts(w):
     parts = [dict(type='text', text='a b'), dict(type='text', text=' c')]
     assert [e['t'] for e in w.execute(messages=[dict(role='user', content=parts)]).all()[1:-1]] == ['a ', 'b ', 'c ']
-    for content in [dict(type='image_url', image_url='x')], [dict(type='text')], [dict(text='a')], ['a'], [], [dict(type='text', text='')], None, 7, [dict(type='text', text='x' * 20_000)] * 2:
+    for content in [dict(type='image_url',
+            image_url='x')], [dict(type='text')], [dict(text='a')], ['a'], [], [dict(type='text',
+            text='')], None, 7, [dict(type='text', text='x' * 20_000)] * 2:
         status, _, body = w.post('/execute', dict(job_id='1', messages=[dict(role='user', content=content)]))
         assert status == 400 and [e['field'] for e in body['errors']] == ['messages'] and 'value' not in body['errors'][0], content
     assert w.post('/execute', dict(job_id='1', messages=[dict(role='user', content='a')] * 1025))[0] == 400
 
 
-def test_max_tokens(w): assert w.execute(prompt='a b c d', max_tokens=2).all()[-1] | dict(decode_time_ms=0) == dict(type='end', tokens_out=2, stop_reason='MAX_TOKENS', decode_time_ms=0)
+def test_max_tokens(w):
+    assert w.execute(prompt='a b c d',
+        max_tokens=2).all()[-1] | dict(decode_time_ms=0) == dict(type='end', tokens_out=2, stop_reason='MAX_TOKENS', decode_time_ms=0)
 
 
 def test_the_first_token_does_not_wait():
@@ -83,16 +91,19 @@ def test_correlation_id_replaced(w):
 
 
 def test_every_rule_is_reported(w):
-    status, _, body = w.post('/execute', dict(job_id='', prompt='', max_tokens=4096, temperature=-1, top_k=1.5, top_p='x', min_p=True, repetition_penalty=0, seed=-1,
+    status, _, body = w.post('/execute',
+        dict(job_id='', prompt='', max_tokens=4096, temperature=-1, top_k=1.5, top_p='x', min_p=True, repetition_penalty=0, seed=-1,
         stop=['', 'a']))
     assert status == 400 and body['code'] == 'INVALID_REQUEST' and body['retriable'] is False and uuid.UUID(body['correlation_id'])
     fields = {e['field']: e for e in body['errors']}
     assert set(fields) == {'job_id', 'prompt', 'max_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed', 'stop'}
     assert fields['max_tokens']['constraint'] == 'range(1..=2048)' and fields['max_tokens']['value'] == '4096'
-    assert all(isinstance(e.get('value', ''), str) for e in body['errors']) and 'value' not in fields['prompt'] and 'value' not in fields['stop']
+    assert (all(isinstance(e.get('value', ''), str) for e in body['errors']) and 'value' not in fields['prompt']
+        and 'value' not in fields['stop'])
 
 
-@pytest.mark.parametrize('body, status', [(b'{', 400), (b'[]', 400), (b'{"a":NaN}', 400), (b'\xff\xfe', 400), (b'{"job_id":"1","job_id":"1"}', 400), (b'[' * 100_000, 400),
+@pytest.mark.parametrize('body, status',
+    [(b'{', 400), (b'[]', 400), (b'{"a":NaN}', 400), (b'\xff\xfe', 400), (b'{"job_id":"1","job_id":"1"}', 400), (b'[' * 100_000, 400),
     (b'{"prompt":"' + b'x' * (1 << 20) + b'"}', 413)])
 def test_bad_bodies(w, body, status):
     for path in '/execute', '/cancel':
@@ -115,7 +126,8 @@ def test_prompt_over_the_context(w):
 
 
 def test_unknown_routes(w):
-    for method, path, status in [('GET', '/', 404), ('GET', '/execute', 405), ('PUT', '/health', 405), ('POST', '/load', 404), ('GET', '/docs', 404)]:
+    for method, path, status in [('GET', '/', 404), ('GET', '/execute', 405), ('PUT', '/health', 405), ('POST', '/load', 404),
+            ('GET', '/docs', 404)]:
         got, _, body = w.request(method, path)
         assert got == status and body['code'] == 'INVALID_REQUEST'
 
@@ -126,7 +138,8 @@ def test_busy_conflict_and_cancel(w):
     status, headers, body = w.post('/execute', dict(job_id='other', prompt='a'))
     assert (status, headers['Retry-After'], body['code'], body['retriable']) == (503, '1', 'WORKER_BUSY', True)
     assert w.post('/execute', dict(job_id='long', prompt='a'))[0] == 409
-    assert w.post('/execute', dict(job_id='long', prompt='a', top_p=2))[0] == 400                     # a bad request is told so, busy or not
+    # a bad request is told so, busy or not
+    assert w.post('/execute', dict(job_id='long', prompt='a', top_p=2))[0] == 400
     assert w.post('/cancel/long')[2] == dict(job_id='long', status='cancelling')
     last = list(s.frames())[-1]
     assert (last['type'], last['code'], last['retriable']) == ('error', 'CANCELLED', False)
@@ -156,17 +169,21 @@ def test_errors_in_a_job(w, word, code, retriable):
 
 def test_pages_of_the_web_are_refused(w):
     for origin in 'https://example.org', 'null', f'http://{w.address}':
-        for method, path in ('POST', '/shutdown'), ('POST', '/execute'), ('GET', '/health'), ('GET', '/openapi.json'), ('OPTIONS', '/execute'), ('HEAD', '/health'):
+        for method, path in ('POST', '/shutdown'), ('POST',
+                '/execute'), ('GET', '/health'), ('GET', '/openapi.json'), ('OPTIONS', '/execute'), ('HEAD', '/health'):
             assert w.request(method, path, headers={'Origin': origin})[0] == 403
 
 
 def test_a_name_that_points_here_does_not_make_a_page_ours(w):
-    "A page may let its own name point to 127.0.0.1 and read what it finds there; an address, localhost and this machine's names are no page's"
+    """A page may let its own name point to 127.0.0.1 and read what it finds there; an address, localhost and this machine's names are no
+    page's"""
     for host in 'evil.example.org', 'evil.example.org:80', f'localhost.evil.org:{w.port}', f'127.0.0.1.evil.org:{w.port}', 'evil.org.':
         for method, path in ('GET', '/health'), ('GET', '/openapi.json'), ('POST', '/execute'), ('POST', '/shutdown'), ('GET', '/nowhere'):
             status, _, body = w.request(method, path, headers={'Host': host})
             assert status == 403 and 'fake' not in str(body) and '--token-file' in body['message']
-    for host in w.address, 'localhost', f'LocalHost:{w.port}', f'[::1]:{w.port}', '192.0.2.7', socket.gethostname(), 'orcd:8080', 'a.localhost': assert w.request('GET', '/health', headers={'Host': host})[0] == 200
+    for host in (w.address, 'localhost', f'LocalHost:{w.port}', f'[::1]:{w.port}', '192.0.2.7', socket.gethostname(), 'orcd:8080',
+            'a.localhost'):
+        assert w.request('GET', '/health', headers={'Host': host})[0] == 200
     c = w.connect()
     c.sendall(b'GET /health HTTP/1.0\r\n\r\n')                          # older than the header
     assert b' 200 ' in c.recv(1000)
@@ -185,9 +202,11 @@ def test_any_name_where_names_decide_nothing():
 
 def test_no_redirects(w):
     "A slash too many is a 404 with a hint, never an address made of what the client said of itself"
-    for method, path in ('GET', '/health/'), ('POST', '/execute/'), ('POST', '/shutdown/'), ('GET', '/'), ('GET', '//health'), ('GET', '/openapi.json/'):
+    for method, path in ('GET',
+            '/health/'), ('POST', '/execute/'), ('POST', '/shutdown/'), ('GET', '/'), ('GET', '//health'), ('GET', '/openapi.json/'):
         status, headers, body = w.request(method, path, headers={'X-Forwarded-Proto': 'https', 'X-Forwarded-Host': 'example.org'})
-        assert status == 404 and 'Location' not in headers and body['code'] == 'INVALID_REQUEST' and 'slash' in body['message'] or path == '//health' and status == 404
+        assert (status == 404 and 'Location' not in headers and body['code'] == 'INVALID_REQUEST' and 'slash' in body['message']
+            or path == '//health' and status == 404)
     for path in '/cancel/', '/cancel/' + 'x' * 257: assert w.post(path)[0] == 400
     assert w.post('/cancel/a/')[2]['job_id'] == 'a/'
 
@@ -195,7 +214,8 @@ def test_no_redirects(w):
 def test_head(w):
     "What GET says of itself, without the body"
     (_, get, body), (status, head, nothing) = w.request('GET', '/health'), w.request('HEAD', '/health')
-    assert status == 200 and nothing == b'' and {k: v for k, v in head.items() if k.lower() != 'x-correlation-id'} == {k: v for k, v in get.items() if k.lower() != 'x-correlation-id'}
+    assert (status == 200 and nothing == b'' and {k: v for k, v in head.items() if k.lower() != 'x-correlation-id'}
+        == {k: v for k, v in get.items() if k.lower() != 'x-correlation-id'})
     assert int(head['Content-Length']) == len(json.dumps(body, separators=(',', ':')))
     assert w.request('HEAD', '/execute')[0] == 405 and w.request('HEAD', '/nowhere')[0] == 404
 
@@ -204,7 +224,8 @@ def test_openapi(w):
     doc = w.request('GET', '/openapi.json')[2]
     assert set(doc['paths']) == {'/execute', '/cancel', '/cancel/{job_id}', '/health', '/shutdown'}
     schemas = doc['paths']['/execute']['post']['requestBody']['content']['application/json']['schema']['oneOf']
-    assert [set(s['required']) for s in schemas] == [{'job_id', 'prompt'}, {'job_id', 'messages'}] and all({'seed', 'stop', 'min_p'} <= set(s['properties']) for s in schemas)
+    assert ([set(s['required']) for s in schemas] == [{'job_id', 'prompt'}, {'job_id', 'messages'}]
+        and all({'seed', 'stop', 'min_p'} <= set(s['properties']) for s in schemas))
 
 
 def test_heartbeat_while_nothing_is_sent():
@@ -252,7 +273,8 @@ def test_cancel_before_start():
 
 def test_max_tokens_out_and_in():
     with worker(max_tokens_out=8, max_tokens_in=3) as w:
-        assert w.execute(prompt='tokens:100').all()[-1] | dict(decode_time_ms=0) == dict(type='end', tokens_out=8, stop_reason='MAX_TOKENS', decode_time_ms=0)
+        assert (w.execute(prompt='tokens:100').all()[-1] | dict(decode_time_ms=0)
+            == dict(type='end', tokens_out=8, stop_reason='MAX_TOKENS', decode_time_ms=0))
         assert w.post('/execute', dict(job_id='1', prompt='a', max_tokens=9))[2]['errors'][0]['constraint'] == 'range(1..=8)'
         assert w.post('/execute', dict(job_id='1', prompt='a b c d'))[2]['errors'][0]['constraint'] == 'tokens(1..=3)'
 
@@ -264,10 +286,13 @@ def test_token():
             for path in '/execute', '/cancel', '/cancel/x', '/shutdown', '/nowhere':
                 status, h, body = w.post(path, dict(job_id='1', prompt='a'), headers=headers)
                 assert status == 401 and body['code'] == 'INVALID_REQUEST' and h['WWW-Authenticate'] == 'Bearer'
-        for good in 'Bearer s3cret', 'bearer s3cret', 'BEARER  s3cret': assert w.execute(prompt='a', headers={'Authorization': good}).all()[-1]['type'] == 'end'
-        for bad in 'Bearer', 'Bearer ', 'Bearer s3cre', 'Bearer S3CRET', 'Bearer s3cret x', 'Basic s3cret', 'Bearers3cret': assert w.post('/cancel/x', headers={'Authorization': bad})[0] == 401
+        for good in 'Bearer s3cret', 'bearer s3cret', 'BEARER  s3cret':
+            assert w.execute(prompt='a', headers={'Authorization': good}).all()[-1]['type'] == 'end'
+        for bad in 'Bearer', 'Bearer ', 'Bearer s3cre', 'Bearer S3CRET', 'Bearer s3cret x', 'Basic s3cret', 'Bearers3cret':
+            assert w.post('/cancel/x', headers={'Authorization': bad})[0] == 401
         c = w.connect()
-        c.sendall(b'POST /cancel/x HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s3cret\r\nAuthorization: Bearer other\r\nContent-Length: 0\r\n\r\n')
+        c.sendall(b'POST /cancel/x HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s3cret\r\nAuthorization: Bearer other\r\nContent-Length: '
+            b'0\r\n\r\n')
         assert b' 401 ' in c.recv(1000).split(b'\r\n')[0]                  # which one would a proxy have checked?
         assert w.request('HEAD', '/health')[0] == 200 and w.request('GET', '/health/')[0] == 401
         assert not any('s3cret' in l for l in w.raw)
@@ -302,7 +327,8 @@ def test_callback():
     with worker(callback_url=o.url, worker_id='w', model_ref='m') as w:
         end = time.monotonic() + PATIENCE
         while len(o.calls) < 2 and time.monotonic() < end: time.sleep(.02)
-        assert o.calls[1] == dict(worker_id='w', model_ref='m', vram_bytes=1234, memory_bytes=1234, memory_architecture='vram-only', worker_type='bespoke-cuda',
+        assert o.calls[1] == dict(worker_id='w', model_ref='m', vram_bytes=1234, memory_bytes=1234, memory_architecture='vram-only',
+            worker_type='bespoke-cuda',
             capabilities=['text-gen'], uri=f'http://{w.address}')
         time.sleep(.3)
         assert len(o.calls) == 2 and w.health()['state'] == 'ready'
@@ -340,10 +366,15 @@ def endless(c):
     while True: c.sendall(b'HTTP/1.1 100 Continue\r\n\r\n'); time.sleep(.01)
 
 elsewhere = Wild(answer(b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n'))
-FAULTS = dict(garbage=answer(b'HELLO\r\n\r\n'), nothing=lambda c: None, long_line=answer(b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 70_000 + b'\r\n\r\n'), many_headers=answer(b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 20_000 + b'\r\n'),
-    half=answer(b'HTTP/1.1 200 OK\r\nX'), drip=drip(b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 1000), silent=lambda c: time.sleep(60), continues=endless, status_404=answer(b'HTTP/1.1 404 no\r\n\r\n'),
-    status_700=answer(b'HTTP/1.1 700 what\r\n\r\n'), reset=lambda c: c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)),
-    **{f'redirect_{code}': answer(f'HTTP/1.1 {code} go\r\nLocation: {elsewhere.url}\r\nContent-Length: 0\r\n\r\n'.encode()) for code in (301, 302, 303, 307, 308)})
+FAULTS = dict(garbage=answer(b'HELLO\r\n\r\n'), nothing=lambda c: None,
+    long_line=answer(b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 70_000 + b'\r\n\r\n'),
+    many_headers=answer(b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 20_000 + b'\r\n'),
+    half=answer(b'HTTP/1.1 200 OK\r\nX'), drip=drip(b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 1000), silent=lambda c: time.sleep(60),
+    continues=endless, status_404=answer(b'HTTP/1.1 404 no\r\n\r\n'),
+    status_700=answer(b'HTTP/1.1 700 what\r\n\r\n'),
+    reset=lambda c: c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)),
+    **{f'redirect_{code}': answer(f'HTTP/1.1 {code} go\r\nLocation: {elsewhere.url}\r\nContent-Length: 0\r\n\r\n'.encode())
+        for code in (301, 302, 303, 307, 308)})
 
 
 @pytest.mark.parametrize('name', FAULTS)
@@ -352,15 +383,18 @@ def test_callback_to_something_else(name):
     with worker(callback_url=o.url, callback_s=.5) as w:
         assert w.end(60) == 1 and o.calls == 3 and elsewhere.calls == before
         errors = [e for e in w.log if e['level'] == 'error']
-        assert len(errors) == 1 and '--callback-url' in errors[0]['message'] and 'exception' not in errors[0] and w.log[-1]['event'] == 'shutdown'
+        assert (len(errors) == 1 and '--callback-url' in errors[0]['message'] and 'exception' not in errors[0]
+            and w.log[-1]['event'] == 'shutdown')
 
 
-@pytest.mark.parametrize('name, says', [('nothing', 'it closed the connection without a whole answer'), ('half', 'it closed the connection without a whole answer'), ('garbage', 'its answer is not HTTP: ')])
+@pytest.mark.parametrize('name, says', [('nothing', 'it closed the connection without a whole answer'),
+    ('half', 'it closed the connection without a whole answer'), ('garbage', 'its answer is not HTTP: ')])
 def test_callback_errors_in_words(name, says):
     with worker(callback_url=Wild(FAULTS[name]).url) as w: assert w.end(60) == 1 and says in w.event('error')['message']
 
 
-@pytest.mark.parametrize('url', ['ftp://127.0.0.1/x', 'file:///etc/hostname', 'http://', 'http://127.0.0.1:99999/', 'http://127.0.0.1:1/a b', 'http://127.0.0.1:1/\n', 'http://user:secret@127.0.0.1:1/',
+@pytest.mark.parametrize('url', ['ftp://127.0.0.1/x', 'file:///etc/hostname', 'http://', 'http://127.0.0.1:99999/',
+    'http://127.0.0.1:1/a b', 'http://127.0.0.1:1/\n', 'http://user:secret@127.0.0.1:1/',
     'http://\udc80/', 'http://' + 'a' * 300 + '/', 'http://127.0.0.1:1/é'])
 def test_callback_urls_that_cannot_be(url):
     "However they came past the command line"

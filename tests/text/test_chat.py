@@ -1,7 +1,6 @@
 "Chat templates, their sandbox, text that stays text, and replies in channels"
 import json, lzma, os, subprocess, sys, threading
 from datetime import datetime
-from pathlib import Path
 from types import SimpleNamespace
 import jinja2, pytest
 from hypothesis import given, settings, strategies as st
@@ -77,7 +76,8 @@ def test_bad_messages(bad):
 
 
 @pytest.mark.parametrize('role', ROLES)
-@pytest.mark.parametrize('content', ['', 'x', [], [dict(type='text', text='x')], [dict(type='text', text='x'), dict(type='text', text='y')]])
+@pytest.mark.parametrize('content',
+    ['', 'x', [], [dict(type='text', text='x')], [dict(type='text', text='x'), dict(type='text', text='y')]])
 def test_good_messages(role, content):
     assert check_messages([dict(role=role, content=content, name='n')]) == [dict(role=role, content=content, name='n')]
 
@@ -113,11 +113,13 @@ def test_many_messages(deaf):
 
 
 REFUSALS = {
-    'alternate': "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('take turns') }}{% endif %}"
+    'alternate': "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('take turns') }}{% endif "
+    "%}"
         "{% if m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }};{% endif %}{% endfor %}",
     'says so': "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% for m in messages %}"
         "{% if m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }};{% endif %}{% endfor %}",
-    'fails': "{% for m in messages %}{{ {'user': '[', 'assistant': ''}[m.role] + m.content + {'user': ']', 'assistant': ';'}[m.role] }}{% endfor %}",
+    'fails': "{% for m in messages %}{{ {'user': '[', 'assistant': ''}[m.role] + m.content + {'user': ']', 'assistant': ';'}[m.role] }}{% "
+    "endfor %}",
 }
 
 
@@ -155,14 +157,18 @@ def parts(*texts): return [dict(type='text', text=t) for t in texts]
 
 FORMS = {
     'strings': ("{% for m in messages %}{{ m.role + ':' + m.content + ';' }}{% endfor %}", ''),
-    'parts': ("{% for m in messages %}{{ m.role }}:{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %};{% endfor %}", None),
+    'parts': ("{% for m in messages %}{{ m.role }}:{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %};{% "
+    "endfor %}", None),
     'first part': ("{% for m in messages %}{{ m.role + ':' + m.content[0]['text'] + ';' }}{% endfor %}", None),
-    'either': ("{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}({{ p['text'] }})"
+    'either': ("{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}({{ "
+    "p['text'] }})"
         "{% endfor %}{% endif %};{% endfor %}", ''),
     'parts of users': ("{% for m in messages %}{{ m.role }}:{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}{% endfor %}"
         "{% else %}{{ m.content + '' }}{% endif %};{% endfor %}", None),
-    'parts of users, prints the rest': ("{% for m in messages %}{{ m.role }}:{{ m.content[0].text if m.role == 'user' else m.content }};{% endfor %}", None),
-    'parts of the system': ("{% for m in messages %}{{ m.role }}:{{ m.content[0].text if m.role == 'system' else m.content }};{% endfor %}", None),
+    'parts of users, prints the rest': ("{% for m in messages %}{{ m.role }}:{{ m.content[0].text if m.role == 'user' else m.content }};{% "
+    "endfor %}", None),
+    'parts of the system': ("{% for m in messages %}{{ m.role }}:"
+        "{{ m.content[0].text if m.role == 'system' else m.content }};{% endfor %}", None),
     'strings that are tested': ("{% for m in messages %}{% if m.content is not string %}{{ raise_exception('strings') }}{% endif %}"
         "{{ m.role }}:{{ m.content }};{% endfor %}", ''),
     'upper case': ("{% for m in messages %}{{ m.role }}:{{ m.content | upper | lower }};{% endfor %}", ''),
@@ -227,7 +233,8 @@ def test_warm_chat_of_a_process_that_ends():
         chat._start = listed
         byte_tokenizer(CHATML_TOKENS).warm_chat()
         while not started: pass"""
-    p = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True, text=True, timeout=300)
+    p = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True,
+        text=True, timeout=300)
     assert (p.returncode, p.stderr) == (0, '') and len(p.stdout.split()) == 1
     assert gone(p.stdout.strip())           # soon, if it was only just being started
 
@@ -240,7 +247,8 @@ def test_template_that_is_no_text(value):
 
 
 def named(default, **more):
-    tok = {'tokenizer.chat_template.' + k: v for k, v in more.items()} | ({'tokenizer.chat_template': default} if default is not None else {})
+    tok = {'tokenizer.chat_template.' + k: v for k,
+        v in more.items()} | ({'tokenizer.chat_template': default} if default is not None else {})
     return byte_tokenizer(CHATML_TOKENS, metadata=tok | {'tokenizer.chat_templates': list(more)})
 
 
@@ -253,14 +261,16 @@ def test_named_templates():
     for wrong in 'other', ['rag'], '{{ 1 }}':
         with pytest.raises(ChatTemplateError, match='choose one of: default, rag, tool_use'): tok.chat(user, chat_template=wrong)
     assert named(None, rag='r{{ messages[0].content }}').chat(user)[0] == 'r'
-    with pytest.raises(ChatTemplateError, match="no chat template 'default'; choose one of: rag, tool_use"): named(None, rag='r', tool_use='t').chat(user)
+    with pytest.raises(ChatTemplateError, match="no chat template 'default'; choose one of: rag, tool_use"):
+        named(None, rag='r', tool_use='t').chat(user)
     assert named('').chat(user).startswith('<|im_start|>user')          # an empty one is none
 
 
 def test_named_templates_as_gguf_py_writes_them(tmp_path):
     import gguf
     w = gguf.GGUFWriter(tmp_path / 'x.gguf', 'qwen2')
-    w.add_chat_template([dict(name='default', template='d{{ messages[0].content }}'), dict(name='tool_use', template='t{{ messages[0].content }}')])
+    w.add_chat_template([dict(name='default', template='d{{ messages[0].content }}'),
+        dict(name='tool_use', template='t{{ messages[0].content }}')])
     w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre('gpt-2')
     w.add_token_list([*ALPHABET.values(), 'ab']); w.add_token_types([1]*257); w.add_token_merges(['a b'])
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
@@ -285,8 +295,10 @@ LISTED = [dict(name='default', template='d{{ messages[0].content }}'), dict(name
 @pytest.mark.parametrize('files, plain, tools', [
     ({'tokenizer_config.json': json.dumps(dict(chat_template='c{{ messages[0].content }}')).encode('utf-8-sig')}, 'c', 'c'),
     ({'tokenizer_config.json': json.dumps(dict(chat_template=LISTED)).encode()}, 'd', 't'),
-    ({'chat_template.jinja': '\ufeffj{{ messages[0].content }}'.encode(), 'tokenizer_config.json': json.dumps(dict(chat_template=LISTED)).encode()}, 'j', 't'),
-    ({'chat_template.jinja': b'j{{ messages[0].content }}', 'additional_chat_templates/tool_use.jinja': b'a{{ messages[0].content }}'}, 'j', 'a')])
+    ({'chat_template.jinja': '\ufeffj{{ messages[0].content }}'.encode(),
+        'tokenizer_config.json': json.dumps(dict(chat_template=LISTED)).encode()}, 'j', 't'),
+    ({'chat_template.jinja': b'j{{ messages[0].content }}', 'additional_chat_templates/tool_use.jinja': b'a{{ messages[0].content }}'},
+        'j', 'a')])
 def test_templates_beside_a_tokenizer(tmp_path, files, plain, tools):
     tok = json_tokenizer(tmp_path, files)
     assert tok.chat(TALK[1:]) == plain + 'Where is the rain?' and tok.chat(TALK[1:], tools=[{}]) == tools + 'Where is the rain?'
@@ -449,7 +461,8 @@ def test_published_reply_in_channels(chats):
 # --- a chat that outgrows the context -------------------------------------------------------------
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(['system', 'user', 'assistant', 'tool']), max_size=12), st.lists(st.integers(1, 9), min_size=13, max_size=13), st.integers(0, 60))
+@given(st.lists(st.sampled_from(['system', 'user', 'assistant', 'tool']), max_size=12),
+    st.lists(st.integers(1, 9), min_size=13, max_size=13), st.integers(0, 60))
 def test_drop_oldest(roles, sizes, room):
     "Against the plain way: leave out one turn after the other until it fits"
     messages = [dict(role=r, content='x' * n) for r, n in zip([*roles, 'user'], sizes)]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from orcd.errors import OrcdError, RequestError
-from orcd.text.sampling import RULES, Sampler, SamplingParams, check_params, kept, kept_simply, logprob, philox4x32, philox_u64, prepare, random_seed, weights
+from orcd.text.sampling import (RULES, Sampler, SamplingParams, check_params, kept, kept_simply, logprob, philox4x32, philox_u64, prepare,
+    random_seed, weights)
 
 F = np.float32
 
@@ -44,7 +45,8 @@ def slow_draw(logits, n_valid, p, step, seen):
 
 special = st.sampled_from([0.0, -0.0, 1.0, 1.0, 5.0, -5.0, 80.0, -80.0, 3e38, -3e38, math.inf, -math.inf, math.nan, 1e-40])
 rows = st.lists(st.one_of(st.floats(-30, 30, width=32), special), min_size=1, max_size=40)
-params = st.builds(SamplingParams, temperature=st.one_of(st.sampled_from([0, 1e-9, 1e-6, 1e-3, .7, 1, 2]), st.floats(0, 2)), top_k=st.integers(0, 45),
+params = st.builds(SamplingParams, temperature=st.one_of(st.sampled_from([0, 1e-9, 1e-6, 1e-3, .7, 1, 2]), st.floats(0, 2)),
+    top_k=st.integers(0, 45),
     top_p=st.one_of(st.sampled_from([0, 1, .5]), st.floats(0, 1)), min_p=st.one_of(st.sampled_from([0, 1]), st.floats(0, 1)),
     repetition_penalty=st.floats(1e-3, 2), seed=st.integers(0, 2**64 - 1))
 
@@ -88,7 +90,8 @@ def shares(x, p):
 
 
 @pytest.mark.parametrize('scale', [.5, 2, 8])
-@pytest.mark.parametrize('kw', [dict(top_k=1), dict(top_k=50), dict(top_p=.3), dict(top_p=.95), dict(min_p=.02), dict(min_p=.5), dict(temperature=.3, top_k=500, top_p=.9, min_p=.01), dict(temperature=2.)], ids=str)
+@pytest.mark.parametrize('kw', [dict(top_k=1), dict(top_k=50), dict(top_p=.3), dict(top_p=.95), dict(min_p=.02), dict(min_p=.5),
+    dict(temperature=.3, top_k=500, top_p=.9, min_p=.01), dict(temperature=2.)], ids=str)
 def test_sets_in_float64(scale, kw):
     p = SamplingParams(**kw)
     for seed in range(3):
@@ -99,7 +102,8 @@ def test_sets_in_float64(scale, kw):
         assert (got == want)[sure].all() and sure.sum() > .9 * (q / q.max() > 1e-9).sum()
 
 
-@pytest.mark.parametrize('kw', [{}, dict(temperature=.5), dict(temperature=2., top_k=7), dict(top_p=.8), dict(min_p=.1, temperature=1.5)], ids=str)
+@pytest.mark.parametrize('kw', [{}, dict(temperature=.5), dict(temperature=2., top_k=7), dict(top_p=.8), dict(min_p=.1, temperature=1.5)],
+    ids=str)
 def test_frequencies(kw):
     "Chi-square of 6,000 draws; the limit is passed by chance once in 10^5"
     x = (np.random.default_rng(1).normal(size=30) * 1.5).astype(F)
@@ -122,7 +126,8 @@ def test_logprob():
     assert max(abs(logprob(x, i) - want[i]) for i in range(0, 5000, 97)) < 1e-5
     s = Sampler(5000, 100); s.reset(SamplingParams(temperature=.1, repetition_penalty=2., top_k=3))
     i, lp = s.draw(x, 0)
-    d = d[:100]; assert abs(lp - (d[i] - d.max() - np.log(np.exp(d - d.max()).sum()))) < 1e-5     # over the valid ids alone, before temperature
+    d = d[:100]
+    assert abs(lp - (d[i] - d.max() - np.log(np.exp(d - d.max()).sum()))) < 1e-5  # over the valid ids alone, before temperature
     assert logprob(np.array([np.nan, 1, np.nan], F), 1) == 0.0
 
 
@@ -134,7 +139,8 @@ def draws(x, n, n_valid=None, **kw):
 
 def test_padding_is_never_drawn():
     x = np.zeros(64); x[50:] = 1000
-    for kw in (dict(temperature=0), dict(), dict(temperature=2., top_k=64), dict(top_p=.99), dict(min_p=.5)): assert max(draws(x, 100, 50, **kw)) < 50
+    for kw in (dict(temperature=0), dict(), dict(temperature=2., top_k=64), dict(top_p=.99), dict(min_p=.5)):
+        assert max(draws(x, 100, 50, **kw)) < 50
 
 
 def test_ties_go_to_the_lowest_id():
@@ -186,7 +192,8 @@ def test_weights_monotone_enough():
 
 def test_philox():
     assert [f'{w:08x}' for w in philox4x32((0,) * 4, (0,) * 2)] == ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
-    assert [f'{w:08x}' for w in philox4x32((0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344), (0xa4093822, 0x299f31d0))] == ['d16cfe09', '94fdcceb', '5001e420', '24126ea1']
+    assert ([f'{w:08x}' for w in philox4x32((0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344), (0xa4093822, 0x299f31d0))]
+        == ['d16cfe09', '94fdcceb', '5001e420', '24126ea1'])
     many = {philox_u64(s, i) for s in (0, 1, 2**32, 2**64 - 1) for i in (*range(500), 2**32, 2**63)}
     assert len(many) == 4 * 502 and max(many) < 2**64
     ones = np.mean([bin(u).count('1') for u in many]); assert abs(ones - 32) < .5
@@ -207,21 +214,26 @@ def test_rules(field, good, bad):
     for v in good: assert check_params({field: v}) == []
     for v in bad:
         (e, *_) = check_params({field: v})
-        assert e['field'] == field and e['message'] and e['constraint'] and ('value' not in e or (isinstance(e['value'], str) and len(e['value']) <= 64 and e['value'].encode()))
+        assert (e['field'] == field and e['message'] and e['constraint']
+            and ('value' not in e or (isinstance(e['value'], str) and len(e['value']) <= 64 and e['value'].encode())))
     assert check_params({field: None}) == []
 
 
 def test_rules_form():
-    assert check_params(dict(max_tokens=4096)) == [dict(field='max_tokens', constraint='range(1..=2048)', value='4096', message='max_tokens must be a whole number of at least 1 and at most 2048')]
-    assert check_params(dict(max_tokens=4096), max_tokens=None) == [] and check_params(dict(max_tokens=65), max_tokens=64)[0]['constraint'] == 'range(1..=64)'
+    assert check_params(dict(max_tokens=4096)) == [dict(field='max_tokens', constraint='range(1..=2048)', value='4096',
+        message='max_tokens must be a whole number of at least 1 and at most 2048')]
+    assert (check_params(dict(max_tokens=4096), max_tokens=None) == []
+        and check_params(dict(max_tokens=65), max_tokens=64)[0]['constraint'] == 'range(1..=64)')
     assert check_params(dict(repetition_penalty=0))[0]['constraint'] == 'range(0.0<..=2.0)'
-    assert check_params(dict(stop=['x' * 33]), count_tokens=len)[0]['constraint'] == 'tokens(1..=32)' and check_params(dict(stop=['x' * 32]), count_tokens=len) == []
+    assert (check_params(dict(stop=['x' * 33]), count_tokens=len)[0]['constraint'] == 'tokens(1..=32)'
+        and check_params(dict(stop=['x' * 32]), count_tokens=len) == [])
     assert 'value' not in check_params(dict(stop=['']))[0]
     assert len(check_params(dict(max_tokens=0, temperature=9, seed=-1, stop=7))) == 4
     assert '5000' in check_params(dict(seed=2**5000))[0]['value'] or 'bits' in check_params(dict(seed=2**5000))[0]['value']
 
 
-@pytest.mark.parametrize('stop', ['x'*4097, ['a', 'x'*500_000], ['x'*4097]*4, ['x'*4097]*100_000, ['\ud800'*5000]], ids=lambda s: f'{len(s)}')
+@pytest.mark.parametrize('stop', ['x'*4097, ['a', 'x'*500_000], ['x'*4097]*4, ['x'*4097]*100_000, ['\ud800'*5000]],
+    ids=lambda s: f'{len(s)}')
 def test_what_is_too_long_is_not_counted(stop):
     "Whoever sends a megabyte does not get it tokenised"
     counted = []
@@ -234,7 +246,9 @@ def test_the_longest_stop_string():
     assert check_params(dict(stop=['='*4096]*4), count_tokens=lambda s: len(s)//128) == []
 
 
-@given(st.dictionaries(st.sampled_from([*RULES, 'stop', 'model']), st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=4)))
+@given(st.dictionaries(st.sampled_from([*RULES, 'stop', 'model']),
+    st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=4)))
 @settings(deadline=None)
 def test_rules_never_crash(d):
     errors = check_params(d)

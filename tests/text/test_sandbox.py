@@ -148,7 +148,8 @@ def outcome(source):
 
 
 def explode():
-    "In a process of its own, where a child may compute for 0.1 s: all bombs, in two threads; MiB at the most, in this process and in a child"
+    """In a process of its own, where a child may compute for 0.1 s: all bombs, in two threads; MiB at the most, in this process and in a
+    child"""
     chat.CPU_SECONDS = .1
     with ThreadPoolExecutor(2) as threads: said = list(threads.map(outcome, [*BOMBS.values(), *MORE]))
     peak = [memory_peak('self'), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10]
@@ -157,7 +158,8 @@ def explode():
 
 def test_bombs():
     "Each ends within its CPU time and its memory, says so in one clean sentence, and leaves a working pool to the next"
-    p = subprocess.run([sys.executable, '-c', 'import test_sandbox; test_sandbox.explode()'], env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-c', 'import test_sandbox; test_sandbox.explode()'],
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-2000:]
     result = json.loads(p.stdout)
     for name, (said, error, after) in zip([*BOMBS, *MORE], result['said']):
@@ -199,14 +201,15 @@ def test_every_filter_works_without_files(name):
 
 @pytest.mark.parametrize('expression, value', [
     ("lipsum(n=1, html=false) | length > 10", 'True'), ("strftime_now('%j %A %B')", '283 Friday October'), ("'%05.1f' % 2.25", '002.2'),
-    ("'{:>5}'.format('ü')", '    ü'), (r"'\N{SNOWMAN}\u00e9'", '☃é'), 
+    ("'{:>5}'.format('ü')", '    ü'), (r"'\N{SNOWMAN}\u00e9'", '☃é'),
     ("(5 | filesizeformat) ~ ('x y' | wordwrap(1))", '5 Bytesx\ny'), ("strftime_now('%d日')", '10日')])
 def test_what_is_loaded_late(expression, value):
     assert ChatTemplate('{{ ' + expression + ' }}').render(TALK, now=datetime(2025, 10, 10)) == value
 
 
 def test_no_file_can_be_opened():
-    with pytest.raises(ChatTemplateError, match='it needs a file, and no template may open one'): ChatTemplate("{{ 'a'.encode('cp273') }}").render(TALK)
+    with pytest.raises(ChatTemplateError, match='it needs a file, and no template may open one'):
+        ChatTemplate("{{ 'a'.encode('cp273') }}").render(TALK)
 
 
 def test_output_is_bounded(pool):
@@ -216,7 +219,8 @@ def test_output_is_bounded(pool):
     assert len(ChatTemplate("{% for i in range(4) %}{{ '🌧' * 1048576 }}{% endfor %}").render(TALK)) == sandbox.MAX_OUTPUT
 
 
-@pytest.mark.parametrize('said, heard', [('no', 'no'), ('a\x1b]0;b\x07\u202e\nc', 'a ]0;b c'), ('x' * 9999, 'x' * 300 + '…'), (r'\ud800', '?')])
+@pytest.mark.parametrize('said, heard',
+    [('no', 'no'), ('a\x1b]0;b\x07\u202e\nc', 'a ]0;b c'), ('x' * 9999, 'x' * 300 + '…'), (r'\ud800', '?')])
 def test_what_a_template_says(said, heard):
     with pytest.raises(ChatTemplateError) as e: ChatTemplate("{{ raise_exception('" + said + "') }}").render(TALK)
     assert str(e.value) == 'the chat template refuses these messages: ' + heard
@@ -294,7 +298,8 @@ def test_many_threads(pool, monkeypatch):
 
 def script(code):
     return subprocess.run([sys.executable, '-c', 'from orcd.text import chat\nimport os, signal, time\n'
-        "t = chat.ChatTemplate('{{ messages }}')\npid = chat._pool.free[0].process.pid\n" + code], capture_output=True, text=True, timeout=300)
+        "t = chat.ChatTemplate('{{ messages }}')\npid = chat._pool.free[0].process.pid\n" + code], capture_output=True, text=True,
+        timeout=300)
 
 
 @pytest.mark.parametrize('end', ['pass', 'os._exit(0)', 'os.kill(os.getpid(), signal.SIGKILL)', '1/0'])
@@ -378,7 +383,8 @@ def test_cannot_start(pool, monkeypatch, executable):
 
 def test_an_answer_in_drops(pool, monkeypatch):
     "One byte now and one then is no answer either: the time is that of all of it"
-    code = "import os, time; os.write(0, b'+\\0\\0\\0\\0'); os.read(0, 5); os.read(0, 99); os.write(0, b'+\\0\\1\\0\\0')\nwhile os.write(0, b'a'): time.sleep(.02)"
+    code = ("import os, time; os.write(0, b'+\\0\\0\\0\\0'); os.read(0, 5); os.read(0, 99); os.write(0, b'+\\0\\1\\0\\0')\nwhile "
+        "os.write(0, b'a'): time.sleep(.02)")
     monkeypatch.setattr(chat, 'WALL_SECONDS', 1)
     monkeypatch.setattr(chat, '_start', lambda end: subprocess.Popen([sys.executable, '-c', code], stdin=end, stderr=subprocess.DEVNULL))
     with pytest.raises(ChatTemplateError, match='does not answer within 1 s'): ChatTemplate(CHATML)

@@ -185,7 +185,8 @@ def test_spm_equals_sentencepiece(tmp_path, byte_fallback):
     spm = pytest.importorskip('sentencepiece', reason='needs the package sentencepiece')
     import io
     model = io.BytesIO()
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, model_type='bpe', vocab_size=360 if byte_fallback else 110,
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, model_type='bpe',
+        vocab_size=360 if byte_fallback else 110,
         byte_fallback=byte_fallback, character_coverage=.99,
         normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=True, minloglevel=2)
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
@@ -220,7 +221,8 @@ def test_arguments_of_other_types(trained):
 def test_vocabularies_that_are_refused():
     "Nothing but padding: an engine would draw from nothing. A space behind words: text would come apart elsewhere"
     def made(types, **more):
-        return Tokenizer.from_gguf(SimpleNamespace(path=None, metadata={'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.tokens': ['▁', 'a'], 'tokenizer.ggml.scores': [0., 1.],
+        return Tokenizer.from_gguf(SimpleNamespace(path=None,
+            metadata={'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.tokens': ['▁', 'a'], 'tokenizer.ggml.scores': [0., 1.],
             'tokenizer.ggml.token_type': types} | {f'tokenizer.ggml.{k}': v for k, v in more.items()}))
     assert made([1, 1], treat_whitespace_as_suffix=False).encode('a a') == [0, 1, 0, 1]
     with pytest.raises(TokenizerError, match='all tokens .* are padding'): made([5, 5])
@@ -253,7 +255,8 @@ def grown(f):
 
 @pytest.mark.parametrize('length, n, most', [(32_000, 3, 1 << 18), (MAX_WORD + 1, 300, 1 << 18), (MAX_WORD, 500, 500*3000)])
 def test_spm_remembers_little(spm_vocab, length, n, most):
-    "Words that never come again, as clients may send them: long ones leave nothing behind, short ones 3 kB each, of which there is a number"
+    """Words that never come again, as clients may send them: long ones leave nothing behind, short ones 3 kB each, of which there is a
+    number"""
     rng, spm = random.Random(length), spm_vocab[0].backend
     def send():
         for _ in range(n): spm.encode(''.join(map(chr, rng.choices(range(0x4E00, 0x9FA5), k=length))))
@@ -308,8 +311,10 @@ def write_json(folder, d, **others):
 def spaced(scheme):
     "A vocabulary like Mistral's or Llama's in the tokenizers library: ▁ for a space, bytes for what is not there"
     words = ['▁', *'abdeghilnor', '▁h', 'el', 'lo', 'hel', 'hello', '▁hello', '▁hi', '▁g', 'oo', 'd', '▁good']
-    vocab = {t: i for i, t in enumerate(dict.fromkeys(['<unk>', '<s>', '</s>', '[INST]', '[/INST]', *[f'<0x{b:02X}>' for b in range(256)], *words]))}
-    merges = [('e', 'l'), ('l', 'o'), ('h', 'el'), ('hel', 'lo'), ('▁', 'hello'), ('▁', 'h'), ('▁h', 'i'), ('▁', 'g'), ('o', 'o'), ('▁g', 'oo'), ('▁goo', 'd')]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys(['<unk>', '<s>', '</s>', '[INST]', '[/INST]',
+        *[f'<0x{b:02X}>' for b in range(256)], *words]))}
+    merges = [('e', 'l'), ('l', 'o'), ('h', 'el'), ('hel', 'lo'), ('▁', 'hello'), ('▁', 'h'), ('▁h', 'i'), ('▁', 'g'), ('o', 'o'),
+        ('▁g', 'oo'), ('▁goo', 'd')]
     vocab['▁goo'] = len(vocab)
     hf = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     if scheme == 'legacy': hf.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
@@ -326,7 +331,8 @@ def test_space_in_front(tmp_path, scheme):
     hf = spaced(scheme)
     hf.save(str(tmp_path/'tokenizer.json'))
     tok = Tokenizer.from_json(tmp_path/'tokenizer.json')
-    texts = ['hello hi', '<s>[INST]hello[/INST]hi</s>', '<s>[INST] hello[/INST] hi</s>[INST]hello', 'hello</s>good', '[INST]', ' hello', '  <s>  good', 'hé llo 早', '']
+    texts = ['hello hi', '<s>[INST]hello[/INST]hi</s>', '<s>[INST] hello[/INST] hi</s>[INST]hello', 'hello</s>good', '[INST]', ' hello',
+        '  <s>  good', 'hé llo 早', '']
     for s in texts:
         assert tok.encode(s, add_special=False) == ids_of(hf, s), s
         assert tok.encode(s) == (hf.encode(s).ids if not s.startswith('<s>') else ids_of(hf, s)), s
@@ -339,17 +345,21 @@ def test_space_in_front(tmp_path, scheme):
 
 CHAINS = {   # what published models have before their merges
     'qwen': [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
-    'qwen3.5': [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
+    'qwen3.5': [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| "
+    r"?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
     'llama3': [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
-    'mistral-nemo': [r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
-        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
-    'deepseek3': [r'\p{N}{1,3}', '[一-龥぀-ゟ゠-ヿ]+', "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
+    'mistral-nemo': [r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| "
+        r"?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
+    'deepseek3': [r'\p{N}{1,3}', '[一-龥぀-ゟ゠-ヿ]+',
+        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
         r'|\s*[\r\n]+|\s+(?!\S)|\s+'],
     'smollm': [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
     'gpt2': [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
     'falcon': [pre_tokenizers.Punctuation('contiguous'), pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(False),
         pre_tokenizers.Split(Regex('[0-9][0-9][0-9]'), 'isolated')],
-    'granite': [pre_tokenizers.Split(Regex(PRE['llama-bpe'].patterns[0]), 'removed', invert=True), pre_tokenizers.ByteLevel(False, use_regex=False)]}
+    'granite': [pre_tokenizers.Split(Regex(PRE['llama-bpe'].patterns[0]), 'removed', invert=True),
+        pre_tokenizers.ByteLevel(False, use_regex=False)]}
 
 
 @pytest.mark.parametrize('name', CHAINS)
@@ -365,7 +375,8 @@ def test_published_chains(tmp_path, trained, name, template):
     hf.post_processor = processors.Sequence([processors.ByteLevel(), bos]) if template else processors.ByteLevel()
     hf.save(str(tmp_path/'tokenizer.json'))
     tok = Tokenizer.from_json(tmp_path/'tokenizer.json')
-    for s in [*SAMPLES, *corpus(10), 'a<|im_end|>b<tool_call>c']: assert tok.encode(s) == first*template + ids_of(hf, s) == hf.encode(s).ids, s
+    for s in [*SAMPLES, *corpus(10), 'a<|im_end|>b<tool_call>c']:
+        assert tok.encode(s) == first*template + ids_of(hf, s) == hf.encode(s).ids, s
 
 
 def test_words_that_somebody_added(tmp_path, trained):
@@ -388,8 +399,10 @@ def test_words_that_somebody_added(tmp_path, trained):
             assert (tokens.index(inner) in plain) == (kind == 4) and t.decode(plain) == lines[0]
 
 
-@pytest.mark.parametrize('name', ['<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|end|>', '<|endoftext|>', '<|end_of_text|>', '<end_of_turn>', '<EOT>', '_<EOT>', '[EOT]', '[EOS]',
-    '<eos>', '</s>', '<end_of_utterance>', '<｜end▁of▁sentence｜>', '<|return|>', '<|call|>', '<|fim_pad|>', '<|repo_name|>', '<|file_sep|>', '[PAD]'])
+@pytest.mark.parametrize('name', ['<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|end|>', '<|endoftext|>', '<|end_of_text|>', '<end_of_turn>',
+    '<EOT>', '_<EOT>', '[EOT]', '[EOS]',
+    '<eos>', '</s>', '<end_of_utterance>', '<｜end▁of▁sentence｜>', '<|return|>', '<|call|>', '<|fim_pad|>', '<|repo_name|>',
+    '<|file_sep|>', '[PAD]'])
 def test_ends_by_name(name, tmp_path):
     "A token with such a name ends a reply, whatever its type, and is no text; one that merges make is a word"
     for kind in (1, 3, 4):
@@ -421,7 +434,8 @@ def meta(**changes):
 
 
 @pytest.mark.parametrize('changes, says', [
-    (dict(pre='klingon'), 'qwen2'), (dict(model='bert'), 'known'), (dict(model=None), 'no tokenizer.ggml.model'), (dict(tokens=None), 'tokens'),
+    (dict(pre='klingon'), 'qwen2'), (dict(model='bert'), 'known'), (dict(model=None), 'no tokenizer.ggml.model'),
+    (dict(tokens=None), 'tokens'),
     (dict(tokens=[]), 'tokens'), (dict(tokens=[1]*257), 'strings'),
     (dict(token_type=[1]), 'token_type has 1'), (dict(merges=None), 'merges'), (dict(merges=['xx']), 'xx'), (dict(merges=['a b']), 'a b'),
     (dict(eos_token_id=257), 'eos_token_id'),
@@ -457,7 +471,8 @@ def cpu(f, n=3):
 
 
 def linear(f, n):
-    "Is twice the work done in at most 2.5 times the time? Doubled twice, where a square would be 16 and this is 6.25; some tries, for a busy machine"
+    """Is twice the work done in at most 2.5 times the time? Doubled twice, where a square would be 16 and this is 6.25; some tries, for
+    a busy machine"""
     return any(cpu(lambda: f(4*n)) <= 2.5**2*cpu(lambda: f(n)) for _ in range(4))
 
 
@@ -467,7 +482,8 @@ TEXTS = [' ', 'a', 'A', '!', '1', '\n', '\u0301', '早', '\u200d', 'a ', ' \n', 
 def test_encoding_takes_linear_time(trained, spm_vocab, tmp_path, unit):
     "At the largest prompt that the worker takes, with whatever it is filled"
     hf = spaced('first'); hf.save(str(tmp_path/'tokenizer.json'))
-    for tok in (trained['qwen2'][0], trained['gpt-4o'][0], trained['default'][0], spm_vocab[0], Tokenizer.from_json(tmp_path/'tokenizer.json')):
+    for tok in (trained['qwen2'][0], trained['gpt-4o'][0], trained['default'][0], spm_vocab[0],
+            Tokenizer.from_json(tmp_path/'tokenizer.json')):
         assert linear(lambda n: tok.encode((unit*n)[:n] + 'x'), 1 << 13), tok
 
 
@@ -542,7 +558,8 @@ def test_tokens_that_are_not_utf8(tmp_path, model):
     assert not {n, n + 1, n + 2} & set(ids) and tok.eos_id in ids and tok.decode(ids) == '早 ÿ <e>'
 
 
-GOOD = dict(model=dict(type='BPE', vocab={'a': 0, 'b': 1, 'ab': 2, '<unk>': 3}, merges=['a b'], unk_token='<unk>'), added_tokens=[dict(id=3, content='<unk>', special=True)])
+GOOD = dict(model=dict(type='BPE', vocab={'a': 0, 'b': 1, 'ab': 2, '<unk>': 3}, merges=['a b'], unk_token='<unk>'),
+    added_tokens=[dict(id=3, content='<unk>', special=True)])
 NESTED = '{"type": "Sequence", "normalizers": ['*600 + ']}'*600     # json.dumps writes no such thing
 
 def split(r): return dict(pre_tokenizer={'type': 'Split', 'pattern': {'Regex': r}, 'behavior': 'Isolated', 'invert': False})
@@ -550,19 +567,30 @@ def model(**changes): return dict(model=GOOD['model'] | changes)
 
 @pytest.mark.parametrize('changes, says', [
     (split('(a+)+b'), 'unknown pattern'), (split(r'\s+$'), 'unknown pattern'), (split('(((a{1000}){1000}){1000})'), 'unknown pattern'),
-    (dict(pre_tokenizer={'type': 'Split', 'pattern': {'String': 'a'}, 'behavior': 'Isolated'}), 'unknown pattern'), (dict(pre_tokenizer={'type': 'WhitespaceSplit'}), 'WhitespaceSplit'),
-    (dict(normalizer={'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'aa'}), 'unknown pattern'), (dict(normalizer={'type': 'Precompiled'}), 'Precompiled'),
-    (dict(normalizer={'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁▁'}), 'unknown content'), (dict(normalizer={'type': 'Prepend', 'prepend': '▁'*99}), 'prepend'),
-    (dict(normalizer={'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': '▁'}]*9}), '9 steps'), (json.dumps(GOOD)[:-1] + ', "normalizer": ' + NESTED + '}', 'recursion|nested'),
-    (dict(post_processor={'type': 'BertProcessing'}), 'BertProcessing'), (dict(model=dict(type='Unigram', vocab=[])), 'byte-pair'), (dict(model=None), 'byte-pair'),
-    (model(dropout=.1), 'dropout'), (model(end_of_word_suffix='</w>'), 'end_of_word_suffix'), (model(unk_token='x'), 'unk_token'), (model(unk_token=None), 'text would be lost'),
-    (model(vocab={'a': 0, 'b': 0}), 'id of its own'), (model(vocab={'a': True}), 'id of its own'), (model(vocab={'a': 1 << 40}), 'id of its own'), (model(vocab={'x'*5000: 0}), '5000 characters'),
-    (model(vocab={'\ud800': 0}), 'surrogate'), (model(merges=[['a', 'c']]), "'a c'"), (model(merges=[['a'*4000, 'b']]), 'third one'), (model(merges=['ab']), 'two tokens'),
-    (dict(added_tokens=[dict(id=0, content='x')]), 'both the id 0'), (dict(added_tokens=[dict(id=9, content='x'*300)]), '300 characters'), (dict(added_tokens=[dict(id=9, content='w', single_word=True)]), 'single words'),
+    (dict(pre_tokenizer={'type': 'Split', 'pattern': {'String': 'a'}, 'behavior': 'Isolated'}), 'unknown pattern'),
+    (dict(pre_tokenizer={'type': 'WhitespaceSplit'}), 'WhitespaceSplit'),
+    (dict(normalizer={'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'aa'}), 'unknown pattern'),
+    (dict(normalizer={'type': 'Precompiled'}), 'Precompiled'),
+    (dict(normalizer={'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁▁'}), 'unknown content'),
+    (dict(normalizer={'type': 'Prepend', 'prepend': '▁'*99}), 'prepend'),
+    (dict(normalizer={'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': '▁'}]*9}), '9 steps'),
+    (json.dumps(GOOD)[:-1] + ', "normalizer": ' + NESTED + '}', 'recursion|nested'),
+    (dict(post_processor={'type': 'BertProcessing'}), 'BertProcessing'), (dict(model=dict(type='Unigram', vocab=[])), 'byte-pair'),
+    (dict(model=None), 'byte-pair'),
+    (model(dropout=.1), 'dropout'), (model(end_of_word_suffix='</w>'), 'end_of_word_suffix'), (model(unk_token='x'), 'unk_token'),
+    (model(unk_token=None), 'text would be lost'),
+    (model(vocab={'a': 0, 'b': 0}), 'id of its own'), (model(vocab={'a': True}), 'id of its own'),
+    (model(vocab={'a': 1 << 40}), 'id of its own'), (model(vocab={'x'*5000: 0}), '5000 characters'),
+    (model(vocab={'\ud800': 0}), 'surrogate'), (model(merges=[['a', 'c']]), "'a c'"), (model(merges=[['a'*4000, 'b']]), 'third one'),
+    (model(merges=['ab']), 'two tokens'),
+    (dict(added_tokens=[dict(id=0, content='x')]), 'both the id 0'), (dict(added_tokens=[dict(id=9, content='x'*300)]), '300 characters'),
+    (dict(added_tokens=[dict(id=9, content='w', single_word=True)]), 'single words'),
     (dict(added_tokens=[dict(id=10+i, content='x'*250 + f'{i:06}') for i in range(1100)]), 'in all'),
     (dict(normalizer={'type': 'NFC'}, added_tokens=[dict(id=9, content='é', normalized=True)]), 'normalised text'),
-    (dict(post_processor=dict(type='TemplateProcessing', single=[{'SpecialToken': {'id': 'x'}}, {'Sequence': {'id': 'A'}}], special_tokens={'x': {'ids': [9]}})), 'id 9, which no token has'),
-    ('[' * 100_000, 'no JSON'), ('[]', 'no JSON object'), ('{"a": 1' + '0'*5000 + '}', 'no JSON')], ids=lambda x: x if isinstance(x, str) and len(x) < 50 else '')
+    (dict(post_processor=dict(type='TemplateProcessing', single=[{'SpecialToken': {'id': 'x'}}, {'Sequence': {'id': 'A'}}],
+        special_tokens={'x': {'ids': [9]}})), 'id 9, which no token has'),
+    ('[' * 100_000, 'no JSON'), ('[]', 'no JSON object'), ('{"a": 1' + '0'*5000 + '}', 'no JSON')], ids=lambda x: x if isinstance(x, str)
+    and len(x) < 50 else '')
 def test_hostile_json(tmp_path, changes, says):
     "Refused at load, by name, in one short sentence"
     path = write_json(tmp_path, changes if isinstance(changes, str) else GOOD | changes)
@@ -572,12 +600,16 @@ def test_hostile_json(tmp_path, changes, says):
 
 def test_added_tokens_as_the_library_has_them(tmp_path):
     "Of two with one text the first counts; an accent that the normaliser composes, beside a token that is looked for before that"
-    d = GOOD | dict(normalizer={'type': 'NFC'}, pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True))
+    d = GOOD | dict(normalizer={'type': 'NFC'},
+        pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True))
     d['model'] = dict(GOOD['model'], vocab={c: i for i, c in enumerate(ALPHABET.values())}, merges=[], unk_token=None)
     added = dict(single_word=False, lstrip=False, rstrip=False)
-    d['added_tokens'] = [dict(added, id=256, content='<x>', special=True, normalized=False), dict(added, id=257, content='e\u0301', special=False, normalized=False),
-        dict(added, id=258, content='<y>', special=False, normalized=True), dict(added, id=259, content='<x>', special=False, normalized=False)]
-    lib, tok = tokenizers.Tokenizer.from_str(json.dumps(d | dict(version='1.0', decoder=None, post_processor=None))), Tokenizer.from_json(write_json(tmp_path, d))
+    d['added_tokens'] = [dict(added, id=256, content='<x>', special=True, normalized=False),
+        dict(added, id=257, content='e\u0301', special=False, normalized=False),
+        dict(added, id=258, content='<y>', special=False, normalized=True),
+        dict(added, id=259, content='<x>', special=False, normalized=False)]
+    lib, tok = (tokenizers.Tokenizer.from_str(json.dumps(d | dict(version='1.0', decoder=None, post_processor=None))),
+        Tokenizer.from_json(write_json(tmp_path, d)))
     for s in ['a<x>b', '<x><x>', 'é', 'e\u0301', 'o\u0308 e\u0301<x>é', 'a<y> <y>']: assert tok.encode(s) == lib.encode(s).ids, s
 
 
@@ -603,7 +635,8 @@ def test_byte_order_marks(tmp_path, encoding):
 
 
 def test_a_broken_configuration_is_not_overlooked(tmp_path):
-    with pytest.raises(TokenizerError, match='tokenizer_config.json'): Tokenizer.from_json(write_json(tmp_path, GOOD, tokenizer_config__json=b'{"eos_token": '))
+    with pytest.raises(TokenizerError, match='tokenizer_config.json'):
+        Tokenizer.from_json(write_json(tmp_path, GOOD, tokenizer_config__json=b'{"eos_token": '))
 
 
 @pytest.mark.parametrize('wrong', [[1, 2], ['gpt2'], 7, True], ids=str)
@@ -612,14 +645,16 @@ def test_words_are_words(trained, wrong):
     import numpy as np
     from orcd.text.chat import named_templates
     tokens, types, merges = bpe_arrays(trained['qwen2'][1])
-    good = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'qwen2', 'tokenizer.ggml.tokens': tokens, 'tokenizer.ggml.token_type': types,
+    good = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'qwen2', 'tokenizer.ggml.tokens': tokens,
+        'tokenizer.ggml.token_type': types,
         'tokenizer.ggml.merges': merges}
     for value in (wrong, np.array(wrong)):
         for key in 'model', 'pre':
             with pytest.raises(TokenizerError, match=f'tokenizer.ggml.{key} must be a string'):
                 Tokenizer.from_gguf(SimpleNamespace(metadata=good | {f'tokenizer.ggml.{key}': value}))
         t = Tokenizer.from_gguf(SimpleNamespace(metadata=good | {'tokenizer.chat_template': value, 'tokenizer.chat_template.x': value}))
-        assert t.encode('the rain') == trained['qwen2'][0].encode('the rain') and set(named_templates({'tokenizer.chat_template': value})) == {'default'}
+        assert (t.encode('the rain') == trained['qwen2'][0].encode('the rain') and set(named_templates({'tokenizer.chat_template': value}))
+            == {'default'})
         with pytest.raises(ChatTemplateError): t.chat([dict(role='user', content='hi')])
 
 
@@ -627,7 +662,8 @@ def test_panics_are_errors(trained, monkeypatch):
     "A panic in Rust is no Exception. One that the library really has, and one in a request"
     with pytest.raises(BaseException) as e: models.BPE(vocab={'a': 0, 'b': 1}, merges=[('a'*50, 'b')])
     if not isinstance(e.value, Exception):
-        with pytest.raises(TokenizerError, match='wrong'), no_panic(TokenizerError, 'wrong'): models.BPE(vocab={'a': 0, 'b': 1}, merges=[('a'*50, 'b')])
+        with pytest.raises(TokenizerError, match='wrong'), no_panic(TokenizerError, 'wrong'):
+            models.BPE(vocab={'a': 0, 'b': 1}, merges=[('a'*50, 'b')])
     class Panic(BaseException): __module__ = 'pyo3_runtime'
     class Library:
         def encode(self, *args, **kwargs): raise Panic('called `Option::unwrap()` on a `None` value')
@@ -644,8 +680,10 @@ def test_no_panic_is_reached(tmp_path, capfd):
         merges = [(side(), side()) for _ in range(rng.randint(1, 3))]
         new = {rng.choice([a, b, a + b]) for a, b in merges} | {a + b for a, b in merges if rng.random() < .7}
         tokens = list(dict.fromkeys([*ALPHABET.values(), *new]))
-        d = dict(model=dict(type='BPE', vocab={t: i for i, t in enumerate(tokens)}, merges=list(map(list, merges))), pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False))
-        for make in (lambda: Tokenizer.from_gguf(meta(tokens=[*tokens, '<e>'], token_type=[1]*len(tokens) + [3], merges=[' '.join(m) for m in merges])),
+        d = dict(model=dict(type='BPE', vocab={t: i for i, t in enumerate(tokens)}, merges=list(map(list, merges))),
+            pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False))
+        for make in (lambda: Tokenizer.from_gguf(meta(tokens=[*tokens, '<e>'], token_type=[1]*len(tokens) + [3],
+                merges=[' '.join(m) for m in merges])),
                 lambda: Tokenizer.from_json(write_json(tmp_path/str(k), d))):
             try: made += make().decode([0]) == '!'
             except TokenizerError: pass
@@ -700,7 +738,8 @@ def check_vectors(tok, shared, name):
     ('qwen2', 56, 151665, {151645, 151643, 151662, 151663, 151664}, 'gguf-bpe'), ('phi3', 63, 32011, {32007, 32000, 32001, 2}, 'gguf-bpe'),
     ('gptoss', 56, 200019, {200002, 199999, 200012}, 'gguf-bpe')])
 def test_golden(published, shared, name, n, valid, stops, kind):
-    "The ends are those of llama.cpp, but for Phi-3's <|assistant|> (32001), which is one here, and Qwen's word </s> (128247), which is none"
+    """The ends are those of llama.cpp, but for Phi-3's <|assistant|> (32001), which is one here, and Qwen's word </s> (128247), which is
+    none"""
     tok = published(name)
     assert check_vectors(tok, shared, name) == n
     assert (tok.n_valid, tok.stop_ids, tok.kind) == (valid, stops, kind)
