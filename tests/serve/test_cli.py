@@ -23,6 +23,28 @@ def call(*args, env=None, cwd=None, timeout=4 * PATIENCE, **kw):
     return r.returncode, r.stdout, r.stderr
 
 
+# --- what is said in two places
+
+def test_the_command_line_agrees_with_the_tables():
+    "It is light, so it does not import the table of fields and the worker's settings; what it repeats of them is the same"
+    import inspect
+    from orcd.serve import cli
+    from orcd.serve.worker import Settings
+    from orcd.text.sampling import RULES
+    s = Settings()
+    own = dict(token_file='token', insecure=None, log_format=None)          # read, or decided, before there are settings
+    for f in FLAGS:
+        name = own.get(f.name.replace('-', '_'), f.name.replace('-', '_'))
+        assert name is None or getattr(s, name) == f.default, f.name
+    most, parse = RULES['max_tokens'].high, next(f.parse for f in FLAGS if f.name == 'max-tokens-out')
+    assert parse(str(most)) == most
+    with pytest.raises(ValueError): parse(str(most + 1))
+    for command in cli.generate, cli.chat:
+        given = inspect.signature(command).parameters
+        for f in 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed': assert given[f].default == RULES[f].default
+    assert inspect.signature(cli.generate).parameters['temperature'].default == RULES['temperature'].default
+
+
 # --- speed and shape
 
 def test_help_is_fast_and_imports_nothing_heavy():

@@ -1,9 +1,12 @@
 "Bodies of every kind against the rules of the contract, written here a second time"
-import asyncio, functools, json, math, string, threading, uuid
+import asyncio, functools, inspect, json, math, string, threading, uuid
+from pathlib import Path
 import httpx, pytest
 from hypothesis import given, settings, strategies as st
 from doubling import doubling
 from fake_engine import EOS, fake_model, say
+from orcd.engine.generation import Model
+from orcd.errors import CODES
 from orcd.serve import protocol
 from orcd.serve.jobs import Jobs
 from orcd.serve.protocol import ApiError, frame, parse_json, parse_request, read_events, to_json, token_frame
@@ -15,6 +18,7 @@ from worker_tools import quiet_logs
 def quiet():
     with quiet_logs(): yield
 
+CHAPTER = next((Path(__file__).resolve().parents[2] / 'nbs').rglob('*_protocol.ipynb'))
 quick = settings(max_examples=150, deadline=None)
 
 
@@ -141,6 +145,73 @@ def test_nesting_is_counted_outside_of_strings():
     assert parse_json(b'{"a":"' + b'[' * 1000 + b'\\"' + b'{' * 1000 + b'"}')
     assert parse_json(b'{"a":' + b'[' * 31 + b']' * 31 + b'}')
     with pytest.raises(ApiError, match='brackets'): parse_json(b'{"a":' + b'[' * 32 + b']' * 32 + b'}')
+
+
+# --- one table, and everything that is made of it
+
+CONTRACT = dict(INVALID_REQUEST=(400, False), MODEL_LOAD_FAILED=(500, False), INSUFFICIENT_VRAM=(503, False),
+    VRAM_OOM=(500, False), CUDA_ERROR=(500, True), INFERENCE_TIMEOUT=(504, True), CANCELLED=(499, False),
+    INTERNAL=(500, True), WORKER_BUSY=(503, True), SHUTTING_DOWN=(503, True))
+
+
+def test_codes():
+    "The contract's table, written here a second time; an error is what its code says unless it lasts"
+    assert CODES == CONTRACT
+    for code, (status, retriable) in CONTRACT.items():
+        e, lasting = ApiError(code, 'x'), ApiError(code, 'x', lasting=True)
+        assert (e.status, e.retriable, lasting.retriable) == (status, retriable, False)
+        assert e.fields == dict(code=code, message='x', retriable=retriable) and ApiError(code, 'x', status=418).status == 418
+
+
+def execute_of(app):
+    "The two bodies of /execute in the worker's OpenAPI document"
+    body = app.request('GET', '/openapi.json').json()['paths']['/execute']['post']['requestBody']
+    return body['content']['application/json']['schema']['oneOf']
+
+
+def test_every_field_is_in_every_place(app):
+    "Validation, the OpenAPI document, the chapter, the arguments of `generate`"
+    assert set(protocol.FIELDS) == set(ALLOWED)
+    answer = app.post('/execute', json.dumps({f: {} for f in protocol.FIELDS})).json()
+    assert {e['field'] for e in answer['errors']} == set(protocol.FIELDS), 'an object is wrong for each'
+    assert all(set(b['properties']) == set(protocol.FIELDS) for b in execute_of(app))
+    parameters, optional = inspect.signature(Model.generate).parameters, set(protocol.FIELDS) - {'job_id', 'prompt', 'messages'}
+    assert {f: parameters[f].default for f in optional} == {f: protocol.FIELDS[f].default for f in optional}
+    shown = [o for c in json.loads(CHAPTER.read_text())['cells'] for o in c.get('outputs', [])]
+    outputs = [''.join(o.get('data', {}).get('text/markdown', '')) for o in shown]
+    assert protocol.as_markdown() in outputs, 'the table that the chapter shows is an old one'
+
+
+ONE = dict(role='user', content='a')
+NEAR = [0, 1, -1, 2, 2048, 2049, 0.0, 2.0, 2.1, 1e-9, -1e-9, 2**64 - 1, 2**64, 10**30, None, True, {},
+    *['x' * n for n in (0, 1, 256, 257, 4096, 4097, 32768, 32769)], [], ['a'] * 4, ['a'] * 5, [''], ['x' * 4097],
+    [ONE], [ONE] * 1024, [ONE] * 1025, [ONE | dict(role='stranger')], [dict(role='user')],
+    [ONE | dict(content=[dict(type='text', text='a')])]]
+
+
+@pytest.mark.parametrize('field', ALLOWED)
+def test_the_document_says_what_is_checked(field):
+    "A validator of JSON Schema and ours agree on values around every limit. It takes 1.0 for an integer, which we do not."
+    jsonschema = pytest.importorskip('jsonschema')
+    with_prompt, with_messages = (s['properties'] for s in protocol.execute_schema()['oneOf'])
+    schema = (with_messages if field == 'messages' else with_prompt)[field]
+    for v in NEAR:
+        if isinstance(v, float) and v.is_integer() and 'integer' in schema.get('type', ()) or v is None: continue
+        d = dict(job_id='1', prompt='a') | {field: v}
+        if field == 'messages': del d['prompt']
+        try: parse_request(d); ok = True
+        except ApiError as e: ok = field not in {x['field'] for x in e.errors}
+        assert ok == jsonschema.Draft202012Validator(schema).is_valid(v), (v, schema)
+
+
+def test_a_worker_that_takes_fewer_tokens():
+    "says so in its document, and goes by it"
+    a = InProcess(max_tokens_out=100)
+    schema = execute_of(a)[0]['properties']['max_tokens']
+    assert (schema['maximum'], schema['default']) == (100, 100)
+    answer = a.post('/execute', json.dumps(dict(job_id='1', prompt='a', max_tokens=101))).json()
+    assert answer['errors'][0]['constraint'] == 'range(1..=100)'
+    a.jobs.stop()
 
 
 def filled(head, unit, tail):
