@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 # %% ../../nbs/6_serve/38_worker.ipynb #7c48a639
 from .. import __version__
 from ..errors import Cancelled, ModelError, OrcdError
-from .jobs import STOPPED, Frames, Job, Jobs, Outbox
+from .jobs import LEAVING, Frames, Job, Jobs, Outbox
 from .logs import LoadProgress, configure, log
 from .start import Signals
 from .protocol import (CANCEL, ERROR, EVENT, FIELDS, HEARTBEAT, MAX_BODY, ApiError, check_id, correlation_id, error_body,
@@ -178,7 +178,7 @@ class Worker:
         for job in list(self.jobs.active.values()):
             job.forgive(frozen)
             late = job.must_stop() and now - job.stopped_at > self.settings.hang_s
-            if late: self.jobs.abandon(job, ApiError(*STOPPED[job.reason]))
+            if late: self.jobs.abandon(job)
 
     def health(self)->dict:
         "Cached state alone: answers in microseconds, whatever the GPU does"
@@ -231,8 +231,8 @@ async def read_body(
 # %% ../../nbs/6_serve/38_worker.ipynb #064af169
 def _accepting(jobs):
     "Say no early to what will be refused anyway"
-    if jobs.draining or jobs.model is None: raise ApiError('SHUTTING_DOWN', 'the worker is shutting down')
-    if jobs.fatal: raise public_error(jobs.fatal)
+    closed = jobs.closed() if jobs.model is not None else ApiError('SHUTTING_DOWN', LEAVING)
+    if closed: raise closed
 
 async def _body(self, http):
     "The request's body; the places that are kept for probes take none"
@@ -658,7 +658,7 @@ class Process:
     def told(self, name):
         "A signal was heard, in a thread that does nothing else"
         self.heard += 1
-        if not self.jobs.loaded.done(): self.jobs.stopping = True
+        self.jobs.interrupt()
         self.hasten()
         if self.heard <= 2: log.info('signal', signal=name)
         self.soon(self.on_signal)
@@ -666,11 +666,8 @@ class Process:
     def on_signal(self):
         "The first signal lets the running job finish, a second one cancels it"
         self.jobs.drain()
-        if self.heard > 1: self.hurry()
+        if self.heard > 1: self.jobs.cancel_all()
         self.worker.shutdown.set()
-
-    def hurry(self):
-        for job in list(self.jobs.active.values()): job.cancel('shutdown')
 
 # %% ../../nbs/6_serve/38_worker.ipynb #f1b20002
 STEP = .05 # s
@@ -779,13 +776,13 @@ def _vital(self, coroutine):
 
 def _missed(self, task):
     "One of these tasks has ended; that it failed must not go unnoticed"
-    if not task.cancelled() and task.exception() is not None: self.jobs._die(task.exception())
+    if not task.cancelled() and task.exception() is not None: self.jobs.die(task.exception())
 
 async def _finish_jobs(self):
     "Wait for the running job, at most `drain_s`; then it ends with CANCELLED"
     limit = time.monotonic() + self.settings.drain_s
     while self.jobs.active:
-        if time.monotonic() > limit: self.hurry()
+        if time.monotonic() > limit: self.jobs.cancel_all()
         await asyncio.sleep(.01)
 
 Process.serve, Process.last_words, Process.vital, Process.missed, Process.finish_jobs = _serve, _last_words, _vital, _missed, _finish_jobs

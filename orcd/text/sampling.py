@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = dict(
     max_tokens         = Rule(int,   1,   2048, 2048, 'at most so many tokens are generated'),
     temperature        = Rule(float, 0.0, 2.0,  1.0,  'how freely tokens are drawn; 0: always the likeliest'),
     top_k              = Rule(int,   0,   None, 0,    'draw from the k likeliest tokens; 0: from all'),
-    top_p              = Rule(float, 0.0, 1.0,  1.0,  'draw from the likeliest tokens that hold this share of the probability; 1: from all'),
+    top_p              = Rule(float, 0.0, 1.0,  1.0,  'draw from the likeliest tokens that hold this share of the probability; 1: all'),
     min_p              = Rule(float, 0.0, 1.0,  0.0,  'drop tokens that are less likely than this fraction of the likeliest; 0: none'),
     # 0 is forbidden: we divide by it
     repetition_penalty = Rule(float, 0.0, 2.0,  1.0,  'above 1, tokens that were generated before become less likely; 1: off', open=True),
