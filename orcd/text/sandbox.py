@@ -8,12 +8,14 @@ __all__ = ['MAX_OUTPUT', 'KEPT', 'MEMORY', 'REHEARSAL', 'Refused', 'Generation',
 
 # %% ../../nbs/2_text/07_sandbox.ipynb #85cfb0b6
 import ctypes, json, os, resource, signal, struct, sys
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any, NoReturn
 
 # %% ../../nbs/2_text/07_sandbox.ipynb #6555d671
 import _strptime, html, pprint, random, textwrap, unicodedata  # noqa: F401
 import jinja2.constants, jinja2.debug  # noqa: F401
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -23,12 +25,12 @@ class Refused(TemplateError):
 
 class Generation(Extension):
     "`{% generation %}` … `{% endgeneration %}` renders what is inside"
-    tags = {'generation'}
-    def parse(self, parser):
+    tags: set[str] = {'generation'}
+    def parse(self, parser:Any)->nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(('name:endgeneration',), drop_needle=True)).set_lineno(line)
 
-def _raise_exception(message): raise Refused(str(message))
+def _raise_exception(message:object)->NoReturn: raise Refused(str(message))
 
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -47,9 +49,9 @@ class TooLong(Exception):
     "More output than `MAX_OUTPUT`"
 
 def render(
-    template,         # a jinja2.Template of `environment()`
-    variables:dict,   # what it may use: messages, tools, …
-    now:datetime,     # what `strftime_now` tells
+    template:Template,             # of `environment()`
+    variables:Mapping[str, Any],   # what it may use: messages, tools, …
+    now:datetime,                  # what `strftime_now` tells
 ) -> str:
     "What the template writes"
     pieces, n = [], 0
@@ -63,7 +65,7 @@ def render(
 # %% ../../nbs/2_text/07_sandbox.ipynb #838935a2
 KEPT = 8     # compiled templates
 
-def _reason(e):
+def _reason(e:Exception)->tuple[str, str]:
     "(letter, text) of an exception"
     if isinstance(e, Refused): return 'r', str(e)
     if isinstance(e, MemoryError): return 'l', f'needs more than {MEMORY >> 20} MB of memory'
@@ -75,10 +77,10 @@ def _reason(e):
     return 'f', str(e) if isinstance(e, TemplateError) else f'{type(e).__name__}: {e}'
 
 def answer(
-    env,              # `environment()`
-    templates:dict,   # key -> compiled template, the oldest first
-    request:bytes,    # JSON
-) -> tuple:           # (letter, UTF-8)
+    env:ImmutableSandboxedEnvironment,   # `environment()`
+    templates:dict[Any, Template],       # key -> compiled template, the oldest first
+    request:bytes,                       # JSON
+) -> tuple[str, bytes]:                  # (letter, UTF-8)
     "Do what a request asks; never raises an `Exception`"
     try:
         q = json.loads(request)
@@ -98,7 +100,7 @@ _PDEATHSIG, _NO_NEW_PRIVS = 1, 38    # prctl(2)
 
 def confine(
     parent:int,   # process id of the parent
-):
+)->None:
     "Give up what a template must not have. There is no way back."
     for s in signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP: signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, lambda *_: os.getppid() == parent or os._exit(0))
@@ -119,7 +121,7 @@ def confine(
         resource.setrlimit(which, (n, n))
 
 # %% ../../nbs/2_text/07_sandbox.ipynb #f80536ac
-def _read(n):
+def _read(n:int)->bytes:
     "Exactly `n` bytes of the parent's, or the end of this process"
     data = bytearray()
     while len(data) < n:
@@ -128,9 +130,9 @@ def _read(n):
         data += piece
     return bytes(data)
 
-REHEARSAL = r"{{ '\u00e9' ~ strftime_now('%B') | tojson }}", '{% if %}', "{{ 'a' + 1 }}", r"{{ '\ud800' }}"
+REHEARSAL: tuple[str, ...] = r"{{ '\u00e9' ~ strftime_now('%B') | tojson }}", '{% if %}', "{{ 'a' + 1 }}", r"{{ '\ud800' }}"
 
-def _write(letter, text):
+def _write(letter:str, text:bytes)->None:
     "One answer, or the end of this process"
     data = memoryview(struct.pack('>cI', letter.encode(), len(text)) + text)
     try:
@@ -140,9 +142,10 @@ def _write(letter, text):
 def serve(
     parent:int,      # process id of the parent
     seconds:float,   # CPU time of one request
-):
+)->NoReturn:
     "Answer requests until the parent is gone or a limit is broken"
-    env, templates = environment(), {}
+    env = environment()
+    templates: dict[Any, Template] = {}
     for source in REHEARSAL: answer(env, {}, json.dumps(dict(key=0, source=source, variables={}, now='2025-10-10')).encode())
     confine(parent)
     _write('+', b'')                                         # ready

@@ -7,6 +7,7 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SP
 
 # %% ../../nbs/2_text/06_sentencepiece.ipynb #fefa97e8
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 
@@ -15,13 +16,14 @@ from ..errors import RequestError, TokenizerError
 
 # %% ../../nbs/2_text/06_sentencepiece.ipynb #a6c3bac7
 def merge(
-    text:str,     # characters to start from
-    score:dict,   # score of every token that merging may produce
-) -> list:        # the symbols that are left
+    text:str,                    # characters to start from
+    score:Mapping[str, float],   # score of every token that merging may produce
+) -> list[str]:                  # the symbols that are left
     "Join the adjacent pair with the highest score, leftmost first, until none is left: O(n log n)"
     n = len(text)
-    end, left = list(range(1, n+1)), list(range(-1, n-1))
-    def pair(i):
+    end = list(range(1, n+1))      # where the symbol at i ends; 0 when it is gone
+    left = list(range(-1, n-1))    # where the one before it begins
+    def pair(i:int)->tuple[float, int, int, int] | None:
         j = end[i]
         if j < n and (s := score.get(text[i:end[j]])) is not None: return -s, i, j, end[j]
     heap = [p for i in range(n) if (p := pair(i))]
@@ -29,7 +31,7 @@ def merge(
     while heap:
         _, i, j, k = heappop(heap)
         if end[i] != j or end[j] != k: continue      # one of the two has been merged since
-        end[i], end[j] = k, None
+        end[i], end[j] = k, 0
         if k < n: left[k] = i
         for p in (left[i], i):
             if p >= 0 and (new := pair(p)): heappush(heap, new)
@@ -46,52 +48,57 @@ MAX_WORD, MAX_WORDS = 32, 1 << 13   # characters of a word that is remembered, a
 
 class SPM:
     "SentencePiece BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens."
+    tokens: Sequence[str]      # text of every token
+    space_prefix: bool         # put a space before text at the start and behind special tokens
+    words: re.Pattern[str]     # pieces of text that no merge crosses
+
     def __init__(self,
-        tokens,             # text of every token
-        scores,             # float of every token
-        types,              # token type of every token
-        space_prefix=True,  # put a space before text at the start and behind special tokens
-    ):
-        self.tokens, self.types, self.space_prefix = tokens, [int(t) for t in types], space_prefix
-        self.ids = {t: i for i, (t, y) in reversed(list(enumerate(zip(tokens, self.types)))) if y in (NORMAL, USER_DEFINED)}
-        self.score = {t: float(scores[i]) for t, i in self.ids.items() if len(t) > 1}
-        if odd := next((t for t, s in self.score.items() if s != s), None):
+        tokens:Sequence[str],     # text of every token
+        scores:Sequence[float],   # of every token
+        types:Sequence[int],      # token type of every token
+        space_prefix:bool=True,   # put a space before text at the start and behind special tokens
+    )->None:
+        self.tokens, self._types, self.space_prefix = tokens, [int(t) for t in types], space_prefix
+        self._ids = {t: i for i, (t, y) in reversed(list(enumerate(zip(tokens, self._types)))) if y in (NORMAL, USER_DEFINED)}
+        self._score = {t: float(scores[i]) for t, i in self._ids.items() if len(t) > 1}
+        if odd := next((t for t, s in self._score.items() if s != s), None):
             raise TokenizerError(f'the score of the token {odd!r} is not a number')
-        self.byte_of = {i: int(t[3:5], 16) for i, (t, y) in enumerate(zip(tokens, self.types)) if y == BYTE
+        self._byte_of = {i: int(t[3:5], 16) for i, (t, y) in enumerate(zip(tokens, self._types)) if y == BYTE
             and re.fullmatch('<0x[0-9A-Fa-f]{2}>', t)}
-        self.byte_ids = {b: i for i, b in self.byte_of.items()}
-        self.unknown = next((i for i, y in enumerate(self.types) if y == UNKNOWN), None)
-        cut = not any(SPACE in t.lstrip(SPACE) for t in self.ids)
+        self._byte_ids = {b: i for i, b in self._byte_of.items()}
+        self._unknown = next((i for i, y in enumerate(self._types) if y == UNKNOWN), None)
+        cut = not any(SPACE in t.lstrip(SPACE) for t in self._ids)
         self.words = re.compile(f'{SPACE}*[^{SPACE}]+|{SPACE}+' if cut else '(?s:.+)')
         self._remembered = lru_cache(MAX_WORDS)(self._word_ids)
 
-    def _fallback(self, char):
+    def _fallback(self, char:str)->list[int]:
         "Ids of the UTF-8 bytes of a character that is not in the vocabulary"
-        ids = [self.byte_ids.get(b, self.unknown) for b in char.encode()]
-        if None in ids: raise RequestError(f'the vocabulary has no token for U+{ord(char):04X}, no byte tokens and no unknown token')
-        return ids if self.byte_ids else ids[:1]
+        ids = [i for b in char.encode() if (i := self._byte_ids.get(b, self._unknown)) is not None]
+        if len(ids) < len(char.encode()):
+            raise RequestError(f'the vocabulary has no token for U+{ord(char):04X}, no byte tokens and no unknown token')
+        return ids if self._byte_ids else ids[:1]
 
-    def _word_ids(self, word):
-        out = []
-        for s in merge(word, self.score): out += [self.ids[s]] if s in self.ids else self._fallback(s)
+    def _word_ids(self, word:str)->tuple[int, ...]:
+        out: list[int] = []
+        for s in merge(word, self._score): out += [self._ids[s]] if s in self._ids else self._fallback(s)
         return tuple(out)
 
-    def word_ids(self, word):
+    def word_ids(self, word:str)->tuple[int, ...]:
         "Ids of a word, from the cache when it is short enough to stay there"
         return self._remembered(word) if len(word) <= MAX_WORD else self._word_ids(word)
 
     def encode(self,
         text:str,           # ordinary text
         first:bool=True,    # it stands at the start or right behind a special token
-    ) -> list:
+    ) -> list[int]:
         "Token ids of `text`"
         text = text.replace(' ', SPACE)
         if first and text and self.space_prefix: text = SPACE + text
         ids = [i for w in self.words.findall(text) for i in self.word_ids(w)]
-        if self.byte_ids: return ids
-        return [i for i, before in zip(ids, [None, *ids]) if i != self.unknown or i != before]   # a run of unknown characters is one token
+        if self._byte_ids: return ids
+        return [i for i, before in zip(ids, [None, *ids]) if i != self._unknown or i != before]   # a run of unknown characters is one token
 
-    def token_bytes(self, i):
+    def token_bytes(self, i:int)->bytes:
         "What token `i` stands for"
-        b = self.byte_of.get(i)
+        b = self._byte_of.get(i)
         return self.tokens[i].replace(SPACE, ' ').encode(errors='surrogateescape') if b is None else bytes([b])

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['ALPHABET', 'PRE', 'MAX_TEXT', 'MAX_TOKENS', 'MAX_MERGES', 'MAX_TOKEN', 'MAX_SPECIAL', 'MAX_SPECIALS', 'MAX_FILE',
-           'MAX_STEPS', 'symbol_bytes', 'Pre', 'no_panic', 'bpe_model', 'bpe_without', 'ByteBPE', 'library_ids',
-           'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops', 'mistyped_ends', 'as_ids',
-           'is_utf8', 'is_control', 'check_gguf', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE',
-           'check', 'Tokenizer']
+           'Prepared', 'Meta', 'MAX_STEPS', 'symbol_bytes', 'Pre', 'no_panic', 'bpe_model', 'bpe_without', 'Backend',
+           'ByteBPE', 'library_ids', 'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops',
+           'mistyped_ends', 'as_ids', 'check_text', 'encode_parts', 'begun_reply', 'is_utf8', 'is_control',
+           'check_gguf', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE', 'check', 'Tokenizer']
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #95381f24
 import codecs, json, operator, os, re, stat, threading, warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal, Protocol, Self, TypeAlias, cast, overload
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #8dbd16bd
 import numpy as np, tokenizers
@@ -22,21 +24,23 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #f0e95373
 from .chat import CHATML, ChatTemplate, Harmony, Hider, PlainReply, check_messages, choose_template, merge_dropped, named_templates
-from .chat import MAX_SOURCE, find_form, shape
+from .chat import MAX_SOURCE, Form, find_form, shape
 from ..errors import ChatTemplateError, RequestError, TokenizerError
 from ..files.gguf import Metadata, cut_pairs, short
 from .sentencepiece import CONTROL, NORMAL, SPACE, SPM, UNKNOWN, UNUSED, USER_DEFINED
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #15b300a6
-def _byte_alphabet():
+def _byte_alphabet()->dict[int, str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
 
-ALPHABET = _byte_alphabet()                                # byte -> character
+ALPHABET: dict[int, str] = _byte_alphabet()                # byte -> character
 _to_byte = {ord(c): b for b, c in ALPHABET.items()}
 
-def symbol_bytes(symbol):
+def symbol_bytes(
+    symbol:str, # a token
+)->bytes:
     "The bytes that a token of a byte-level vocabulary stands for"
     try: return symbol.translate(_to_byte).encode('latin-1')
     except UnicodeEncodeError: return symbol.encode(errors='surrogateescape')     # characters outside of the alphabet: an added token
@@ -46,20 +50,20 @@ _gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _short, _spaces = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _lead, _upper, _lower = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
-def _gpt4(digits): return rf"{_short}|{_lead}\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_spaces}"
-def _cased(ending, digits):
+def _gpt4(digits:str)->str: return rf"{_short}|{_lead}\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_spaces}"
+def _cased(ending:str, digits:str)->str:
     words = f"{_lead}{_upper}*{_lower}+{ending}|{_lead}{_upper}+{_lower}*{ending}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_spaces}"
 
 @dataclass(frozen=True)
 class Pre:
     "What happens to text before merges are applied"
-    patterns:tuple           # regular expressions that cut, one after the other
+    patterns:tuple[str, ...] # regular expressions that cut, one after the other
     nfc:bool=False           # compose accents first: e + ´ becomes é
     whole_words:bool=False   # a word that is a token is taken as it is, merges or not
     bos:bool=False           # a text begins with BOS, if the file does not say otherwise
 
-PRE = {
+PRE: dict[str, Pre] = {
     'gpt-2':       Pre((_gpt2,)),
     'llama-bpe':   Pre((_gpt4(r'\p{N}{1,3}'),), whole_words=True, bos=True),
     'dbrx':        Pre((_gpt4(r'\p{N}{1,3}'),)),
@@ -85,7 +89,7 @@ MAX_FILE = 64 << 20      # bytes of a tokenizer.json
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #addbaeb4
 @contextmanager
-def no_panic(error, message):
+def no_panic(error:type[Exception], message:str)->Iterator[None]:
     "A panic of the tokenizers library becomes an ordinary error"
     try: yield
     except Exception: raise
@@ -94,40 +98,40 @@ def no_panic(error, message):
         raise error(message) from None
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #9ea5420a
-def _longest(texts):
+def _longest(texts:Collection[str])->int:
     "Bytes of the longest text"
     zeros = np.flatnonzero(np.frombuffer(_bytes('\0'.join(['', *texts, ''])), np.uint8) == 0)
     if len(zeros) == len(texts) + 1 > 1: return int(np.diff(zeros).max()) - 1
     return max(map(len, map(_bytes, texts)), default=0)
 
-def _bytes(text): return text.encode(errors='surrogatepass')    # to measure it: what is no UTF-8 is refused elsewhere
+def _bytes(text:str)->bytes: return text.encode(errors='surrogatepass')    # to measure it: what is no UTF-8 is refused elsewhere
 
-def _wrong_merge(merges, vocab):
+def _wrong_merge(merges:Sequence[tuple[str, ...]], vocab:Mapping[str, int])->TokenizerError:
     "An error that names the wrong merge: to look at each is slower than to let the library find that there is one"
     wrong = next((repr(short(' '.join(m))) for m in merges if len(m) != 2 or not {*m, ''.join(m)} <= vocab.keys()), 'list')
     return TokenizerError(f'the merge {wrong} must name two tokens with one space between, and make a third one')
 
 def bpe_model(
-    vocab:dict,    # text -> id
-    merges:list,   # (left, right) in the order in which they were learnt
-    longest=None,  # bytes of the longest merge, with a space between, if known
-    **flags,       # as the library has them
-):
+    vocab:dict[str, int],              # text -> id
+    merges:Sequence[tuple[str, ...]],  # (left, right) in the order in which they were learnt
+    longest:int | None=None,           # bytes of the longest merge, with a space between, if known
+    **flags:Any,                       # as the library has them
+)->models.BPE:
     "The library's model; `TokenizerError` names a merge that is wrong"
     if len(merges) > MAX_MERGES: raise TokenizerError(f'{len(merges)} merges; {MAX_MERGES} are allowed')
     if longest is None: longest = _longest([' '.join(m) for m in merges])
     if longest > 1 + _longest(vocab): raise _wrong_merge(merges, vocab)    # the library would panic
     try:
-        with no_panic(TokenizerError, 'a panic'): return models.BPE(vocab=vocab, merges=merges, cache_capacity=0, **flags)
+        with no_panic(TokenizerError, 'a panic'): return models.BPE(vocab=vocab, merges=cast(Any, merges), cache_capacity=0, **flags)
     except Exception: raise _wrong_merge(merges, vocab) from None
 
 def bpe_without(
-    vocab:dict,    # text -> id; loses `control`
-    merges:list,
-    control,       # texts that nothing may become
-    longest=None,
-    **flags,
-):
+    vocab:dict[str, int],              # text -> id; loses `control`
+    merges:Sequence[tuple[str, ...]],  # as for `bpe_model`
+    control:Sequence[str],             # texts that nothing may become
+    longest:int | None=None,           # as for `bpe_model`
+    **flags:Any,                       # likewise
+)->models.BPE:
     "`bpe_model` of what is left when the control tokens are gone"
     for t in control: vocab.pop(t, None)
     try: return bpe_model(vocab, merges, longest, **flags)
@@ -136,16 +140,28 @@ def bpe_without(
         if len(left) == len(merges): raise
         return bpe_model(vocab, left, None, **flags)
 
+class Backend(Protocol):
+    "What a tokenizer needs of its vocabulary"
+    def encode(self, text:str, first:bool=True)->list[int]:
+        "Token ids of ordinary text; `first`: nothing stands before it"
+        ...
+    def token_bytes(self, i:int)->bytes:
+        "What token `i` stands for"
+        ...
+
 class ByteBPE:
     "Byte-level BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens."
-    only_first = False   # is the space in front for the beginning of a text alone?
+    tokens: Sequence[str]      # text of every token
+    missing: set[int]          # bytes that no token stands for
+    bpe: tokenizers.Tokenizer  # of the library
+    only_first: bool = False   # is the space in front for the beginning of a text alone?
     def __init__(self,
-        tokens,       # text of every token
-        merges,       # (left, right) in the order in which they were learnt
-        pre:Pre,      # what happens before
-        control=(),   # ids that ordinary text must not become
-        longest=None, # bytes of the longest merge, with a space between, if known
-    ):
+        tokens:Sequence[str],               # text of every token
+        merges:Sequence[tuple[str, ...]],   # (left, right) in the order in which they were learnt
+        pre:Pre,                            # what happens before
+        control:Sequence[int]=(),           # ids that ordinary text must not become
+        longest:int | None=None,            # bytes of the longest merge, with a space between, if known
+    )->None:
         vocab, hidden = dict(zip(tokens, range(len(tokens)))), set(control)
         if len(vocab) < len(tokens): # a text that is there twice: the first that may be used
             vocab = {t: i for i, t in reversed(list(enumerate(tokens))) if i not in hidden}
@@ -156,15 +172,20 @@ class ByteBPE:
         split = [pre_tokenizers.Split(Regex(r), 'isolated') for r in pre.patterns]
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
-    def encode(self, text, first=True):
+    def encode(self, text:str, first:bool=True)->list[int]:
         "Token ids of ordinary text; `first` is for vocabularies that put a space before it"
         if self.missing and (lost := self.missing & set(text.encode())):
             raise RequestError(f'the vocabulary has no token for the byte 0x{min(lost):02X}')
         return library_ids(self.bpe, text)
 
-    def token_bytes(self, i): return symbol_bytes(self.tokens[i])
+    def token_bytes(self, i:int)->bytes:
+        "What token `i` stands for"
+        return symbol_bytes(self.tokens[i])
 
-def library_ids(t, text):
+def library_ids(
+    t:tokenizers.Tokenizer, # of the library
+    text:str,               # ordinary text
+)->list[int]:
     "Ids of ordinary text from a tokenizer of the library"
     with no_panic(RequestError, 'the text cannot be tokenised: the tokenizers library gave up on it'):
         if len(text) < 1000 or 'TOKENIZERS_PARALLELISM' not in os.environ: return t.encode(text, add_special_tokens=False).ids
@@ -187,34 +208,39 @@ _space = re.compile(r'[^\S\x1c-\x1f]*')
 class Finder:
     """Finds the longest special token at each place. It takes at most as many steps as the text and the longest token have characters,
     multiplied."""
+    root: dict[str, Any]   # character -> what may follow; '' -> the token that ends here
+
     def __init__(self,
-        specials,   # `Special` tokens
-    ):
+        specials:Iterable[Special],   # tokens to look for
+    )->None:
         self.root = {}
         for s in specials: self._add(s)
-        self.starts = re.compile(f'[{"".join(map(re.escape, self.root))}]') if self.root else _never
+        self._starts = re.compile(f'[{"".join(map(re.escape, self.root))}]') if self.root else _never
 
-    def _add(self, s):
+    def _add(self, s:Special)->None:
         node = self.root
         for c in s.text: node = node.setdefault(c, {})
         node[''] = s
 
-    def _at(self, text, i):
+    def _at(self, text:str, i:int)->Special | None:
         "The longest token that begins at character `i`, or None"
         node, found = self.root, None
         for i in range(i, len(text)):
-            node = node.get(text[i])
-            if node is None: break
+            if (following := node.get(text[i])) is None: break
+            node = following
             found = node.get('', found)
         return found
 
-    def next(self, text, pos):
+    def next(self, text:str, pos:int)->tuple[int, Special] | None:
         "(place, `Special`) of the first one from `pos` on; None"
-        while m := self.starts.search(text, pos):
+        while m := self._starts.search(text, pos):
             if s := self._at(text, m.start()): return m.start(), s
             pos = m.end()
 
-def split_special(text, finder):
+def split_special(
+    text:str,      # anything
+    finder:Finder, # of the tokens that count
+)->Iterator[str | Special]:
     "Ordinary text and `Special` tokens in turn"
     pos = 0
     while found := finder.next(text, pos):
@@ -224,10 +250,10 @@ def split_special(text, finder):
         if before: yield before
         yield s
         pos = at + len(s.text)
-        if s.rstrip: pos = _space.match(text, pos).end()
+        if s.rstrip and (m := _space.match(text, pos)): pos = m.end()
     if text[pos:]: yield text[pos:]
 
-def check_specials(specials):
+def check_specials(specials:Sequence[Special])->None:
     "Refuses more special tokens, or longer ones, than any model has"
     if long := next((s for s in specials if len(s.text) > MAX_SPECIAL), None):
         raise TokenizerError(f'the special token {long.id} has {len(long.text)} characters; {MAX_SPECIAL} are allowed')
@@ -238,29 +264,29 @@ def check_specials(specials):
 class Stream:
     "Incremental decoding: the texts of all `push` and the `flush` together are `decode` of all ids"
     def __init__(self,
-        tokenizer,           # a Tokenizer
-        skip_special=False,  # leave out control tokens
-        after=(),            # ids that stand before, when this is not the start of a text
-    ):
-        self.tokenizer, self.skip_special = tokenizer, skip_special
-        self.utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+        tokenizer:Any,              # a `Tokenizer`
+        skip_special:bool=False,    # leave out control tokens
+        after:Sequence[int]=(),     # ids that stand before, when this is not the start of a text
+    )->None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._utf8 = codecs.getincrementaldecoder('utf-8')('replace')
         # vocabularies that put a space before text at the start and behind special tokens: take that one away
         begins = not len(after) or after[-1] in tokenizer.special_by_id and not tokenizer.only_first
-        self.strip = tokenizer.space_prefix and begins
+        self._strip = tokenizer.space_prefix and begins
 
     def push(self,
         i:int,   # the next token id
     ) -> str:    # whole characters, maybe none yet
         "Text that token `i` completes"
-        b = self.tokenizer.token_bytes(i, self.skip_special)
-        if b and self.strip:
-            self.strip = False
-            if b[0] == 0x20 and i not in self.tokenizer.special_by_id: b = b[1:]
-        return self.utf8.decode(b)
+        b = self._tokenizer.token_bytes(i, self._skip_special)
+        if b and self._strip:
+            self._strip = False
+            if b[0] == 0x20 and i not in self._tokenizer.special_by_id: b = b[1:]
+        return self._utf8.decode(b)
 
     def flush(self) -> str:
         "What is left at the end: U+FFFD for a character that was never finished"
-        return self.utf8.decode(b'', final=True)
+        return self._utf8.decode(b'', final=True)
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #b0f844eb
 _ends = set('''<|im_end|> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|calls|> <|flush|>
@@ -272,9 +298,9 @@ _only_a_message = (_channels, {'<|end|>', '<|return|>', '<|call|>'}, {'<|end|>',
     {'<|end|>', '<|flush|>', '<|calls|>'})
 
 def find_stops(
-    names,   # {text: id} of special tokens
-    ids=(),  # what the metadata calls the end of a text or of a turn
-) -> frozenset:
+    names:Mapping[str, int],  # {text: id} of special tokens
+    ids:Iterable[int]=(),     # what the metadata calls the end of a text or of a turn
+) -> frozenset[int]:
     "Ids that end a reply"
     stops, there = {i for t, i in names.items() if t in _ends} | set(ids), set(names)
     if any(marks <= there for marks in _only_a_message): stops -= {names['<|end|>']}
@@ -283,160 +309,108 @@ def find_stops(
     return frozenset(stops)
 
 def mistyped_ends(
-    texts,    # of tokens that are said to be ordinary ones
-    merges,   # pairs
-):
+    texts:Iterable[str],                # of tokens that are said to be ordinary ones
+    merges:Iterable[tuple[str, ...]],   # pairs
+)->set[str]:
     "Those that end a reply by their name, and that no merge makes"
     found = _ends.intersection(texts)
     return found - {t for t in map(''.join, merges) if t in found} if found else found
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #b9cdc775
-def as_ids(ids):
+def as_ids(
+    ids:Any, # a list, an array, an iterator
+)->list[int]:
     "A list of token ids from whatever holds them"
     try: return list(ids)
     except TypeError: raise RequestError(f'token ids come in a list, not as {type(ids).__name__}') from None
 
-class _Base:
-    "Encoding and decoding, whatever the backend"
-    def __init__(self, backend, kind, specials, vocab_size, n_valid, stop_ids, bos_id=None, eos_id=None, add_bos=False,
-        chat_template=None, variables=None):
-        self.backend, self.kind, self.vocab_size, self.n_valid, self.stop_ids = backend, kind, vocab_size, n_valid, frozenset(stop_ids)
-        self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, bool(add_bos and bos_id is not None)
-        self.chat_templates = chat_template if isinstance(chat_template, dict) else {'default': chat_template} if chat_template else {}
-        self.chat_template = self.chat_templates.get('default')
-        self.special = {s.text: s for s in specials}
-        self.special_by_id = {s.id: s for s in specials}
-        self.space_prefix, self.only_first = getattr(backend, 'space_prefix', False), getattr(backend, 'only_first', False)
-        check_specials(specials)
-        self._find_all, self._find_user = Finder(specials), Finder([s for s in specials if not s.control])
-        self._variables, self._made, self._lock = variables or {}, {}, threading.Lock()
+def check_text(
+    text:object,   # what shall be tokenised
+)->str:
+    "A string that can be tokenised; `RequestError` says why not"
+    if not isinstance(text, str): raise RequestError(f'text must be a string, not {type(text).__name__}')
+    if len(text) > MAX_TEXT: raise RequestError(f'the text has {len(text)} characters; {MAX_TEXT} at once are allowed: cut it')
+    if bad := re.search('[\ud800-\udfff]', text):
+        raise RequestError(f'the text holds a lone surrogate U+{ord(bad[0]):04X} at character {bad.start()}')
+    return text
 
-    def _ids(self, text, parse_special, back=None):
-        ids, first = [], True
-        for part in split_special(text, self._find_all if parse_special else self._find_user):
-            if isinstance(part, Special):
-                ids.append(part.id)
-                first = not self.only_first
-            else:
-                ids += self.backend.encode(part.translate(back) if back else part, first)
-                first = False
-        return ids
-
-    def _begin(self, ids): return ids if not self.add_bos or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
-
-    def encode(self,
-        text:str,             # at most MAX_TEXT characters, no lone surrogates
-        add_special=True,     # begin with BOS, if this model does and the text does not
-        parse_special=True,   # read the text of control tokens as control tokens
-    ) -> list:                # token ids
-        "Token ids of `text`"
-        if not isinstance(text, str): raise RequestError(f'text must be a string, not {type(text).__name__}')
-        if len(text) > MAX_TEXT: raise RequestError(f'the text has {len(text)} characters; {MAX_TEXT} at once are allowed: cut it')
-        if bad := re.search('[\ud800-\udfff]', text):
-            raise RequestError(f'the text holds a lone surrogate U+{ord(bad[0]):04X} at character {bad.start()}')
-        ids = self._ids(text, parse_special)
-        return self._begin(ids) if add_special else ids
-
-    def token_bytes(self,
-        i:int,               # token id
-        skip_special=False,  # nothing for control tokens
-    ) -> bytes:
-        "What token `i` stands for; padding stands for nothing"
-        try: i = operator.index(i)
-        except TypeError: raise RequestError(f'a token id is a whole number, not {type(i).__name__}') from None
-        if not 0 <= i < self.vocab_size: raise RequestError(f'token id {i} is outside of the vocabulary (0 to {self.vocab_size - 1})')
-        if i >= self.n_valid: return b''
-        if s := self.special_by_id.get(i): return b'' if skip_special and s.control else s.text.encode()
-        return self.backend.token_bytes(i)
-
-    def stream(self, skip_special=False, after=()): return Stream(self, skip_special, as_ids(after))
-
-    def decode(self,
-        ids,                 # token ids
-        skip_special=False,  # leave out control tokens
-    ) -> str:
-        "Text of `ids`; bytes that are not UTF-8 become U+FFFD"
-        s = self.stream(skip_special)
-        return ''.join([s.push(i) for i in as_ids(ids)]) + s.flush()
+def encode_parts(
+    text:str,                          # anything
+    backend:Backend,                   # for the ordinary text
+    finder:Finder,                     # of the special tokens that count
+    only_first:bool=False,             # a special token is no beginning
+    back:Mapping[int, str] | None=None, # characters that stand for others, once the special tokens are found
+)->list[int]:
+    "Token ids of ordinary text and special tokens in turn"
+    ids, first = [], True
+    for part in split_special(text, finder):
+        if isinstance(part, Special):
+            ids.append(part.id)
+            first = not only_first
+        else:
+            ids += backend.encode(part.translate(back) if back else part, first)
+            first = False
+    return ids
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #c8d89865
-class _Chat(_Base):
-    "Chats on top of encoding"
-    @cached_property
-    def harmony(self): return _channels <= set(self.special)      # replies in channels, as gpt-oss writes them
+Prepared: TypeAlias = tuple[ChatTemplate, Form, Hider]
 
-    @property
-    def template(self): return self._prepared()[0]
+class _Templates:
+    "The chat templates of a vocabulary, compiled when they are first asked for; an error is kept as well"
+    def __init__(self, sources:dict[str, Any], variables:dict[str, Any], controls:Sequence[str])->None:
+        self.sources, self.variables, self.controls = sources, variables, controls
+        self._made: dict[str, Prepared | ChatTemplateError] = {}
+        self._lock = threading.Lock()
 
-    def _prepared(self, name=None, tools=None):
-        "(ChatTemplate, its Form, Hider), made when they are first asked for; an error is kept as well"
+    def get(self, name:str | None=None, tools:Any=None)->Prepared:
+        "(ChatTemplate, its Form, Hider) of a name, or of what fits the tools"
         with self._lock:
-            if not self._sources: raise ChatTemplateError('the model has no chat template: give a plain prompt instead of messages')
-            name = choose_template(self._sources, name, tools)
-            if name not in self._made: self._made[name] = self._make(self._sources[name])
+            if not self.sources: raise ChatTemplateError('the model has no chat template: give a plain prompt instead of messages')
+            name = choose_template(self.sources, name, tools)
+            if name not in self._made: self._made[name] = self._make(self.sources[name])
         made = self._made[name]
         if isinstance(made, ChatTemplateError): raise ChatTemplateError(str(made))
         return made
 
-    @cached_property
-    def _sources(self):
-        if self.chat_templates or not {'<|im_start|>', '<|im_end|>'} <= set(self.special): return self.chat_templates
-        return {'default': CHATML}
-
-    def _make(self, source):
+    def _make(self, source)->Prepared | ChatTemplateError:
         try:
-            template = ChatTemplate(source, self._variables)
-            return template, find_form(template), Hider([s.text for s in self.special.values() if s.control], template.source)
+            template = ChatTemplate(source, self.variables)
+            return template, find_form(template), Hider(self.controls, template.source)
         except ChatTemplateError as e:
             if e.kind == 'start': raise      # there is no child process now: maybe later
             return e
 
-    def warm_chat(self):
-        "Compile the default template in a thread of its own, so that the first chat need not wait; what is wrong with it is said then"
-        def work():
-            try: self._prepared()
-            except ChatTemplateError as e:
-                if getattr(e, 'kind', '') != 'start':
-                    warnings.warn(f'messages will be refused, prompts are not affected: {e}', stacklevel=2)
-        if self._sources: threading.Thread(target=work, name='orcd-template', daemon=True).start()
-
-    def _prepare(self, messages, variables):
-        "(template, messages as it understands them, Hider)"
-        template, form, hide = self._prepared(variables.pop('chat_template', None), variables.get('tools'))
+    def prepare(self, messages:Any, variables:dict[str, Any])->tuple[ChatTemplate, list[dict[str, Any]], Hider]:
+        "(template, messages as it understands them, Hider); takes what is for us out of `variables`"
+        template, form, hide = self.get(variables.pop('chat_template', None), variables.get('tools'))
         return template, shape(merge_dropped(template, check_messages(messages), form, **variables), form.parts), hide
 
-    def chat(self,
-        messages,                    # list of {'role', 'content'}
-        add_generation_prompt=True,  # end with the opening of the assistant's turn
-        **variables,                 # for the template: tools, reasoning_effort, …; now; chat_template: the name of another one
-    ) -> str:
-        "The prompt that the model's chat template makes of `messages`"
-        template, messages, _ = self._prepare(messages, variables)
-        return template.render(messages, add_generation_prompt, **variables)
+    def warm(self)->None:
+        "Compile the default one, or warn"
+        try: self.get()
+        except ChatTemplateError as e:
+            if e.kind != 'start': warnings.warn(f'messages will be refused, prompts are not affected: {e}', stacklevel=2)
 
-    def encode_chat(self, messages, add_generation_prompt=True, **variables) -> list:
-        "Token ids of a chat; control tokens come from the template alone, never from inside a message"
-        template, messages, hide = self._prepare(messages, variables)
-        messages, variables, back = hide(messages, variables)
-        return self._begin(self._ids(template.render(messages, add_generation_prompt, **variables), True, back))
+def _sources(named:dict[str, Any], special:Mapping[str, Special])->dict[str, Any]:
+    "The templates of a file; a vocabulary of ChatML needs none"
+    return {'default': CHATML} if not named and {'<|im_start|>', '<|im_end|>'} <= set(special) else named
 
-    def parse_reply(self,
-        after=(),   # ids of the prompt
-    ):
-        "Takes a reply to a chat, token by token: `push(id)` and `flush()` give text of the answer, `.analysis` is what was thought"
-        after = as_ids(after)
-        return Harmony(self, self._header(after)) if self.harmony else PlainReply(self.stream(after=after))
-
-    def _header(self, ids):
-        "What the prompt has already written of the reply"
-        start = max((i for i, t in enumerate(ids) if t == self.special['<|start|>'].id), default=None)
-        text = '' if start is None else self.decode(ids[start+1:])
-        return re.sub(r'^\s*assistant\s*', '', text)
+def begun_reply(
+    text:str,   # of the prompt, behind its last "<|start|>"
+)->str:
+    "What a prompt has already written of a reply"
+    return re.sub(r'^\s*assistant\s*', '', text)
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #fbf01a55
 _g = 'tokenizer.ggml.'
 
-def _array(m, key, length=None, required=True):
+Meta: TypeAlias = Mapping[str, Any]    # metadata of a GGUF file
+
+@overload
+def _array(m:Meta, key:str, length:int | None=None, required:Literal[True]=True)->Any: ...
+@overload
+def _array(m:Meta, key:str, length:int | None=None, *, required:bool)->Any | None: ...
+def _array(m:Meta, key:str, length:int | None=None, required:bool=True)->Any | None:
     v = m.get(_g + key)
     if v is None:
         if required: raise TokenizerError(f'the file has no {_g}{key}')
@@ -445,56 +419,63 @@ def _array(m, key, length=None, required=True):
     if length is not None and len(v) != length: raise TokenizerError(f'{_g}{key} has {len(v)} entries, the vocabulary has {length}')
     return v
 
-def _is_id(i, n): return isinstance(i, int) and not isinstance(i, bool) and 0 <= i < n
+def _is_id(i:object, n:int)->bool: return isinstance(i, int) and not isinstance(i, bool) and 0 <= i < n
 
-def _id(m, key, n):
+def _id(m:Meta, key:str, n:int)->int | None:
     i = m.get(_g + key)
     if i is not None and not _is_id(i, n): raise TokenizerError(f'{_g}{key} is {i!r}: not an id of a vocabulary of {n}')
     return i
 
-def _word(m, key):
+def _word(m:Meta, key:str)->str | None:
     v = m.get(_g + key)
     if v is not None and not isinstance(v, str): raise TokenizerError(f'{_g}{key} must be a string, not {type(v).__name__}')
     return v
 
-def _flag(m, key, default):
+@overload
+def _flag(m:Meta, key:str, default:bool)->bool: ...
+@overload
+def _flag(m:Meta, key:str, default:None)->bool | None: ...
+def _flag(m:Meta, key:str, default:bool | None)->bool | None:
     v = m.get(_g + key)
     if v is not None and not isinstance(v, bool): raise TokenizerError(f'{_g}{key} is {v!r}: must be true or false')
     return default if v is None else v
 
-def is_utf8(text):
+def is_utf8(text:str)->bool:
     "False for what `surrogateescape` made of other bytes"
     try: text.encode()
     except UnicodeEncodeError: return False
     return True
 
-def _check_lengths(texts):
+def _check_lengths(texts)->None:
     if len(texts) > MAX_TOKENS: raise TokenizerError(f'the vocabulary has {len(texts)} tokens; {MAX_TOKENS} are allowed')
     if (n := max(map(len, texts))) > MAX_TOKEN: raise TokenizerError(f'a token has {n} characters; {MAX_TOKEN} are allowed')
 
-def _tokens(m):
+def _tokens(m:Meta)->list[str]:
     tokens = _array(m, 'tokens')
     if not len(tokens) or not isinstance(tokens[0], str): raise TokenizerError(f'{_g}tokens must be a non-empty array of strings')
     _check_lengths(tokens)
     return tokens
 
-def _types(m, n):
+def _types(m:Meta, n:int)->np.ndarray:
     types = _array(m, 'token_type', n, required=False)
     return np.full(n, NORMAL) if types is None else np.array(types)   # a copy: some are corrected
 
 _padding = re.compile(r'\[PAD\d+\]')
 
-def _n_valid(tokens, types):
+def _n_valid(tokens:Sequence[str], types:np.ndarray)->int:
     n = len(tokens)
     while n and (types[n-1] == UNUSED or _padding.fullmatch(tokens[n-1]) and types[n-1] in (UNKNOWN, UNUSED)): n -= 1
     if not n: raise TokenizerError('all tokens of the vocabulary are padding: there is nothing to generate')
     return n
 
-def is_control(text, said):
+def is_control(
+    text:str,  # of a token
+    said:bool, # is it one by its type?
+)->bool:
     "Is a token a control token? What its type says, but role markers and ends are such, whatever the file says."
     return said or text in _ends or bool(re.fullmatch(r'<\|[^|]*\|>', text))
 
-def _specials(tokens, types, n_valid, rstrip):
+def _specials(tokens:Sequence[str], types:np.ndarray, n_valid:int, rstrip:bool)->Iterator[Special]:
     "Control, user-defined and unknown tokens of a GGUF vocabulary"
     for i in np.flatnonzero(np.isin(types[:n_valid], (UNKNOWN, CONTROL, USER_DEFINED))).tolist():
         t = tokens[i]
@@ -503,18 +484,18 @@ def _specials(tokens, types, n_valid, rstrip):
         yield Special(i, t, control, rstrip=rstrip and t not in ('<unk>', '<s>', '<|endoftext|>'))
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #7805ad0d
-def _pre(m):
+def _pre(m:Meta)->Pre | None:
     "The `Pre` that the file names; None when it names none"
     pre = _word(m, 'pre')
     if pre is not None and pre not in PRE: raise TokenizerError(f'unknown {_g}pre {short(pre)!r}; known: {", ".join(sorted(PRE))}')
-    return PRE.get(pre)
+    return None if pre is None else PRE[pre]
 
-def _default_pre():
+def _default_pre()->Pre:
     warnings.warn(f'the file has no {_g}pre: taking "default", as llama.cpp does; a newer conversion of the model may give better text',
         stacklevel=2)
     return PRE['default']
 
-def _merges(m):
+def _merges(m:Meta)->tuple[Sequence[tuple[str, ...]], int]:
     "(pairs, bytes of the longest)"
     return m.pairs(_g + 'merges') if isinstance(m, Metadata) and _g + 'merges' in m else cut_pairs(_array(m, 'merges'))
 
@@ -529,16 +510,16 @@ def _llama_backend(m, tokens, types, control, merges):
 _backends = dict(gpt2=_gpt2_backend, llama=_llama_backend)
 _token_variables = dict(bos_token='bos', eos_token='eos', unk_token='unknown', pad_token='padding')     # name in templates -> name in GGUF
 
-def _special_ids(m, n):
+def _special_ids(m:Meta, n:int)->dict[str, int | None]:
     "Ids that the metadata names; None where it names none, and where an id that only describes is none of the vocabulary"
     needed = {k: _id(m, k + '_token_id', n) for k in ('bos', 'eos', 'eot', 'eom')}
     others = {k: m.get(f'{_g}{k}_token_id') for k in ('unknown', 'padding', 'fim_pad', 'fim_rep', 'fim_sep')}
     return needed | {k: i if _is_id(i, n) else None for k, i in others.items()}
 
-def _stop_ids(names, ids):
+def _stop_ids(names:Mapping[str, int], ids:Mapping[str, int | None])->frozenset[int]:
     return find_stops(names, [i for k in ('eos', 'eot', 'eom', 'fim_pad', 'fim_rep', 'fim_sep') if (i := ids[k]) is not None])
 
-def _model(m):
+def _model(m:Meta)->str:
     model = _word(m, 'model')
     if model is None: raise TokenizerError(f'the file has no {_g}model, so no vocabulary that can be read; take a complete model')
     if model not in _backends: raise TokenizerError(f'unknown {_g}model {short(model)!r}; known: {", ".join(_backends)}, no_vocab')
@@ -547,9 +528,9 @@ def _model(m):
 def _kind_of(m, key): return m.kind(key)[0] if isinstance(m, Metadata) else m.get(key)
 
 def check_gguf(
-    m,             # metadata of a GGUF file
-    json_path=None,  # the tokenizer.json that is used instead, if there is one
-)->bool:           # False when it has no vocabulary
+    m:Meta,                                     # metadata of a GGUF file
+    json_path:str | os.PathLike[str] | None=None, # the tokenizer.json that is used instead, if there is one
+)->bool:                                        # False when it has no vocabulary
     "What can be said of a tokenizer in a moment, before one is made: `TokenizerError` names what is missing or unknown"
     if _word(m, 'model') == 'no_vocab': return False
     _flag(m, 'add_bos_token', None)
@@ -566,12 +547,12 @@ def check_gguf(
         if _kind_of(m, _g + key) is None: raise TokenizerError(f'the file has no {_g}{key}')
     return True
 
-def _gguf_parts(m):
+def _gguf_parts(m:Meta)->dict[str, Any]:
     "Everything that a Tokenizer is made of, from GGUF metadata"
     model = _model(m)
     tokens = _tokens(m)
     n, types = len(tokens), _types(m, len(tokens))
-    merges = _merges(m) if model == 'gpt2' else ((), 0)
+    merges: tuple[Sequence[tuple[str, ...]], int] = _merges(m) if model == 'gpt2' else ((), 0)
     for t in mistyped_ends([t for i, t in enumerate(tokens) if t in _ends and types[i] == NORMAL], merges[0]):
         types[tokens.index(t)] = CONTROL
     n_valid = _n_valid(tokens, types)
@@ -582,12 +563,12 @@ def _gguf_parts(m):
     ids = _special_ids(m, n)
     return dict(backend=backend, kind='gguf-bpe', specials=specials, vocab_size=n, n_valid=n_valid, bos_id=ids['bos'], eos_id=ids['eos'],
         stop_ids=_stop_ids({s.text: s.id for s in specials}, ids), add_bos=_flag(m, 'add_bos_token', bos), chat_template=named_templates(m),
-        variables={k: '' if ids[g] is None else tokens[ids[g]] for k, g in _token_variables.items()})
+        variables={k: '' if (i := ids[g]) is None else tokens[i] for k, g in _token_variables.items()})
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #c26a8ef8
 def read_file(
-    path,        # str or Path
-    limit:int,   # bytes
+    path:str | os.PathLike[str],   # of the file
+    limit:int,                     # bytes
 ) -> bytes:
     "A regular file of at most `limit` bytes; `TokenizerError` says why not"
     try:
@@ -600,7 +581,10 @@ def read_file(
     if len(data) > limit: raise TokenizerError(f'{p.name} has more than {limit >> 20} MiB')
     return data
 
-def read_json(path, limit=MAX_FILE) -> dict:
+def read_json(
+    path:str | os.PathLike[str],   # of the file
+    limit:int=MAX_FILE,            # bytes
+) -> dict[str, Any]:
     "The object in a JSON file, with or without a byte order mark"
     data, name = read_file(path, limit), Path(path).name
     try: d = json.loads(data)
@@ -617,7 +601,7 @@ _tiktoken = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\
 _expressions = {r for p in PRE.values() for r in p.patterns} | {' ', r'\p{N}{1,3}', _han, _deepseek, _marks, _tiktoken, _gpt4(r'\p{N}+'),
     '[\r\n]', r'[\r\n]', r'\s?\p{L}+', r'\s?\p{P}+', '[一-龥ࠀ-一가-퟿]+'}
 
-def _written(r): return r.replace('\r', r'\r').replace('\n', r'\n')    # some files hold the characters instead of their escapes
+def _written(r:str)->str: return r.replace('\r', r'\r').replace('\n', r'\n')    # some files hold the characters instead of their escapes
 
 _expressions |= {_written(r) for r in _expressions}
 _behaviors = 'Removed', 'Isolated', 'MergedWithPrevious', 'MergedWithNext', 'Contiguous'
@@ -631,7 +615,7 @@ _steps = dict(    # type of a step -> its fields -> what they may be, the first 
         Metaspace=dict(replacement=(SPACE,), prepend_scheme=('always', 'first', 'never'), split=(True, False))))
 _lists = dict(normalizer='normalizers', pre_tokenizer='pretokenizers', decoder='decoders', post_processor='processors')
 
-def _flat(d, kind):
+def _flat(d, kind:str)->list[dict[str, Any]]:
     "The steps of a part of the file, one after the other"
     if d is None: return []
     if not isinstance(d, dict): raise TokenizerError(f'its {kind} is no object')
@@ -639,7 +623,7 @@ def _flat(d, kind):
     inner = d.get(_lists[kind])
     return [s for x in (inner if isinstance(inner, list) else []) for s in _flat(x, kind)]
 
-def _known_step(d, kind):
+def _known_step(d:dict[str, Any], kind:str)->dict[str, Any]:
     "The step as the library shall see it"
     fields = _steps[kind].get(d['type']) if isinstance(d.get('type'), str) else None
     if fields is None: raise TokenizerError(f'the {kind} step {short(d.get("type"))!r} is not known; known: {", ".join(_steps[kind])}')
@@ -657,7 +641,10 @@ def _known_pattern(p):
     if not isinstance(p, dict) or len(p) != 1: return False
     return p.get('String') == ' ' or isinstance(r := p.get('Regex'), str) and _written(r) in _expressions
 
-def known_steps(d, kind) -> list:
+def known_steps(
+    d:Any,     # a part of the file
+    kind:str,  # 'normalizer' or 'pre_tokenizer'
+) -> list[dict[str, Any]]:
     "The steps of a normaliser or pre-tokenizer; `TokenizerError` names what is not among those that take linear time"
     found = [_known_step(s, kind) for s in _flat(d, kind)]
     if len(found) > MAX_STEPS: raise TokenizerError(f'its {kind} has {len(found)} steps; {MAX_STEPS} are allowed')
@@ -677,9 +664,11 @@ def _pairs(merges):
     if not all(map(is_pair, pairs)): raise TokenizerError('each of its merges must name two tokens')
     return pairs
 
-def is_pair(m): return len(m) == 2 and isinstance(m[0], str) and isinstance(m[1], str)
+def is_pair(m:Sequence[object])->bool:
+    "Two texts?"
+    return len(m) == 2 and isinstance(m[0], str) and isinstance(m[1], str)
 
-def _added(tokens, vocab, nfc):
+def _added(tokens, vocab:Mapping[str, int], nfc:bool)->Iterator[Special]:
     "`Special` tokens of the file; `nfc`: its normaliser composes accents"
     if not isinstance(tokens, list): raise TokenizerError('its added_tokens must be a list')
     texts, seen = {i: t for t, i in vocab.items()}, set()
@@ -694,7 +683,7 @@ def _added(tokens, vocab, nfc):
         if t and t not in seen: yield Special(i, t, is_control(t, bool(a.get('special'))), bool(a.get('lstrip')), bool(a.get('rstrip')))
         seen.add(t)     # as in the library: of two with one text the first counts
 
-def _leading(d):
+def _leading(d)->list[int]:
     "Ids that the file puts before every text"
     for p in _flat(d, 'post_processor'):
         if p.get('type') == 'TemplateProcessing': return _template_ids(p)
@@ -702,7 +691,7 @@ def _leading(d):
             raise TokenizerError(f'the post_processor step {short(p.get("type"))!r} is not known; known: ByteLevel, TemplateProcessing')
     return []
 
-def _template_ids(p):
+def _template_ids(p)->list[int]:
     out, single = [], p.get('single')
     try:
         for piece in single[:single.index(next(s for s in single if 'Sequence' in s))]:
@@ -715,15 +704,22 @@ def _template_ids(p):
 
 class JsonBPE:
     "A `tokenizer.json`, for ordinary text alone"
+    name: str                 # of the file
+    specials: list[Special]   # tokens that are found by their text
+    texts: dict[int, str]     # id -> token
+    leading: list[int]        # ids that stand before every text
+    space_prefix: bool        # does a space come before text at the start?
+    only_first: bool          # … and there alone?
+
     def __init__(self,
-        path,   # of the file
-    ):
+        path:str | os.PathLike[str],   # of the file
+    )->None:
         self.name = Path(str(path)).name    # of anything: `read_json` says what is wrong with it
         try: self._read(read_json(path))
         except RecursionError: raise TokenizerError(f'{self.name} cannot be used: its steps are nested too deeply') from None
         except TokenizerError as e: raise TokenizerError(str(e) if self.name in str(e) else f'{self.name} cannot be used: {e}') from None
 
-    def _read(self, d):
+    def _read(self, d:dict[str, Any])->None:
         m = d.get('model')
         if not isinstance(m, dict) or m.get('type', 'BPE') != 'BPE': raise TokenizerError('its model is not byte-pair encoding (BPE)')
         if odd := next((k for k in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix') if m.get(k)), None):
@@ -741,7 +737,7 @@ class JsonBPE:
         self._build(d, vocab, pairs, unknown, {k: bool(m.get(k)) for k in ('fuse_unk', 'byte_fallback', 'ignore_merges')})
         self._look(d, vocab, unknown)
 
-    def _build(self, d, vocab, pairs, unknown, flags):
+    def _build(self, d:dict[str, Any], vocab:dict[str, int], pairs:list[tuple[str, ...]], unknown, flags:dict[str, bool])->None:
         if unknown is not None and not (isinstance(unknown, str) and unknown in vocab):
             raise TokenizerError('its unk_token is not in the vocabulary')
         hidden = [s.text for s in self.specials if s.control and s.text != unknown]
@@ -749,28 +745,29 @@ class JsonBPE:
         before, steps = known_steps(d.get('normalizer'), 'normalizer'), known_steps(d.get('pre_tokenizer'), 'pre_tokenizer')
         self.only_first = any(s.get('prepend_scheme') == 'first' for s in steps)
         rest = [s | {'prepend_scheme': 'never'} if s.get('prepend_scheme') == 'first' else s for s in steps]
-        self.first, self.rest = (_library(model, before, s) for s in (steps, rest))
-        self.byte_level = any(s['type'] == 'ByteLevel' for s in steps)
+        self._first, self._rest = (_library(model, before, s) for s in (steps, rest))
+        self._byte_level = any(s['type'] == 'ByteLevel' for s in steps)
 
-    def _look(self, d, vocab, unknown):
+    def _look(self, d:dict[str, Any], vocab:dict[str, int], unknown)->None:
         "What becomes of characters that the vocabulary does not have, and is there a space in front?"
-        lost = ([c for c in ALPHABET.values() if c not in vocab] if self.byte_level
+        lost = ([c for c in ALPHABET.values() if c not in vocab] if self._byte_level
             else [b for b in range(256) if f'<0x{b:02X}>' not in vocab])
         if lost and unknown is None: raise TokenizerError('its vocabulary lacks some bytes and has no unk_token: text would be lost')
         probe = self.encode('a')
-        self.space_prefix = not self.byte_level and bool(probe) and self.texts[probe[0]].startswith(SPACE)
+        self.space_prefix = not self._byte_level and bool(probe) and self.texts[probe[0]].startswith(SPACE)
 
-    def encode(self, text, first=True):
+    def encode(self, text:str, first:bool=True)->list[int]:
         "Token ids of ordinary text; `first` if nothing stands before it"
-        return library_ids(self.first if first else self.rest, text)
+        return library_ids(self._first if first else self._rest, text)
 
-    def token_bytes(self, i):
+    def token_bytes(self, i:int)->bytes:
+        "What token `i` stands for"
         t = self.texts.get(i)
         if t is None: return b''
-        if self.byte_level: return symbol_bytes(t)
+        if self._byte_level: return symbol_bytes(t)
         return bytes([int(t[3:5], 16)]) if re.fullmatch('<0x[0-9A-F]{2}>', t) else t.replace(SPACE, ' ').encode()
 
-def _library(model, normalizer, pre_tokenizer):
+def _library(model:models.BPE, normalizer:list, pre_tokenizer:list)->tokenizers.Tokenizer:
     "A tokenizer of the library on `model`, with steps that we know"
     parts = dict(normalizer=normalizer, pre_tokenizer=pre_tokenizer)
     parts = {k: {'type': 'Sequence', _lists[k]: v} if v else None for k, v in parts.items()}
@@ -781,7 +778,7 @@ def _library(model, normalizer, pre_tokenizer):
     return t
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #301f0b70
-def _beside(path, name):
+def _beside(path, name:str)->dict[str, Any]:
     "A JSON file next to `path`; nothing when there is none"
     p = Path(path).expanduser().parent/name
     return read_json(p, 4 << 20) if p.exists() else {}
@@ -803,7 +800,7 @@ def _templates_beside(path, config):
         | {'default': folder / 'chat_template.jinja'})
     return named | {name: _read_template(f) for name, f in files.items() if f.exists()}
 
-def _json_parts(path, n=None): # n: rows of the vocabulary, where they are known
+def _json_parts(path:str | os.PathLike[str], n:int | None=None)->dict[str, Any]: # n: rows of the vocabulary, where they are known
     backend = JsonBPE(path)
     names = {s.text: s.id for s in backend.specials}
     config = _beside(path, 'tokenizer_config.json')
@@ -815,60 +812,183 @@ def _json_parts(path, n=None): # n: rows of the vocabulary, where they are known
         chat_template=_templates_beside(path, config),
         variables={k: _name(v) for k, v in config.items() if k.endswith('_token') and isinstance(_name(v), str)})
 
-def _json_beside(g):
+def _json_beside(g)->Path | None:
     "The tokenizer.json beside a gpt-oss file; None"
     if not getattr(g, 'path', None) or g.metadata.get('general.architecture') != 'gpt-oss': return None
     path = Path(g.path).parent / 'tokenizer.json'
     return path if path.is_file() else None
 
 def check(
-    g,   # an orcd.GGUF
-)->bool: # False when it has no vocabulary
+    g:Any,   # an orcd.GGUF
+)->bool:     # False when it has no vocabulary
     "`check_gguf` of a file"
     return check_gguf(g.metadata, _json_beside(g))
 
-def _compare(backend, tokens, n_valid):
+def _compare(backend:JsonBPE, tokens:Sequence[str], n_valid:int)->None:
     "The JSON file and the GGUF file must be about the same vocabulary"
     for i in [*range(0, n_valid, 97), *[s.id for s in backend.specials if s.id < n_valid]]:
         if (there := backend.texts.get(i)) != tokens[i]:
             raise TokenizerError(f'{backend.name} does not belong to this model: token {i} is {there!r} there, {tokens[i]!r} in the GGUF '
                 'file')
 
+def _both_parts(m:Meta, path:str | os.PathLike[str])->dict[str, Any]:
+    "Text from the JSON file, everything else from the GGUF metadata"
+    tokens = _tokens(m)
+    n, n_valid = len(tokens), _n_valid(tokens, _types(m, len(tokens)))
+    parts = _json_parts(path, n_valid)
+    _compare(parts['backend'], tokens, n_valid)
+    ids = _special_ids(m, n)
+    found = {k: i for k in ('bos', 'eos') if (i := ids[k]) is not None}
+    names = {s.text: s.id for s in parts['specials']}
+    return parts | {k + '_id': i for k, i in found.items()} | dict(vocab_size=n,
+        add_bos=_flag(m, 'add_bos_token', parts['add_bos']),
+        stop_ids=_stop_ids(names, ids),
+        chat_template=named_templates(m) or parts['chat_template'],
+        variables=parts['variables'] | {k + '_token': tokens[i] for k, i in found.items()})
+
 # %% ../../nbs/2_text/05_tokenizer.ipynb #4b8bd9dd
-class Tokenizer(_Chat):
+class Tokenizer:
     "Text to token ids and back"
+    kind: str                          # 'gguf-bpe' or 'hf-json'
+    backend: Backend                   # the vocabulary
+    vocab_size: int                    # ids of the model
+    n_valid: int                       # ids from here on are padding
+    stop_ids: frozenset[int]           # ids that end a reply
+    bos_id: int | None                 # what begins a text
+    eos_id: int | None                 # what ends a text
+    add_bos: bool                      # does `encode` begin with it?
+    special: dict[str, Special]        # text -> token that is found by its text
+    special_by_id: dict[int, Special]  # the same by id
+    space_prefix: bool                 # does the vocabulary put a space before a text?
+    only_first: bool                   # … and nowhere else?
+    chat_templates: dict[str, Any]     # name -> source
+    chat_template: str | None          # the default one's source
+
+    def __init__(self,
+        backend:Backend,                            # the vocabulary
+        kind:str,                                   # what it was made from
+        specials:Sequence[Special],                 # tokens that are found by their text
+        vocab_size:int,                             # ids of the model, with padding
+        n_valid:int,                                # ids without padding
+        stop_ids:Iterable[int],                     # ids that end a reply
+        bos_id:int | None=None,                     # what begins a text
+        eos_id:int | None=None,                     # what ends a text
+        add_bos:bool=False,                         # begin with `bos_id`
+        chat_template:Any=None,                     # source, or name -> source
+        variables:dict[str, Any] | None=None,       # what templates may use
+    )->None:
+        check_specials(specials)
+        self.backend, self.kind, self.vocab_size, self.n_valid, self.stop_ids = backend, kind, vocab_size, n_valid, frozenset(stop_ids)
+        self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, bool(add_bos and bos_id is not None)
+        self.special, self.special_by_id = {s.text: s for s in specials}, {s.id: s for s in specials}
+        self.space_prefix, self.only_first = getattr(backend, 'space_prefix', False), getattr(backend, 'only_first', False)
+        self.chat_templates = chat_template if isinstance(chat_template, dict) else {'default': chat_template} if chat_template else {}
+        self.chat_template, self._variables = self.chat_templates.get('default'), variables or {}
+        self._find_all, self._find_user = Finder(specials), Finder([s for s in specials if not s.control])
+        control = [s.text for s in self.special.values() if s.control]
+        self._templates = _Templates(_sources(self.chat_templates, self.special), self._variables, control)
+
     @classmethod
     def from_gguf(cls,
-        g,                # an orcd.GGUF, or anything with `.metadata` and `.path`
-        json_path=None,   # a tokenizer.json to use instead; None: the one beside a gpt-oss file, if there is one
-    ):
+        g:Any,                                         # an orcd.GGUF, or anything with `.metadata` and `.path`
+        json_path:str | os.PathLike[str] | None=None,  # a tokenizer.json to use instead; None: one beside a gpt-oss file, if it is there
+    )->Self | None:
         "The tokenizer of a GGUF file; None when the file has no vocabulary"
         if not hasattr(g, 'metadata'): raise TokenizerError(f'this takes an opened file, orcd.GGUF(path), not {type(g).__name__}')
         m, json_path = g.metadata, json_path or _json_beside(g)
         if not check_gguf(m, json_path): return None
-        return cls(**_gguf_parts(m) if json_path is None else cls._both(m, json_path))
-
-    @staticmethod
-    def _both(m, path):
-        "Text from the JSON file, everything else from the GGUF metadata"
-        tokens = _tokens(m)
-        n, n_valid = len(tokens), _n_valid(tokens, _types(m, len(tokens)))
-        parts = _json_parts(path, n_valid)
-        _compare(parts['backend'], tokens, n_valid)
-        ids = _special_ids(m, n)
-        more = {k + '_id': ids[k] for k in ('bos', 'eos') if ids[k] is not None}
-        names = {s.text: s.id for s in parts['specials']}
-        return parts | more | dict(vocab_size=n,
-            add_bos=_flag(m, 'add_bos_token', parts['add_bos']),
-            stop_ids=_stop_ids(names, ids),
-            chat_template=named_templates(m) or parts['chat_template'],
-            variables=parts['variables'] | {k + '_token': tokens[ids[k]] for k in ('bos', 'eos') if ids[k] is not None})
+        return cls(**_gguf_parts(m) if json_path is None else _both_parts(m, json_path))
 
     @classmethod
     def from_json(cls,
-        path,   # a tokenizer.json; tokenizer_config.json and chat_template.jinja beside it are read too
-    ):
+        path:str | os.PathLike[str],   # a tokenizer.json; tokenizer_config.json and chat_template.jinja beside it are read too
+    )->Self:
         "The tokenizer of a Hugging Face `tokenizer.json`"
         return cls(**_json_parts(path))
 
-    def __repr__(self): return f'Tokenizer({self.kind}, {self.n_valid} tokens, stops at {sorted(self.stop_ids)})'
+    def encode(self,
+        text:str,                # at most MAX_TEXT characters, no lone surrogates
+        add_special:bool=True,   # begin with BOS, if this model does and the text does not
+        parse_special:bool=True, # read the text of control tokens as control tokens
+    )->list[int]:                # token ids
+        "Token ids of `text`"
+        ids = encode_parts(check_text(text), self.backend, self._find_all if parse_special else self._find_user, self.only_first)
+        return self._begin(ids) if add_special else ids
+
+    def decode(self,
+        ids:Any,                 # token ids
+        skip_special:bool=False, # leave out control tokens
+    )->str:
+        "Text of `ids`; bytes that are not UTF-8 become U+FFFD"
+        s = self.stream(skip_special)
+        return ''.join([s.push(i) for i in as_ids(ids)]) + s.flush()
+
+    def stream(self,
+        skip_special:bool=False, # leave out control tokens
+        after:Any=(),            # ids that stand before, when this is not the start of a text
+    )->Stream:
+        "Incremental decoding: `push(id)` and `flush()` give text, never half a character"
+        return Stream(self, skip_special, as_ids(after))
+
+    def token_bytes(self,
+        i:int,                   # token id
+        skip_special:bool=False, # nothing for control tokens
+    )->bytes:
+        "What token `i` stands for; padding stands for nothing"
+        try: i = operator.index(i)
+        except TypeError: raise RequestError(f'a token id is a whole number, not {type(i).__name__}') from None
+        if not 0 <= i < self.vocab_size: raise RequestError(f'token id {i} is outside of the vocabulary (0 to {self.vocab_size - 1})')
+        if i >= self.n_valid: return b''
+        if s := self.special_by_id.get(i): return b'' if skip_special and s.control else s.text.encode()
+        return self.backend.token_bytes(i)
+
+    def chat(self,
+        messages:Sequence[Mapping[str, Any]], # list of {'role', 'content'}
+        add_generation_prompt:bool=True,      # end with the opening of the assistant's turn
+        **variables:Any,                      # for the template: tools, reasoning_effort, …; now; chat_template: the name of another one
+    )->str:
+        "The prompt that the model's chat template makes of `messages`"
+        template, shaped, _ = self._templates.prepare(messages, variables)
+        return template.render(shaped, add_generation_prompt, **variables)
+
+    def encode_chat(self,
+        messages:Sequence[Mapping[str, Any]], # list of {'role', 'content'}
+        add_generation_prompt:bool=True,      # end with the opening of the assistant's turn
+        **variables:Any,                      # as for `chat`
+    )->list[int]:
+        "Token ids of a chat; control tokens come from the template alone, never from inside a message"
+        template, shaped, hide = self._templates.prepare(messages, variables)
+        hidden, variables, back = hide(shaped, variables)
+        text = template.render(hidden, add_generation_prompt, **variables)
+        return self._begin(encode_parts(text, self.backend, self._find_all, self.only_first, back))
+
+    def parse_reply(self,
+        after:Any=(),   # ids of the prompt
+    )->Harmony | PlainReply:
+        "Takes a reply to a chat, token by token: `push(id)` and `flush()` give text of the answer, `.analysis` is what was thought"
+        after = as_ids(after)
+        return Harmony(self, self._header(after)) if self.harmony else PlainReply(self.stream(after=after))
+
+    @cached_property
+    def harmony(self)->bool:
+        "Does it reply in channels, as gpt-oss does?"
+        return _channels <= set(self.special)
+
+    @property
+    def template(self)->ChatTemplate:
+        "The default chat template, compiled"
+        return self._templates.get()[0]
+
+    def warm_chat(self)->None:
+        "Compile the default template in a thread of its own, so that the first chat need not wait; what is wrong with it is said then"
+        if self._templates.sources: threading.Thread(target=self._templates.warm, name='orcd-template', daemon=True).start()
+
+    def __repr__(self)->str: return f'Tokenizer({self.kind}, {self.n_valid} tokens, stops at {sorted(self.stop_ids)})'
+
+    def _begin(self, ids:list[int])->list[int]:
+        return ids if not self.add_bos or self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def _header(self, ids:list[int])->str:
+        "What the prompt has already written of the reply"
+        start = max((i for i, t in enumerate(ids) if t == self.special['<|start|>'].id), default=None)
+        return '' if start is None else begun_reply(self.decode(ids[start+1:]))

@@ -216,7 +216,7 @@ def test_warm_chat(recwarn):
     def join(): [t.join() for t in threading.enumerate() if t.name == 'orcd-template']
     good, bad = byte_tokenizer(CHATML_TOKENS), byte_tokenizer(CHATML_TOKENS, '{% if %}')
     good.warm_chat(); join()
-    assert good._made and not recwarn.list
+    assert good._templates._made and not recwarn.list
     bad.warm_chat(); join()
     assert [str(w.message)[:51] for w in recwarn.list] == ['messages will be refused, prompts are not affected:']
     byte_tokenizer(['<e>']).warm_chat(); join()        # no template, no child, no warning
