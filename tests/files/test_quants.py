@@ -15,6 +15,7 @@ QUANTS = [t for t in TYPES if t.block_size > 1]
 K = [GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K]
 EXACT = ['F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0']     # a formula says which bytes
 theirs = lambda t: gguf.GGMLQuantizationType[GGMLType(t).name]
+THEIRS = [t for t in TYPES if t.name in gguf.GGMLQuantizationType.__members__]     # the package knows the format
 ids = lambda t: GGMLType(t).name
 
 
@@ -42,7 +43,7 @@ def weights(request): return WEIGHTS[request.param](np.random.default_rng(5), (1
 
 @pytest.mark.parametrize('t', TYPES, ids=ids)
 def test_table(t):
-    assert int(theirs(t)) == t and (t.block_size, t.type_size) == gguf.GGML_QUANT_SIZES[theirs(t)]
+    if t in THEIRS: assert int(theirs(t)) == t and (t.block_size, t.type_size) == gguf.GGML_QUANT_SIZES[theirs(t)]
     assert LAYOUT[t.name][0] == t and ggml_type(t.name.lower()) is ggml_type(int(t)) is t and str(t) == t.name
 
 
@@ -53,7 +54,7 @@ def test_unknown_types():
 
 # --- dequantise ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('t', TYPES, ids=ids)
+@pytest.mark.parametrize('t', THEIRS, ids=ids)
 @pytest.mark.parametrize('shape', [(1, 1), (3, 1), (1, 5), (2, 3, 2), (700, 3)])
 def test_dequantize_like_gguf_py(t, shape):
     rng = np.random.default_rng(sum(shape))
@@ -319,8 +320,8 @@ def test_however_it_lies_in_memory(t):
     "Columns first, every second row, backwards, double precision, whole numbers: the same blocks"
     x = np.random.default_rng(0).integers(-9, 9, (4, 512)).astype(np.float32)
     want = quantize(x, t)
-    for y in np.asfortranarray(x), np.repeat(x, 2,
-            0)[::2], x[::-1][::-1], x.astype(float), x.astype(int), x.astype('>f4'), x.reshape(2, 2, 512):
+    for y in (np.asfortranarray(x), np.repeat(x, 2, 0)[::2], x[::-1][::-1], x.astype(float), x.astype(int), x.astype('>f4'),
+            x.reshape(2, 2, 512)):
         assert np.array_equal(quantize(y, t).reshape(want.shape), want)
     shown = dequantize(want, t)
     for b in np.asfortranarray(want), np.repeat(want, 2, 0)[::2], want[::-1][::-1]: assert np.array_equal(dequantize(b, t), shown)
