@@ -7,9 +7,10 @@ __all__ = ['ALIGN', 'PAGE', 'OUT_OF_MEMORY', 'aligned', 'mib', 'Entry', 'Ledger'
            'Scratch', 'is_resident', 'import_cupy', 'use_device', 'begin_context']
 
 # %% ../../nbs/5_engine/28_vram.ipynb #70111408
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # %% ../../nbs/5_engine/28_vram.ipynb #5ecc14cc
 import numpy as np
@@ -22,38 +23,68 @@ ALIGN = 256        # bytes: what cudaMalloc itself guarantees, enough for any ve
 PAGE = 2 << 20     # the driver maps VRAM in pieces of this size
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY
 
-def aligned(n, to=ALIGN): return -(-n // to) * to
-def mib(n): return f'{n / 2**20:,.1f} MiB'
+def aligned(
+    n:int,        # bytes
+    to:int=ALIGN, # a size
+)->int:
+    "The next multiple of `to`"
+    return -(-n // to) * to
+
+def mib(
+    n:float, # bytes
+)->str:
+    "For people"
+    return f'{n / 2**20:,.1f} MiB'
 
 # %% ../../nbs/5_engine/28_vram.ipynb #877f840e
 class Entry(NamedTuple):
     "One piece of VRAM"
-    kind:str
-    name:str
+    kind:str      # 'weights', 'kv_cache' or 'workspace'
+    name:str      # of a tensor, mostly
     n_bytes:int
 
 class Ledger:
     "What lives in VRAM, by kind and by name"
-    def __init__(self): self.entries = []
-    def add(self, kind, name, n_bytes): self.entries.append(Entry(kind, name, n_bytes))
-    def clear(self): self.entries.clear()
-    @property
-    def total(self): return sum(e.n_bytes for e in self.entries)
+    entries: list[Entry]
+    def __init__(self)->None: self.entries = []
 
-    def by_kind(self):
+    @property
+    def total(self)->int:
+        "Bytes in all"
+        return sum(e.n_bytes for e in self.entries)
+
+    def add(self,
+        kind:str,      # as in `Entry`
+        name:str,      # likewise
+        n_bytes:int,   # likewise
+    )->None:
+        "One more piece is in use"
+        self.entries.append(Entry(kind, name, n_bytes))
+
+    def clear(self)->None:
+        "Nothing is in use any more"
+        self.entries.clear()
+
+    def by_kind(self)->dict[str, int]:
         "Bytes of each kind, the largest first"
-        kinds = {}
+        kinds: dict[str, int] = {}
         for e in self.entries: kinds[e.kind] = kinds.get(e.kind, 0) + e.n_bytes
         return dict(sorted(kinds.items(), key=lambda kv: -kv[1]))
 
-    def __repr__(self): return '\n'.join([*(f'{k:<12} {mib(n):>14}' for k,n in self.by_kind().items()), f'{"total":<12} {mib(self.total):>14}'])
+    def __repr__(self)->str: return '\n'.join(f'{k:<12} {mib(n):>14}' for k, n in (self.by_kind() | dict(total=self.total)).items())
 
-    def _repr_html_(self):
-        rows = ''.join(f'<tr><td>{k}</td><td style="text-align:right">{mib(n)}</td><td style="text-align:right">{n/max(self.total,1):.0%}</td></tr>' for k,n in self.by_kind().items())
-        return f'<table><tr><th>VRAM</th><th>size</th><th>share</th></tr>{rows}<tr><th>total</th><th style="text-align:right">{mib(self.total)}</th><th></th></tr></table>'
+    def _repr_html_(self)->str:
+        def row(tag, *cells): return '<tr>' + ''.join(f'<{tag}{align}>{c}</{tag}>' for align, c in zip(('', right, right), cells)) + '</tr>'
+        right = ' style="text-align:right"'
+        rows = ''.join(row('td', k, mib(n), f'{n/max(self.total, 1):.0%}') for k, n in self.by_kind().items())
+        return f'<table><tr><th>VRAM</th><th>size</th><th>share</th></tr>{rows}{row("th", "total", mib(self.total), "")}</table>'
 
 # %% ../../nbs/5_engine/28_vram.ipynb #f195f8fb
-def alloc(n_bytes, what, device):
+def alloc(
+    n_bytes:int, # at least one
+    what:str,    # for the message
+    device:int,  # CUDA index
+)->int:          # its address
     "A plain device allocation. Raises `OutOfVRAM` with both numbers when the device refuses."
     from cupy.cuda import runtime
     try: return runtime.malloc(n_bytes)
@@ -64,78 +95,117 @@ def alloc(n_bytes, what, device):
 
 class Arena:
     "One allocation in VRAM, handed out from the bottom up"
-    def __init__(self, n_bytes, kind, ledger, device=0):
+    kind: str        # of its entries in the ledger
+    device: int      # CUDA index
+    n_bytes: int     # its size
+    used: int        # of which so many are handed out
+    ptr: int         # its address; 0 once it is freed
+
+    def __init__(self,
+        n_bytes:int,     # size
+        kind:str,        # of its entries in the ledger
+        ledger:Ledger,   # that is told what is taken
+        device:int=0,    # CUDA index
+    )->None:
         self.kind, self.ledger, self.device, self.n_bytes, self.used = kind, ledger, device, aligned(max(n_bytes, 1)), 0
         self.ptr = alloc(self.n_bytes, kind, device)
 
-    def take(self, shape, dtype, name):
+    def take(self,
+        shape:Sequence[int],
+        dtype:Any,
+        name:str,              # for the ledger
+    )->Any:                    # a CuPy array
         "An array at the next free place"
         n = prod(shape) * np.dtype(dtype).itemsize
-        if self.used + n > self.n_bytes: raise OutOfVRAM(f'{name}: {mib(n)} asked of the {self.kind} arena, {mib(self.n_bytes - self.used)} left')
+        if self.used + n > self.n_bytes:
+            raise OutOfVRAM(f'{name}: {mib(n)} asked of the {self.kind} arena, {mib(self.n_bytes - self.used)} left')
         a, room = device_array(self.ptr + self.used, shape, dtype, self, n), aligned(n)
         self.used += room
         self.ledger.add(self.kind, name, room)
         return a
 
-    def free(self):
+    def free(self)->None:
         "Give the allocation back; every array taken from it dies with it"
         if self.ptr:
             from cupy.cuda import runtime
             ptr, self.ptr = self.ptr, 0
             runtime.free(ptr)
 
-def device_array(ptr, shape, dtype, owner, n_bytes):
+def device_array(
+    ptr:int,               # where it begins
+    shape:Sequence[int],
+    dtype:Any,
+    owner:Any,             # what keeps the memory alive, with a `device`
+    n_bytes:int,           # its size
+)->Any:                    # a CuPy array
     "A CuPy array over an arena's memory"
     import cupy as cp
-    return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(ptr, max(n_bytes, 1), owner, owner.device), 0)) # without a device CuPy would ask the driver, which is busy
+    memory = cp.cuda.UnownedMemory(ptr, max(n_bytes, 1), owner, owner.device)    # without a device CuPy would ask the driver, which is busy
+    return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(memory, 0))
 
 # %% ../../nbs/5_engine/28_vram.ipynb #68af11bb
 @dataclass
 class Shape:
     "Stands for an array when only its size is wanted"
-    shape:tuple
-    dtype:object = np.float32
+    shape:tuple[int, ...]
+    dtype:Any = np.float32
+
     @property
-    def ndim(self): return len(self.shape)
-    def __getitem__(self, i):
+    def ndim(self)->int:
+        "Dimensions"
+        return len(self.shape)
+
+    def __getitem__(self, i:slice | tuple[slice, slice])->'Shape':
         rows, cols = i if isinstance(i, tuple) else (i, slice(None))
-        length = lambda s, n: len(range(*s.indices(n)))
+        def length(s, n): return len(range(*s.indices(n)))
         return Shape((length(rows, self.shape[0]), *((length(cols, self.shape[1]),) if self.ndim == 2 else ())), self.dtype)
 
 class Scratch:
     "A stack of temporary arrays, over `ptr` or counting only"
-    def __init__(self, ptr=0, n_bytes=0, owner=None): # owner: the arena that `ptr` lies in
-        self.ptr, self.n_bytes, self.owner, self.used, self.peak, self.arrays = ptr, n_bytes, owner, 0, 0, {}
+    ptr: int        # where it begins; 0: nothing is there, it only counts
+    n_bytes: int    # its size
+    used: int       # bytes of the arrays that are taken now
+    peak: int       # the most that ever were
 
-    def reset(self): self.used = 0
+    def __init__(self, ptr:int=0, n_bytes:int=0, owner:Arena | None=None)->None: # owner: the arena that `ptr` lies in
+        self.ptr, self.n_bytes, self.owner, self.used, self.peak = ptr, n_bytes, owner, 0, 0
+        self.arrays: dict[tuple, Any] = {}
 
-    def take(self, shape, dtype=np.float32):
+    def reset(self)->None:
+        "Nothing is taken any more"
+        self.used = 0
+
+    def take(self, shape:Sequence[int], dtype:Any=np.float32)->Any:
+        "A CuPy array at the top, or its `Shape`"
         n_bytes = prod(shape) * np.dtype(dtype).itemsize
         at, self.used = self.used, self.used + aligned(n_bytes)
         self.peak = max(self.peak, self.used)
         if not self.ptr: return Shape(tuple(shape), dtype)
-        if self.used > self.n_bytes: raise OutOfVRAM(f'the workspace of {mib(self.n_bytes)} is too small for a step that takes {mib(self.used)}')
+        if self.used > self.n_bytes:
+            raise OutOfVRAM(f'the workspace of {mib(self.n_bytes)} is too small for a step that takes {mib(self.used)}')
         key = at, tuple(shape), np.dtype(dtype)
-        if key not in self.arrays: self.arrays[key] = device_array(self.ptr + at, shape, dtype, self.owner, n_bytes) # every layer takes the same
+        if key not in self.arrays:    # every layer takes the same
+            self.arrays[key] = device_array(self.ptr + at, shape, dtype, self.owner, n_bytes)
         return self.arrays[key]
 
 # %% ../../nbs/5_engine/28_vram.ipynb #7d377ad4
 def is_resident(
-    ptrs, # device addresses
+    ptrs:Iterable[int], # device addresses
 )->bool:
     "True when the driver says of every pointer that it is plain device memory without a host side"
     from cupy.cuda import runtime
     attrs = [runtime.pointerGetAttributes(p) for p in ptrs]
     return bool(attrs) and all(a.type == runtime.memoryTypeDevice and not a.hostPointer for a in attrs)
 
-def import_cupy():
+def import_cupy()->None:
     "Import CuPy and the driver's bindings. Raises `DeviceError` that says how to get them."
     try: import cupy, cuda.bindings.driver
-    except ImportError as e: raise DeviceError('no CuPy, or no bindings of the driver: pip install "orcd[cuda13]" (or orcd[cuda12] for a CUDA 12 driver); --device reference runs on the CPU') from e
+    except ImportError as e: raise DeviceError('no CuPy, or no bindings of the driver: pip install "orcd[cuda13]" '
+        '(or orcd[cuda12] for a CUDA 12 driver); --device reference runs on the CPU') from e
 
 def use_device(
     device:int, # CUDA index
-):
+)->None:
     "Make `device` the current one in this thread and create its context. Raises `DeviceError` that says what is wrong."
     import_cupy()
     from cupy.cuda import runtime
@@ -149,12 +219,14 @@ def use_device(
 
 def begin_context(
     device:int, # CUDA index
-):
-    "Have the driver create the context in a thread of its own: some tenths of a second, without Python's lock. `use_device` waits for it and says what is wrong."
+)->None:
+    """Have the driver create the context in a thread of its own: some tenths of a second, without Python's lock. `use_device` waits for it
+    and says what is wrong."""
     import ctypes, threading
     def create():
         try: cuda = ctypes.CDLL('libcuda.so.1')
         except OSError: return
         i, context = ctypes.c_int(), ctypes.c_void_p()
-        cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(i), device) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), i)
+        if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(i), device): return
+        cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), i)
     threading.Thread(target=create, name='orcd-context').start()

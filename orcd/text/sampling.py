@@ -96,7 +96,7 @@ def _is(value, type:type)->bool:
     kind = numbers.Integral if type is int else numbers.Real   # NumPy's scalars too
     return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
-def _check(field:str, value, max_tokens:int | None)->dict[str, str] | None:
+def _check(field:str, value, max_tokens:float | None)->dict[str, str] | None:
     rule = RULES[field]
     if field == 'max_tokens': rule = rule._replace(high=max_tokens)
     if not _is(value, rule.type): constraint = 'type(integer)' if rule.type is int else 'type(number)'
@@ -130,7 +130,7 @@ def _check_stop(stop, count_tokens:Callable[[str], int] | None)->list[dict[str, 
 # %% ../../nbs/2_text/09_sampling.ipynb #491f3daa
 def check_params(
     params:dict[str, Any],                           # parameters of a request; None counts as absent, unknown names are ignored
-    max_tokens:int | None=RULES['max_tokens'].high,  # the largest `max_tokens` allowed; None: no limit
+    max_tokens:float | None=RULES['max_tokens'].high, # the largest `max_tokens` allowed; None: no limit
     count_tokens:Callable[[str], int] | None=None,   # str -> number of tokens, to check the length of stop strings
 )->list[dict[str, str]]:                             # a dictionary (field, constraint, message, value) for every broken rule
     "All the rules that `params` breaks; an empty list when it breaks none"

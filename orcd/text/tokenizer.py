@@ -313,7 +313,7 @@ def mistyped_ends(
     merges:Iterable[tuple[str, ...]],   # pairs
 )->set[str]:
     "Those that end a reply by their name, and that no merge makes"
-    found = _ends.intersection(texts)
+    found: set[str] = {t for t in texts if t in _ends}
     return found - {t for t in map(''.join, merges) if t in found} if found else found
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #b9cdc775
