@@ -5,7 +5,7 @@ import yaml
 from orcd import book
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / 'README.md').read_text()
+README, GUIDE = (ROOT / 'README.md').read_text(), (ROOT / 'CONTRIBUTING.md').read_text()
 CHAPTERS = sorted((p for p in (ROOT / 'nbs').rglob('*.ipynb') if p.name != 'index.ipynb'), key=lambda p: p.name)
 
 
@@ -35,7 +35,8 @@ def test_every_chapter_has_its_row():
 def test_links_and_commands_exist():
     for target in re.findall(r'\]\((?!http)([^)#]+)\)', README): assert (ROOT / target).exists(), target
     targets = re.findall(r'^(\w+):', (ROOT / 'Makefile').read_text(), re.M)
-    for name in re.findall(r'`make (\w+)|^make (\w+)', README, re.M): assert ''.join(name) in targets, f'make {name}'
+    for page in README, GUIDE:
+        for name in re.findall(r'`make (\w+)|^make (\w+)', page, re.M): assert ''.join(name) in targets, f'make {name}'
 
 
 def test_links_between_chapters_and_files_exist():
@@ -47,6 +48,20 @@ def test_links_between_chapters_and_files_exist():
         for target in re.findall(r'\]\((?!https?:|attachment:|#)([^)\s#]+)', text):
             if not (path.parent / target).exists(): dead.append(f'{path.name}: {target}')
     assert not dead, dead
+
+
+def test_what_the_guide_names_exists():
+    "Files between back quotes, sections that it links to, cells, and names to search for in a chapter"
+    named = re.findall(r'`((?:nbs|orcd|tests|\.ci|\.github)/[\w./-]+)`', GUIDE)
+    assert named and not [n for n in named if not (ROOT / n).exists()]
+    sections = {re.sub(r'[^\w -]', '', t).strip().lower().replace(' ', '-') for t in re.findall(r'^#+ (.*)', GUIDE, re.M)}
+    assert set(re.findall(r'\]\(#([^)]+)\)', GUIDE)) <= sections
+    for name in set(re.findall(r'%%cuda (\w+/\w+)', GUIDE)) - {'entry/name'}:
+        assert (ROOT / 'orcd' / 'kernels' / 'cuda' / f'{name}.cu').exists(), name
+    text = '\n'.join(p.read_text() for where, ending in (('orcd', '*.py'), ('orcd', '*.cu'), ('tests', '*.py'))
+        for p in (ROOT / where).rglob(ending))
+    words = set(re.findall(r'`(\w+)`', re.sub(r'```.*?```', '', GUIDE, flags=re.S))) - {'slow', 'notest', 'exports', 'hide', 'origin'}
+    assert not [w for w in words if not re.search(rf'\b{w}\b', text)], 'CONTRIBUTING.md names what is gone'
 
 
 def test_sidebar_lists_every_notebook():
