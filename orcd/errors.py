@@ -131,7 +131,8 @@ class RequestError(OrcdError, ValueError):
 
 class UsageError(OrcdError):
     "A wrong flag or value on the command line"
-    code, exit_code = 'INVALID_REQUEST', 2
+    code = 'INVALID_REQUEST'
+    exit_code = 2
 
 class Cancelled(OrcdError):
     "The job was cancelled"
@@ -145,7 +146,8 @@ class InferenceTimeout(OrcdError):
 # %% ../nbs/00_errors.ipynb #49448b4b
 class DeviceError(OrcdError):
     "There is no usable GPU, or something that using it needs is not installed"
-    code, lasting = 'CUDA_ERROR', True
+    code = 'CUDA_ERROR'
+    lasting = True
 
 class InsufficientVRAM(OrcdError):
     "The model does not fit; found out before the first byte is copied"
@@ -176,7 +178,8 @@ class CUDAError(OrcdError):
         sticky:bool=False,   # the context is lost, only a new process helps
     )->None:
         super().__init__(message)
-        self.sticky = self.lasting = sticky
+        self.sticky = sticky
+        self.lasting = sticky
 
 class KernelError(OrcdError, ValueError):
     "A kernel that does not compile, or a launch with wrong shapes, types or strides"

@@ -96,6 +96,7 @@ def alloc(
 class Arena:
     "One allocation in VRAM, handed out from the bottom up"
     kind: str        # of its entries in the ledger
+    ledger: Ledger   # that is told what is taken
     device: int      # CUDA index
     n_bytes: int     # its size
     used: int        # of which so many are handed out
@@ -166,10 +167,11 @@ class Scratch:
     n_bytes: int    # its size
     used: int       # bytes of the arrays that are taken now
     peak: int       # the most that ever were
+    owner: Arena | None               # the arena that `ptr` lies in
+    arrays: dict[tuple[Any, ...], Any]   # what was taken, to be taken again
 
     def __init__(self, ptr:int=0, n_bytes:int=0, owner:Arena | None=None)->None: # owner: the arena that `ptr` lies in
-        self.ptr, self.n_bytes, self.owner, self.used, self.peak = ptr, n_bytes, owner, 0, 0
-        self.arrays: dict[tuple, Any] = {}
+        self.ptr, self.n_bytes, self.owner, self.used, self.peak, self.arrays = ptr, n_bytes, owner, 0, 0, {}
 
     def reset(self)->None:
         "Nothing is taken any more"

@@ -7,20 +7,25 @@ __all__ = ['required', 'ANY', 'NEUTRAL', 'FILE_TYPE', 'short', 'Hyper', 'RopeCon
            'is_neutral', 'refuse_unknown', 'read_config', 'model_name', 'vocab_rows', 'quant_kind']
 
 # %% ../../nbs/3_families/10_config.ipynb #fed14443
-import math
+import builtins, math
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # %% ../../nbs/3_families/10_config.ipynb #5ecc14cc
 import numpy as np
 
 # %% ../../nbs/3_families/10_config.ipynb #4ccbf8c7
 from ..errors import ModelError
+from ..files.gguf import GGUF
 
 # %% ../../nbs/3_families/10_config.ipynb #7a1dfd77
-required = object() # "this key has no default"
+required: Any = object() # "this key has no default"
 
-def short(v):
+def short(
+    v:object, # a metadata value
+)->str:
     "A metadata value, cut to what fits into a message; what is not printable is escaped"
     if isinstance(v, np.ndarray): v = v[:8].tolist()
     text = repr(v)
@@ -28,12 +33,25 @@ def short(v):
 
 class Hyper:
     "The keys of one architecture in a file's metadata, typed and range-checked. Each method raises `ModelError` that names the key."
-    def __init__(self,
-        metadata,  # mapping: key -> value
-        arch:str,  # prefix of the keys
-    ): self.metadata, self.arch, self.known = metadata, arch, set()
+    metadata: Mapping[str, Any]   # key -> value
+    arch: str                     # prefix of the keys
+    known: set[str]               # keys that were asked for
 
-    def get(self, key, kinds, what, default, good, rule, layers=0):
+    def __init__(self,
+        metadata:Mapping[str, Any],  # key -> value
+        arch:str,                    # prefix of the keys
+    )->None: self.metadata, self.arch, self.known = metadata, arch, set()
+
+    def get(self,
+        key:str,                        # without the prefix
+        kinds:type,                     # what the value may be
+        what:str,                       # the same in words
+        default:Any,                    # when it is absent, or `required`
+        good:Callable[[Any], bool],     # is it in the range?
+        rule:str,                       # the same in words
+        layers:builtins.int=0,          # an array of so many equal numbers is read as one of them
+    )->Any:
+        "A value"
         name = f'{self.arch}.{key}'
         self.known.add(name)
         v = self.metadata.get(name)
@@ -45,22 +63,38 @@ class Hyper:
         if not good(v): raise ModelError(f'{name} is {v!r}; it must be {rule}')
         return v
 
-    def of_every_layer(self, name, values, layers):
+    def of_every_layer(self, name:str, values:Any, layers:builtins.int)->Any:
         "What an array with a number for each layer says, when all say the same"
         values = np.asarray(values).tolist()
         if len(values) != layers: raise ModelError(f'{name} is an array of {len(values)} numbers for {layers} layers')
         if len(set(values)) > 1: raise ModelError(f'{name} is {short(values)}: models whose layers differ in it are not supported')
         return values[0]
 
-    def int(self, key, default=required, lo=1, hi=1 << 20,
-        layers=0, # an array of so many equal numbers is read as one of them
-    ):
+    def int(self,
+        key:str,                        # without the prefix
+        default:builtins.int=required,  # when it is absent
+        lo:builtins.int=1,              # the smallest that is allowed
+        hi:builtins.int=1 << 20,        # the largest
+        layers:builtins.int=0,          # an array of so many equal numbers is read as one of them
+    )->builtins.int:
+        "A whole number"
         return self.get(key, int, 'an integer', default, lambda v: lo <= v <= hi, f'in {lo}..{hi}', layers)
 
-    def float(self, key, default=required, lo=0., hi=1e12):
+    def float(self,
+        key:str,                          # without the prefix
+        default:builtins.float=required,  # when it is absent
+        lo:builtins.float=0.,             # the smallest that is allowed
+        hi:builtins.float=1e12,           # the largest
+    )->builtins.float:
+        "A number"
         return self.get(key, float, 'a floating-point number', default, lambda v: lo <= v <= hi, f'in {lo:g}..{hi:g}')
 
-    def choice(self, key, default, allowed):
+    def choice(self,
+        key:str,                # without the prefix
+        default:str,            # when it is absent
+        allowed:Sequence[str],  # words
+    )->str:
+        "One of some words"
         return self.get(key, str, 'a word', default, lambda v: v in allowed, 'one of ' + ', '.join(allowed))
 
 # %% ../../nbs/3_families/10_config.ipynb #7118b1be
@@ -78,7 +112,7 @@ class RopeConfig:
     yarn_truncate:bool=True  # the ends of the ramp are whole pairs; a property of the family
     attn_factor:float=1.     # extra factor of cos and sin
 
-    def ramp_ends(self):
+    def ramp_ends(self)->tuple[float, float]:
         "Pair indices between which YaRN's ramp rises"
         at = lambda turns: self.n_rot * math.log(self.original_context / (2*math.pi*turns)) / (2*math.log(self.theta))
         low, high = at(self.beta_fast), at(self.beta_slow)
@@ -86,8 +120,8 @@ class RopeConfig:
         return max(low, 0), min(high, self.n_rot - 1)
 
     def inv_freq(self,
-        freq_factors=None, # (n_rot/2,) divisors from the file, if it has them
-    ):                     # float32 (n_rot/2,): radians a position, for each pair
+        freq_factors:np.ndarray | None=None, # (n_rot/2,) divisors from the file, if it has them
+    )->np.ndarray:                           # float32 (n_rot/2,): radians a position, for each pair
         "The speed of every pair"
         i = np.arange(self.n_rot//2)
         speed = self.theta ** (-2*i/self.n_rot)
@@ -99,18 +133,18 @@ class RopeConfig:
         return (speed*(1 - ramp) + speed/self.factor*ramp).astype(np.float32)
 
     @property
-    def yarn_mscale(self):
+    def yarn_mscale(self)->float:
         "YaRN's own part of `mscale`; nothing when the context was not stretched"
         return 0.1*math.log(self.factor) + 1 if self.scaling == 'yarn' and self.factor > 1 else 1.
 
     @property
-    def mscale(self):
+    def mscale(self)->float:
         "What cos and sin are multiplied by"
         return self.attn_factor * self.yarn_mscale
 
 # %% ../../nbs/3_families/10_config.ipynb #33c30971
 def read_rope(
-    h:Hyper,
+    h:Hyper,             # the file's keys
     n_rot:int,           # when the file has no `rope.dimension_count`
     style:str='neox',    # which numbers make a pair; a property of the family, no key says it
     yarn_truncate:bool=True, # round the ends of YaRN's ramp; likewise
@@ -131,10 +165,10 @@ def read_rope(
     return rope
 
 def check_yarn(
-    h:Hyper,
-    rope:RopeConfig,
+    h:Hyper,         # the file's keys
+    rope:RopeConfig, # what was read of them
     whole:float,     # `yarn_attn_factor` of the file
-):
+)->None:
     "Keys without which YaRN cannot be computed, or with which nobody knows how"
     name = f'{h.arch}.rope.scaling'
     if not rope.original_context: raise ModelError(f'{name}.original_context_length is missing: YaRN needs it')
@@ -163,7 +197,7 @@ class ModelConfig:
     context_length:int    # what the model was trained for
     rms_eps:float
     rope:RopeConfig
-    windows:tuple         # a number per layer: how many positions it sees; 0 = all
+    windows:tuple[int, ...]  # a number per layer: how many positions it sees; 0 = all
     n_expert:int=0        # experts a layer; 0: none, a plain feed-forward part
     n_expert_used:int=0   # of which each token takes so many
     n_ff_exp:int=0        # width of one expert
@@ -171,25 +205,25 @@ class ModelConfig:
     quant_kind:str='F32'  # 'Q4_K_M', 'Q4_0', 'MXFP4', …
 
     @property
-    def score_scale(self):
+    def score_scale(self)->float:
         "What the dot product of a query and a key is multiplied by"
         return self.attn_scale or self.head_dim**-.5
     @property
-    def n_group(self):
+    def n_group(self)->int:
         "Query heads that share one key and value head"
         return self.n_head // self.n_head_kv
     @property
-    def kv_bytes_per_token(self):
+    def kv_bytes_per_token(self)->int:
         "FP16 keys and values that one token leaves in the cache, before any window lets go of it"
         return 2*2*self.n_layer*self.n_head_kv*self.head_dim
-    def kv_bytes(self, n_ctx):
+    def kv_bytes(self, n_ctx:int)->int:
         "FP16 keys and values of a context of `n_ctx`, where layers with a window keep only that many"
         return 2*2*self.n_head_kv*self.head_dim * sum(min(w or n_ctx, n_ctx) for w in self.windows)
 
 # %% ../../nbs/3_families/10_config.ipynb #c0a10003
-ANY = object() # "whatever the value"
+ANY: Any = object() # "whatever the value"
 
-NEUTRAL = { # key -> values with which it changes nothing in a model of these families
+NEUTRAL: dict[str, Any] = { # key -> values with which it changes nothing in a model of these families
     'attention.causal': (True,), 'attention.clamp_kqv': (0,), 'attention.max_alibi_bias': (0,), 'attention.shared_kv_layers': (0,),
     'attention.sliding_window': (0,),
     'attention.temperature_length': (0,), 'attention.temperature_scale': (0,),
@@ -206,8 +240,8 @@ NEUTRAL = { # key -> values with which it changes nothing in a model of these fa
 }
 
 def is_neutral(
-    v,       # of the file
-    allowed, # from `NEUTRAL`
+    v:Any,                  # of the file
+    allowed:Sequence[Any],  # from `NEUTRAL`
 )->bool:
     "Is it one of the values? An array: all its numbers. `True` is not 1 here."
     if allowed is ANY: return True
@@ -215,9 +249,9 @@ def is_neutral(
     return all(any(isinstance(x, bool) == isinstance(a, bool) and x == a for a in allowed) for x in values)
 
 def refuse_unknown(
-    h:Hyper,           # that has been asked for all that is used
-    neutral:dict=None, # of the family, beside `NEUTRAL`
-):
+    h:Hyper,                            # that has been asked for all that is used
+    neutral:dict[str, Any] | None=None, # of the family, beside `NEUTRAL`
+)->None:
     "Raises `ModelError` that names a key of the architecture that is not used and may change the results"
     neutral = NEUTRAL | (neutral or {})
     for name in h.metadata:
@@ -232,14 +266,14 @@ def refuse_unknown(
 
 # %% ../../nbs/3_families/10_config.ipynb #61efc4e4
 def read_config(
-    g,                    # `GGUF`
-    h:Hyper,
+    g:GGUF,               # an opened file
+    h:Hyper,              # its keys
     style:str='neox',     # pairing of the rotary encoding
     window:int=0,         # sliding window …
-    windowed=lambda i: True, # … and the layers that have it
+    windowed:Callable[[int], bool]=lambda i: True, # … and the layers that have it
     yarn_truncate:bool=True, # round the ends of YaRN's ramp
-    neutral:dict=None,    # keys that the family knows to change nothing, beside `NEUTRAL`
-    **more,               # further fields of `ModelConfig`
+    neutral:dict[str, Any] | None=None, # keys that the family knows to change nothing, beside `NEUTRAL`
+    **more:Any,           # further fields of `ModelConfig`
 )->ModelConfig:
     """A `ModelConfig` from the keys that all families share. Asked last: a key that neither it nor the family has read is refused.
     Raises `ModelError` that names the key."""
@@ -263,12 +297,17 @@ def read_config(
     return config
 
 # %% ../../nbs/3_families/10_config.ipynb #76081a7f
-def model_name(h):
+def model_name(
+    h:Hyper, # its keys
+)->str:
     "What the file calls itself, in one line of at most 80 characters; the architecture where it has no name"
     name = h.metadata.get('general.name')
     return ' '.join(name[:200].split())[:80] or h.arch if isinstance(name, str) else h.arch
 
-def vocab_rows(g, h):
+def vocab_rows(
+    g:GGUF,  # an opened file
+    h:Hyper, # its keys
+)->int:
     "Rows of the embedding; checked against what the metadata says of the vocabulary"
     t = g.tensors.get('token_embd.weight')
     if t is None or len(t.shape) != 2: raise ModelError('token_embd.weight is missing or no matrix: this is no complete language model')
@@ -280,12 +319,13 @@ def vocab_rows(g, h):
         raise ModelError(f'{h.arch}.vocab_size is {h.int("vocab_size")}, but token_embd.weight has only {n} rows')
     return n
 
-FILE_TYPE = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 7: 'Q8_0', 8: 'Q5_0', 9: 'Q5_1', 14: 'Q4_K_S', 15: 'Q4_K_M', 16: 'Q5_K_S',
+FILE_TYPE: dict[int, str] = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 7: 'Q8_0', 8: 'Q5_0', 9: 'Q5_1', 14: 'Q4_K_S', 15: 'Q4_K_M',
+    16: 'Q5_K_S',
     17: 'Q5_K_M', 18: 'Q6_K',
     32: 'BF16', 38: 'MXFP4'}
 
 def quant_kind(
-    g, # `GGUF`
+    g:GGUF, # an opened file
 )->str:
     "The usual name of the file's mix of types. Without a known `general.file_type`: the type that takes most bytes."
     kind = g.metadata.get('general.file_type')

@@ -6,24 +6,28 @@
 __all__ = ['GptOss']
 
 # %% ../../nbs/3_families/15_gptoss.ipynb #dc43a993
-from .arch import Architecture, register, specs
-from .config import Hyper
+from typing import Any
+
+from .arch import Architecture, TensorSpec, register, specs
+from .config import Hyper, ModelConfig
+from ..files.gguf import GGUF
 
 # %% ../../nbs/3_families/15_gptoss.ipynb #935deaa6
 @register
 class GptOss(Architecture):
     "gpt-oss-20b and -120b"
-    name, yarn_truncate = 'gpt-oss', False
+    name = 'gpt-oss'
+    yarn_truncate = False
 
     @classmethod
-    def config(cls, g):
+    def config(cls, g:GGUF)->ModelConfig:
         h = Hyper(g.metadata, cls.name)
         # n_embd / n_head would be wrong, so it is no default
         n_expert, _ = h.int('expert_count', hi=1024), h.int('attention.key_length', hi=1024)
         return cls.read(g, h, window=h.int('attention.sliding_window', hi=1 << 24), windowed=lambda i: i % 2 == 0,
             n_expert=n_expert, n_expert_used=h.int('expert_used_count', hi=n_expert), n_ff_exp=h.int('expert_feed_forward_length'))
 
-    def layer_tensors(self, c):
+    def layer_tensors(self, c:ModelConfig)->dict[str, TensorSpec]:
         q, kv, E = c.n_head*c.head_dim, c.n_head_kv*c.head_dim, c.n_expert
         return specs('blk.{i}.',
             attn_norm=(c.n_embd,), attn_q=(q, c.n_embd), attn_k=(kv, c.n_embd), attn_v=(kv, c.n_embd), attn_output=(c.n_embd, q),
@@ -32,7 +36,7 @@ class GptOss(Architecture):
             ffn_gate_exps=(E, c.n_ff_exp, c.n_embd), ffn_up_exps=(E, c.n_ff_exp, c.n_embd), ffn_down_exps=(E, c.n_embd, c.n_ff_exp),
             ffn_gate_exps_bias=(E, c.n_ff_exp), ffn_up_exps_bias=(E, c.n_ff_exp), ffn_down_exps_bias=(E, c.n_embd))
 
-    def layer(self, ops, x, w, i):
+    def layer(self, ops:Any, x:Any, w:Any, i:int)->Any:
         c = ops.config
         h = ops.rms_norm(x, w.attn_norm, c.rms_eps)
         q, k, v = ops.linear(h, w.attn_q, w.attn_q_bias), ops.linear(h, w.attn_k, w.attn_k_bias), ops.linear(h, w.attn_v, w.attn_v_bias)

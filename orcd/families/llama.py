@@ -6,32 +6,37 @@
 __all__ = ['Llama']
 
 # %% ../../nbs/3_families/16_llama.ipynb #dc43a993
-from .arch import Architecture, register, specs
-from .config import Hyper
+from typing import Any
+
+from .arch import Architecture, Bound, TensorSpec, register, specs
+from .config import Hyper, ModelConfig
+from ..files.gguf import GGUF
 from ..errors import ModelError
 
 # %% ../../nbs/3_families/16_llama.ipynb #b0803ac6
 @register
 class Llama(Architecture):
     "Llama 2 and 3, Mistral, SmolLM, TinyLlama, …"
-    name, style = 'llama', 'norm'
-    neutral = {'tensor_data_layout': ('reference', 'Meta AI original pth')} # both: neighbours are pairs
+    name = 'llama'
+    style = 'norm'
+    neutral: dict[str, Any] = {'tensor_data_layout': ('reference', 'Meta AI original pth')} # both: neighbours are pairs
 
     @classmethod
-    def config(cls, g):
+    def config(cls, g:GGUF)->ModelConfig:
         h = Hyper(g.metadata, cls.name)
         return cls.read(g, h, window=h.int('attention.sliding_window', 0, 0, 1 << 24))
 
-    def tensors(self, c): return super().tensors(c) | specs(rope_freqs=(c.rope.n_rot//2,), optional=True)
+    def tensors(self, c:ModelConfig)->dict[str, TensorSpec]:
+        return super().tensors(c) | specs(rope_freqs=(c.rope.n_rot//2,), optional=True)
 
-    def check(self, g, bound):
+    def check(self, g:GGUF, bound:Bound)->None:
         if bound.model['rope_freqs'] is None or not g.has_data: return
         factors = g.dequantize('rope_freqs.weight')
         wrong = next((float(f) for f in factors if not 1e-6 <= f <= 1e6), None)
         if wrong is None: return
         raise ModelError(f'rope_freqs.weight holds {wrong:g}: speeds are divided by these numbers, which must be in 1e-06..1e+06')
 
-    def layer_tensors(self, c):
+    def layer_tensors(self, c:ModelConfig)->dict[str, TensorSpec]:
         q, kv = c.n_head*c.head_dim, c.n_head_kv*c.head_dim
         return specs('blk.{i}.',
             attn_norm=(c.n_embd,), attn_q=(q, c.n_embd), attn_k=(kv, c.n_embd), attn_v=(kv, c.n_embd), attn_output=(c.n_embd, q),
@@ -39,7 +44,7 @@ class Llama(Architecture):
         ) | specs('blk.{i}.', optional=True, attn_q_bias=(q,), attn_k_bias=(kv,), attn_v_bias=(kv,), attn_output_bias=(c.n_embd,),
             ffn_gate_bias=(c.n_ff,), ffn_up_bias=(c.n_ff,), ffn_down_bias=(c.n_embd,))
 
-    def layer(self, ops, x, w, i):
+    def layer(self, ops:Any, x:Any, w:Any, i:int)->Any:
         c = ops.config
         h = ops.rms_norm(x, w.attn_norm, c.rms_eps)
         q, k, v = ops.linear(h, w.attn_q, w.attn_q_bias), ops.linear(h, w.attn_k, w.attn_k_bias), ops.linear(h, w.attn_v, w.attn_v_bias)

@@ -6,8 +6,11 @@
 __all__ = ['Phi3']
 
 # %% ../../nbs/3_families/14_phi3.ipynb #dc43a993
-from .arch import Architecture, register, specs
-from .config import Hyper
+from typing import Any
+
+from .arch import Architecture, TensorSpec, register, specs
+from .config import Hyper, ModelConfig
+from ..files.gguf import GGUF
 from ..errors import ModelError
 
 # %% ../../nbs/3_families/14_phi3.ipynb #7fcc3722
@@ -17,18 +20,18 @@ class Phi3(Architecture):
     name = 'phi3'
 
     @classmethod
-    def config(cls, g):
+    def config(cls, g:GGUF)->ModelConfig:
         if 'rope_factors_long.weight' in g.tensors:
             raise ModelError('rope_factors_long.weight: the long-context variants of Phi-3 are not supported, take the 4k model')
         h = Hyper(g.metadata, cls.name)
         return cls.read(g, h, window=h.int('attention.sliding_window', 0, 0, 1 << 24))
 
-    def layer_tensors(self, c):
+    def layer_tensors(self, c:ModelConfig)->dict[str, TensorSpec]:
         q, kv = c.n_head*c.head_dim, c.n_head_kv*c.head_dim
         return specs('blk.{i}.', attn_norm=(c.n_embd,), attn_qkv=(q + 2*kv, c.n_embd), attn_output=(c.n_embd, q),
             ffn_norm=(c.n_embd,), ffn_up=(2*c.n_ff, c.n_embd), ffn_down=(c.n_embd, c.n_ff))
 
-    def layer(self, ops, x, w, i):
+    def layer(self, ops:Any, x:Any, w:Any, i:int)->Any:
         c = ops.config
         h = ops.rms_norm(x, w.attn_norm, c.rms_eps)
         q, k, v = ops.split(ops.linear(h, w.attn_qkv), [c.n_head*c.head_dim, c.n_head_kv*c.head_dim, c.n_head_kv*c.head_dim])

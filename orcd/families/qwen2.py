@@ -6,7 +6,10 @@
 __all__ = ['Qwen2']
 
 # %% ../../nbs/3_families/12_qwen2.ipynb #3464dcb1
-from .arch import Architecture, register, specs
+from typing import Any
+
+from .arch import Architecture, TensorSpec, register, specs
+from .config import ModelConfig
 
 # %% ../../nbs/3_families/12_qwen2.ipynb #6f9a1b47
 @register
@@ -14,14 +17,14 @@ class Qwen2(Architecture):
     "Qwen2 and Qwen2.5"
     name = 'qwen2'
 
-    def layer_tensors(self, c):
+    def layer_tensors(self, c:ModelConfig)->dict[str, TensorSpec]:
         q, kv = c.n_head*c.head_dim, c.n_head_kv*c.head_dim
         return specs('blk.{i}.',
             attn_norm=(c.n_embd,), attn_q=(q, c.n_embd), attn_k=(kv, c.n_embd), attn_v=(kv, c.n_embd), attn_output=(c.n_embd, q),
             ffn_norm=(c.n_embd,), ffn_gate=(c.n_ff, c.n_embd), ffn_up=(c.n_ff, c.n_embd), ffn_down=(c.n_embd, c.n_ff),
         ) | specs('blk.{i}.', optional=True, attn_q_bias=(q,), attn_k_bias=(kv,), attn_v_bias=(kv,))
 
-    def layer(self, ops, x, w, i):
+    def layer(self, ops:Any, x:Any, w:Any, i:int)->Any:
         c = ops.config
         h = ops.rms_norm(x, w.attn_norm, c.rms_eps)
         q, k, v = ops.linear(h, w.attn_q, w.attn_q_bias), ops.linear(h, w.attn_k, w.attn_k_bias), ops.linear(h, w.attn_v, w.attn_v_bias)

@@ -511,7 +511,7 @@ def _describe(g)->str:
     return f'{short(Path(g.path).name)}: {arch}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
 
 def types_table(
-    g,   # a `GGUF`, see below
+    g:Any, # a `GGUF`, see below
 )->dict[GGMLType, tuple[int, int, int]]: # type -> (tensors, weights, bytes), largest first
     "What a file consists of"
     rows: dict[GGMLType, tuple[int, int, int]] = {}

@@ -507,6 +507,7 @@ _bare_header = re.compile(r'\s*(?:assistant)?\s*(?:t|to|to=.{0,200})?')     # wh
 class Harmony:
     "Takes a gpt-oss reply apart. `push` returns text of the final channel as it comes."
     tool_calls: list[dict[str, str]]   # recipient and content of each
+    tokenizer: Any                     # whose tokens it takes
     where: str                         # 'header', 'tool' or a channel
     header: str                        # what came of one so far
 

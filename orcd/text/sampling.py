@@ -67,7 +67,7 @@ class StopRule(NamedTuple):
     tokens: int        # of each
     characters: int    # of each
     meaning: str       # for people
-    default: tuple = ()
+    default: tuple[str, ...] = ()
 
     @property
     def words(self)->str:
