@@ -194,6 +194,7 @@ def _renamed(text, names, numbers):
     "`text` with links to and mentions of chapters that moved"
     def mention(m): return m[1] + re.sub(r'\d\d', lambda n: numbers.get(n[0], n[0]), m[2])
     if names: text = re.sub('|'.join(rf'(?<!\w){re.escape(n)}' for n in names), lambda m: names[m[0]], text)
+    text = re.sub(r'\[\d\d\](\((?:[\w./-]*/)?(\d\d)_\w+\.ipynb)', r'[\2]\1', text)     # a link that shows its chapter's number
     return re.sub(r'\b([Cc]hapters?\s+)(\d\d(?:(?:, | and | or | to |-|–)\d\d)*)\b', mention, text)
 
 def renumber(
