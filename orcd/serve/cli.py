@@ -276,16 +276,9 @@ def warm_start(
     device,    # index of a GPU, or 'reference'
 ):
     "What makes a worker ready sooner: the driver works while Python imports, and Python leaves out what it can"
-    import gc
-    gc.disable()                                                 # a start makes objects and drops none; `worker` switches it on again
-    # threads that import let go of Python's lock at every file, and would get it back after 5 ms; `serve` undoes it
-    sys.setswitchinterval(1e-3)
-    os.environ.setdefault('PYDANTIC_DISABLE_PLUGINS', '__all__') # it would look for them in every package that is installed
-    # structlog would import it to colour tracebacks: ours are a field of a line
-    sys.modules.setdefault('rich', None)
+    start.process_wide('imports')
     if device == 'reference' or not file.is_file(): return
-    # NumPy would start a thread a core when it is imported; the CUDA engine needs none
-    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+    start.process_wide('cuda')
     import threading
     from orcd.engine.vram import begin_context
     begin_context(device)
@@ -300,14 +293,11 @@ def serve(settings=None, **given):
     "Serve a model over HTTP (SSE)."
     s = worker_settings({k.replace('_', '-'): None if v is None else str(v) for k, v in given.items()}, settings)
     try: file = find_model(s['model'])
-    except OrcdError: file = Path(s['model'])
-    patience = sys.getswitchinterval()
+    except OrcdError: file = Path(s['model'])               # the load will say what is wrong with it, in the log
     warm_start(file, s['gpu_device'])
-    from orcd.serve.worker import Settings, load_model, serve as run
-    def load(s, progress):
-        try: return load_model(s, progress)
-        finally: sys.setswitchinterval(patience)
-    raise typer.Exit(run(Settings(**s | dict(model_ref=s['model_ref'] or file.name)), load, start.signals))
+    from orcd.serve.worker import Settings, serve as run
+    raise typer.Exit(run(Settings(**s | dict(model_ref=s['model_ref'] or file.name)), signals=start.signals))
+
 
 # %% ../../nbs/6_serve/39_cli.ipynb #cb6a84a8
 Model = Annotated[str, typer.Argument(help='a GGUF file, a pulled name or demo', autocompletion=complete_model)]
@@ -767,7 +757,7 @@ def main(
     "What the entry point `orcd` runs"
     args = sys.argv[1:] if args is None else args
     start.begin(args)
-    start.hear_ctrl_c()
+    start.process_wide('command')
     code = run(args)
     if start.signals:          # a worker: it has ended in order, and a thread that still waits for something may not keep the process
         flush_output()

@@ -188,7 +188,8 @@ class Jobs:
         self.load, self.depth, self.timeout, self.on_fatal = load, queue_depth, timeout, on_fatal
         self.active, self.waiting, self.cond = {}, deque(), threading.Condition()
         self.draining = self.stopping = False
-        self.healthy, self.fatal, self.facts, self.model = True, None, {}, None
+        self.healthy, self.fatal, self.facts = True, None, {}
+        self.model: Any = None                 # while it is loaded
         self.loaded, self.thread = Future(), threading.Thread(target=self._main, name='orcd-engine', daemon=True)
 
     @property
