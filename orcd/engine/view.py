@@ -194,8 +194,10 @@ def _nvml(device:int)->tuple:
     try: import pynvml
     except ImportError: raise DeviceError('the driver is asked through one more package: pip install nvidia-ml-py') from None
     try: pynvml.nvmlInit()
-    except pynvml.NVMLError_LibraryNotFound: raise DeviceError('no libnvidia-ml.so.1: there is no NVIDIA driver on this machine') from None
-    except pynvml.NVMLError as e: raise DeviceError(f'NVML does not begin: {e}') from None
+    except pynvml.NVMLError as e:
+        absent = e.args[0] == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+        why = 'no libnvidia-ml.so.1: there is no NVIDIA driver on this machine' if absent else f'NVML does not begin: {e}'
+        raise DeviceError(why) from None
     name = nvml_name(device)
     try: return pynvml, (pynvml.nvmlDeviceGetHandleByIndex if isinstance(name, int) else pynvml.nvmlDeviceGetHandleByUUID)(name)
     except pynvml.NVMLError as e: raise DeviceError(f'NVML knows no GPU {name}: {e}') from None
