@@ -363,6 +363,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'orcd.engine.generation._watch': ('5_engine/generation.html#_watch', 'orcd/engine/generation.py'),
                                         'orcd.engine.generation.check_request': ( '5_engine/generation.html#check_request',
                                                                                   'orcd/engine/generation.py'),
+                                        'orcd.engine.generation.device_name': ( '5_engine/generation.html#device_name',
+                                                                                'orcd/engine/generation.py'),
                                         'orcd.engine.generation.device_number': ( '5_engine/generation.html#device_number',
                                                                                   'orcd/engine/generation.py'),
                                         'orcd.engine.generation.encode_prompt': ( '5_engine/generation.html#encode_prompt',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Prompt', 'BUSY', 'CLOSED', 'Progress', 'Engine', 'prefix_table', 'StopMatcher', 'TextStream', 'Token', 'Stop',
-           'limit', 'Generation', 'Encoded', 'encode_prompt', 'check_request', 'Model', 'device_number', 'progress_bar',
-           'load']
+           'limit', 'Generation', 'Encoded', 'encode_prompt', 'check_request', 'Model', 'device_number', 'device_name',
+           'progress_bar', 'load']
 
 # %% ../../nbs/5_engine/32_generation.ipynb #c6d5c6c0
 import html, numbers, os, sys, threading, time
@@ -529,6 +529,12 @@ def device_number(
     if kind != 'cuda' or not (n.isascii() and n.isdigit() or ':' not in str(device)):
         raise _broken('device', 'cuda:N or reference', f'device {str(device)[:40]!r} is neither "cuda:N" nor "reference"')
     return int(n or 0)
+
+def device_name(
+    device:int | str, # the number of a GPU, or 'reference'
+)->str:
+    "What `load` calls the device that a command line names"
+    return 'reference' if device == 'reference' else f'cuda:{device}'
 
 # %% ../../nbs/5_engine/32_generation.ipynb #efcbda4a
 Progress = Callable[[int, int], object]   # (bytes done, bytes in all)

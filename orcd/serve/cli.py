@@ -19,8 +19,9 @@ if __name__ == '__main__' and '__file__' in globals(): start.begin(sys.argv[1:])
 
 # %% ../../nbs/6_serve/39_cli.ipynb #c44a0001
 import inspect, os, stat, time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 # %% ../../nbs/6_serve/39_cli.ipynb #16673a4d
 import typer
@@ -98,8 +99,8 @@ def yes(t):
 class Flag(NamedTuple):
     "One setting of the worker"
     name:str
-    parse:object
-    default:object
+    parse:Callable[[str], Any]
+    default:Any
     help:str
 
 FLAGS = [
@@ -122,7 +123,7 @@ FLAGS = [
     Flag('log-format', choice('auto', 'json', 'pretty'), 'auto', 'auto: pretty on a terminal, else json')]
 
 # %% ../../nbs/6_serve/39_cli.ipynb #fdc3d292
-def _first(name, given, env, ini):
+def _first(name:str, given:Mapping, env:Mapping, ini:Mapping)->tuple[str, str] | None:
     "(text, where it was found) of one setting; None when nobody set it"
     names = ('gpu-device', 'device') if name == 'gpu-device' else (name,)
     env = {k: v for k, v in env.items() if v.strip()}
@@ -134,21 +135,22 @@ def _first(name, given, env, ini):
         for k, v in found.items(): return v, f' ({k} in the {where})' if where == 'settings file' else f' ({k})' if where else ''
 
 def resolve_settings(
-    given:dict, # flag -> text, None where not given
-    env:dict,   # the environment
-    ini:dict,   # the section [worker] of settings.ini
-)->dict:        # name with underscores -> value
+    given:Mapping, # flag -> text, None where not given
+    env:Mapping,   # the environment
+    ini:Mapping,   # the section [worker] of settings.ini
+)->dict[str, Any]: # name with underscores -> value
     "One value for every setting; `UsageError` names the flag"
     unknown = set(ini) - {f.name for f in FLAGS} - {'device'}
     known = ', '.join(f.name for f in FLAGS)
     if unknown: raise UsageError(f'--settings: unknown name {sorted(unknown)[0]!r} in the section [worker]; known: {known}')
-    out = {}
+    out = {f.name.replace('-', '_'): f.default for f in FLAGS}
     for f in FLAGS:
-        found = _first(f.name, given, env, ini)
-        try: out[f.name.replace('-', '_')] = f.parse(found[0].strip()) if found else f.default
+        if (found := _first(f.name, given, env, ini)) is None: continue
+        text, where = found
+        try: out[f.name.replace('-', '_')] = f.parse(text.strip())
         except ValueError as e:
-            _, secret, shown = found[0].rpartition('@') if f.parse is url else ('', '', found[0])    # a URL's password is not for the log
-            raise UsageError(f"--{f.name}: {'***' * bool(secret) + secret + shown[:100]!r} is not {e}{found[1]}") from None
+            _, secret, shown = text.rpartition('@') if f.parse is url else ('', '', text)    # a URL's password is not for the log
+            raise UsageError(f"--{f.name}: {'***' * bool(secret) + secret + shown[:100]!r} is not {e}{where}") from None
     return out
 
 # %% ../../nbs/6_serve/39_cli.ipynb #f2e2590a
@@ -168,7 +170,7 @@ def read_text(
     except (OSError, ValueError) as e: raise UsageError(f'{flag}: {getattr(e, "strerror", None) or e}: {path[:200]}') from None
 
 def read_settings(
-    path:str=None, # --settings; else ./settings.ini when it is there
+    path:str | None=None, # --settings; else ./settings.ini when it is there
 )->dict:
     "The section [worker] of a settings file. Other sections are an error, but a ./settings.ini without this one is not ours"
     from configparser import ConfigParser, Error
@@ -207,7 +209,7 @@ def read_token(
 
 def guard(
     host:str,      # --host
-    token:str,     # None: no token
+    token:str | None, # None: no token
     insecure:bool, # --insecure
     unnamed=(),    # flags whose values come from a ./settings.ini that nobody named
 ):
@@ -239,7 +241,7 @@ def _option(f):
     names = [f'--{f.name}'] + ['--device'] * (f.name == 'gpu-device')
     shown = '' if f.default in (None, '', False) or f.name == 'gpu-device' else f' [{f.default}]'
     kind = bool if f.parse is yes else str
-    extra = dict(autocompletion=complete_model) if f.name == 'model' else {}
+    extra: dict[str, Any] = dict(autocompletion=complete_model) if f.name == 'model' else {}
     if kind is str: extra['metavar'] = f.name.split('-')[-1].upper()
     o = typer.Option(*names, help=f.help + shown, show_default=False, **extra)
     return inspect.Parameter(f.name.replace('-', '_'), inspect.Parameter.KEYWORD_ONLY, default=None,
@@ -256,9 +258,9 @@ def from_flags(command):
 
 # %% ../../nbs/6_serve/39_cli.ipynb #952fb786
 def worker_settings(
-    given:dict,         # flag -> text
-    settings:str=None,  # --settings
-)->dict:
+    given:Mapping,             # flag -> text
+    settings:str | None=None,  # --settings
+)->dict[str, Any]:
     "Flags, environment and file -> fields of `worker.Settings`; `UsageError` before anything is imported or started"
     ini = read_settings(settings)
     s = resolve_settings(given, os.environ, ini)
@@ -296,8 +298,8 @@ def serve(settings=None, **given):
     except OrcdError: file = Path(s['model'])               # the load will say what is wrong with it, in the log
     warm_start(file, s['gpu_device'])
     from orcd.serve.worker import Settings, serve as run
-    raise typer.Exit(run(Settings(**s | dict(model_ref=s['model_ref'] or file.name)), signals=start.signals))
-
+    s['model_ref'] = s['model_ref'] or file.name
+    raise typer.Exit(run(Settings(**s), signals=start.signals))
 
 # %% ../../nbs/6_serve/39_cli.ipynb #cb6a84a8
 Model = Annotated[str, typer.Argument(help='a GGUF file, a pulled name or demo', autocompletion=complete_model)]
@@ -320,9 +322,8 @@ def as_device(t):
 def open_model(name, device_text, context=None):
     "Load what the command line names"
     d = as_device(device_text)
-    from orcd.engine.generation import load
-    d = d if d == 'reference' else f'cuda:{d}'
-    return load(name, device=d, context_length=context, progress=sys.stderr.isatty())
+    from orcd.engine.generation import device_name, load
+    return load(name, device=device_name(d), context_length=context, progress=sys.stderr.isatty())
 
 def stream(out):
     "Print a generation as it comes; returns its text"
@@ -464,7 +465,8 @@ def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
         for line in words(g): say(f'  {line}')
         free, hopper, limits = gpu_now()
         if free is not None: say(f'GPU 0 has {mib(free)} of VRAM free beside the CUDA context')
-        p = cuda_engine.plan(g, context_length, free=vram_mb << 20 if vram_mb else free, is_hopper=hopper, limits=limits)
+        card: dict[str, Any] = dict(free=vram_mb << 20 if vram_mb else free, is_hopper=hopper, limits=limits)
+        p = cuda_engine.plan(g, context_length, **card)
         say(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
         for what in 'weights', 'kv_cache', 'workspace', 'kernels': say(f'  {what:10} {mib(getattr(p, what, cuda_engine.CODE)):>14}')
 
@@ -548,7 +550,7 @@ def spawn(*flags,
     p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors='backslashreplace', preexec_fn=_tied())
     said = nothing = 'no log line'
     try:
-        for line in p.stderr:
+        for line in p.stderr or ():
             e = json.loads(line) if line.startswith('{') else dict(event='', message=line.strip())
             if seen: seen(e)
             if e['event'] == 'ready': return p, e['uri']
@@ -660,7 +662,7 @@ def _driver():
     r = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return r.stdout.strip().splitlines() if r.returncode == 0 and r.stdout.strip() else (r.stdout + r.stderr).strip().splitlines()[0]
 
-def checks():
+def checks()->Iterator[tuple[str, bool, str]]:
     "(what, is it well, details or the command that mends it)"
     yield 'python', sys.version_info >= (3, 11), sys.version.split()[0]
     for p in 'numpy', 'tokenizers', 'fastapi', 'uvicorn', 'structlog': yield p, bool(_version(p)), _version(p) or f'pip install {p}'

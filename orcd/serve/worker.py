@@ -337,13 +337,18 @@ async def _router_error(http, e):
     return r
 
 # %% ../../nbs/6_serve/38_worker.ipynb #c88a2481
-def _says(body=None, path=None, **answers):
+def _says(
+    *statuses:int,             # of errors
+    body:dict | None=None,     # JSON Schema of the request's
+    path:str | None=None,      # field in the path
+    ok:dict | None=None,       # other answers
+)->dict[str, Any]:
     """`openapi_extra` and `responses` of a route. Bodies and parameters are ours to check: FastAPI would import pydantic's first version
     for one."""
     error = dict(description='error', content={'application/json': dict(schema=ERROR)})
     extra: dict[str, Any] = dict(requestBody=dict(required=True, content={'application/json': dict(schema=body)})) if body else {}
     if path: extra['parameters'] = [{'name': path, 'in': 'path', 'required': True, 'schema': FIELDS[path].schema}]
-    return dict(openapi_extra=extra, responses=answers.pop('ok', {}) | {int(k[1:]): error for k in answers})
+    return dict(openapi_extra=extra, responses=(ok or {}) | dict.fromkeys(statuses, error))
 
 # %% ../../nbs/6_serve/38_worker.ipynb #200a7c02
 class _Anything(Convertor):
@@ -361,22 +366,23 @@ def make_app(
     "The routes"
     app = FastAPI(title='orcd', version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     stream = {200: dict(description='the events', content={'text/event-stream': dict(schema=EVENT)})}
-    errors = dict(e400=1, e401=1, e403=1, e408=1, e413=1, e415=1, e500=1, e503=1)
+    errors = 400, 401, 403, 408, 413, 415, 500, 503
+    execute_body = execute_schema(worker.settings.max_tokens_out)
 
-    @app.post('/execute', response_class=Response, **_says(execute_schema(worker.settings.max_tokens_out), ok=stream, e409=1, **errors))
+    @app.post('/execute', response_class=Response, **_says(*errors, 409, body=execute_body, ok=stream))
     async def execute(request:HTTPRequest): return await safely(worker.execute(request), request)
 
-    @app.post('/cancel', status_code=202, response_class=JSONResponse, **_says(CANCEL, **errors))
+    @app.post('/cancel', status_code=202, response_class=JSONResponse, **_says(*errors, body=CANCEL))
     async def cancel(request:HTTPRequest): return await safely(worker.cancel(request), request)
 
-    @app.post('/cancel/{job_id:anything}', status_code=202, response_class=JSONResponse, **_says(path='job_id', e400=1, e401=1, e403=1))
+    @app.post('/cancel/{job_id:anything}', status_code=202, response_class=JSONResponse, **_says(400, 401, 403, path='job_id'))
     async def cancel_path(request:HTTPRequest): return await safely(worker.cancel(request, request.path_params['job_id']), request)
 
     @app.head('/health', include_in_schema=False)
-    @app.get('/health', response_class=JSONResponse, **_says(e503=1))
+    @app.get('/health', response_class=JSONResponse, **_says(503))
     async def health(): return json_response(worker.health(), 503 if worker.jobs.fatal else 200)
 
-    @app.post('/shutdown', status_code=202, response_class=JSONResponse, **_says(e401=1))
+    @app.post('/shutdown', status_code=202, response_class=JSONResponse, **_says(401))
     async def shutdown():
         worker.leave()
         return json_response(dict(status='draining'), 202)
@@ -668,10 +674,9 @@ def load_model(
     progress:LoadProgress, # called with (bytes done, bytes in all)
 )->Any:
     "`orcd.load` with the worker's settings"
-    from orcd.engine.generation import load
-    device = 'reference' if settings.gpu_device == 'reference' else f'cuda:{settings.gpu_device}'
-    return load(settings.model, device=device, context_length=settings.context_length, kv_cache_mb=settings.kv_cache_size_mb,
-        chunk_bytes=settings.chunk_bytes, progress=progress, text=True)
+    from orcd.engine.generation import device_name, load
+    return load(settings.model, device=device_name(settings.gpu_device), context_length=settings.context_length,
+        kv_cache_mb=settings.kv_cache_size_mb, chunk_bytes=settings.chunk_bytes, progress=progress, text=True)
 
 def load_and_tell(
     settings:Settings,
