@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['CUDA_DIR', 'CUDA_FOLDERS', 'OPTIONS', 'MAX_ENTRY', 'MAX_ARGS', 'FLOAT', 'TILE', 'read_source', 'with_includes',
-           'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'target', 'cubin', 'device_arch', 'context_of',
-           'set_context', 'driver_call', 'Kernel', 'kernel', 'Recording', 'type_defines', 'load_all', 'wait_for',
-           'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
+           'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'target', 'cubin', 'address', 'Args',
+           'device_arch', 'context_of', 'set_context', 'driver_call', 'Kernel', 'kernel', 'Launch', 'launcher',
+           'Recording', 'type_defines', 'load_all', 'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #59e5ad29
 import ctypes, hashlib, os, re, stat, struct, sys, tempfile, threading, zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 from math import prod
 from pathlib import Path
 
@@ -202,6 +202,48 @@ def cubin(
     return data
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #0138b6b3
+MAX_ARGS = 4096 # bytes of a kernel's arguments
+_codes = dict(ptr='P', i32='i', i64='q', f32='f')
+_address = {type(None): lambda a: 0} # of what an argument may be, by its type
+
+def address(
+    a, # array, `QTensor` or None
+)->int:
+    "Where it lies in VRAM, 0 for None"
+    kind = type(a)
+    if kind not in _address: _address[kind] = (lambda a: a.ptr) if hasattr(kind, 'ptr') else (lambda a: a.data.ptr)
+    return _address[kind](a)
+
+class Args:
+    "A kernel's struct of arguments: `Args('AddArgs', a='ptr', n='i32', rows='i64 3')`; `ptr`, `i32`, `i64` or `f32`, with a number several of it"
+    def __init__(self,
+        name:str, # of the struct in CUDA
+        **fields:str,
+    ):
+        self.name, kinds = name, [(n, *kind.split()) for n, kind in fields.items()]
+        self.fields = {n: (kind, int(count[0]) if count else None) for n, kind, *count in kinds}
+        types = dict(ptr=np.uint64, i32=np.int32, i64=np.int64, f32=np.float32)
+        self.dtype = np.dtype([(n, types[kind], *([(count,)] if count else [])) for n, (kind, count) in self.fields.items()], align=True)
+        self.code = struct.Struct('@' + ''.join((str(count) if count else '') + _codes[kind] for kind, count in self.fields.values()) + '0q')
+        self.pointers = tuple(self.dtype.fields[n][1] + 8*i for n, (kind, count) in self.fields.items() if kind == 'ptr' for i in range(count or 1))
+        if self.code.size > MAX_ARGS: raise KernelError(f'{name} takes {self.code.size} bytes, a kernel may have {MAX_ARGS}')
+
+    def pack(self,
+        values:dict, # field -> array, `QTensor`, None or number; of several a list, which may be shorter
+    )->bytes:
+        "The struct as the kernel reads it"
+        if values.keys() != self.fields.keys():
+            raise KernelError(f'{self.name}: missing {sorted(self.fields.keys() - values.keys())}, unknown {sorted(values.keys() - self.fields.keys())}')
+        flat = []
+        for name, (kind, count) in self.fields.items():
+            some = values[name] if count else (values[name],)
+            if count and len(some) > count: raise KernelError(f'{self.name}.{name} has room for {count}, got {len(some)}')
+            flat += map(address, some) if kind == 'ptr' else some
+            if count: flat += [0]*(count - len(some))
+        try: return self.code.pack(*flat)
+        except struct.error as e: raise KernelError(f'{self.name}: {e}: {({n: v for n, v in values.items() if self.fields[n][0] != "ptr"})}') from None
+
+# %% ../../nbs/4_kernels/18_nvrtc.ipynb #e010175d
 _modules, _locks = {}, {}
 
 def device_arch(device=None):
@@ -270,49 +312,17 @@ def _module(name, device, defines=()):
                 _modules[key] = m
     return _modules[key]
 
-MAX_ARGS = 512 # of eight bytes: what a kernel may have
-# How arguments are packed, by their type: a code of `struct` for eight bytes, and what makes the value, if it is not the argument itself
-_how = {np.int32: ('i4x', None), np.float32: ('f4x', None), np.int64: ('q', None), type(None): ('Q', lambda a: 0)}
-
-def _refuse(a): raise KernelError(f'kernel argument {a!r}: pass a NumPy scalar, so that its width is known')
-
-def _learn(kind):
-    "The same of a type that is met for the first time"
-    if issubclass(kind, np.void): how = None, np.void.tobytes # a structure of any size
-    elif issubclass(kind, np.generic): how = 'Q', lambda a: int.from_bytes(a.tobytes(), 'little')
-    elif issubclass(kind, (int, float)): how = 'Q', _refuse
-    elif hasattr(kind, 'ptr'): how = 'Q', lambda a: a.ptr # a `QTensor`
-    else: how = 'Q', lambda a: a.data.ptr
-    return _how.setdefault(kind, how)
-
-def _packed(args):
-    "Launch arguments as the driver reads them, eight bytes each; the last one may be a structure of any size"
-    codes, values = ['<'], []
-    for a in args:
-        kind = type(a)
-        code, value = _how.get(kind) or _learn(kind)
-        if value: a = value(a)
-        if not code:
-            if len(values) + 1 < len(args): raise KernelError('a structure has to be the last argument')
-            code = f'{len(a)}s'
-        codes.append(code); values.append(a)
-    return struct.pack(''.join(codes), *values)
-
 class _Room(threading.local):
     "Where the driver finds the arguments of a thread's launch: it copies them"
     def __init__(self):
-        self.words, self.table = _table(MAX_ARGS)
+        self.words = np.zeros(MAX_ARGS//8, np.uint64)
+        self.table = np.array([self.words.ctypes.data], np.uint64) # a pointer to each argument: there is one
         self.bytes, self.at = memoryview(self.words).cast('B'), self.table.ctypes.data
-
-def _table(n):
-    "Memory for `n` arguments, and the addresses in it"
-    words = np.zeros(n, np.uint64)
-    return words, words.ctypes.data + 8*np.arange(n, dtype=np.uint64)
 
 _room, _recordings = _Room(), {}
 
 class Kernel:
-    "A CUDA function on one device: `k(grid, block, args, shared_mem=0, stream=None)`"
+    "A CUDA function on one device that takes one struct"
     def __init__(self,
         fn,     # CuPy's `Function`
         device, # CUDA device that it is loaded on
@@ -322,8 +332,11 @@ class Kernel:
         self.fn, self.handle, self._shared = fn, cu.CUfunction(fn.ptr), 48 << 10
         self.early = int(device_arch(device)[3:]) >= 90 and runtime.driverGetVersion() >= 12030 # older drivers do not capture such launches in a graph
 
-    def __call__(self, grid, block, args, shared_mem=0, stream=None,
-        early=False, # start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
+    def __call__(self, grid, block,
+        args:bytes, # the struct, from `Args.pack`
+        shared_mem=0, stream=None,
+        early=False,  # start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
+        pointers=(),  # which bytes of `args` are addresses, for a `Recording`
     ):
         if shared_mem > self._shared:
             from cupy.cuda import driver
@@ -332,9 +345,9 @@ class Kernel:
         if stream is None:
             import cupy
             stream = cupy.cuda.get_current_stream()
-        config, data = _config(grid, block, shared_mem, stream.ptr, early and self.early)[0], _packed(args)
-        if stream.ptr in _recordings: _recordings[stream.ptr].append((config, self.handle, data))
-        _room.bytes[:len(data)] = data
+        config = _config(grid, block, shared_mem, stream.ptr, early and self.early)[0]
+        if stream.ptr in _recordings: _recordings[stream.ptr].append((config, self.handle, args, pointers))
+        _room.bytes[:len(args)] = args
         _launch([(config, self.handle, _room.at)])
 
 @lru_cache(1024)
@@ -364,6 +377,33 @@ def kernel(
         device = cupy.cuda.runtime.getDevice()
     return _kernel(module, name, device, defines)
 
+@dataclass(frozen=True, eq=False)
+class Launch:
+    "What to launch: a kernel, its grid and its arguments by name. A call puts it on a stream."
+    file:str           # the cell's name
+    name:str           # the function in it
+    grid:tuple
+    block:int          # threads
+    args:Args
+    values:dict        # field -> array, `QTensor`, None or number
+    defines:tuple = ()
+    shared:int = 0     # bytes of dynamic shared memory
+    early:bool = False # see `Kernel`
+
+    def __call__(self, stream=None):
+        kernel(self.file, self.name, self.defines)(self.grid, (self.block,), self.args.pack(self.values), self.shared, stream, self.early, self.args.pointers)
+
+def launcher(
+    plan, # function that returns a `Launch`, or several in their order
+):
+    "A function that launches what `plan` says, on `stream`; `.plan` is that which says it"
+    @wraps(plan)
+    def launch(*args, stream=None, **kw):
+        found = plan(*args, **kw)
+        for l in [found] if isinstance(found, Launch) else found: l(stream)
+    launch.plan = plan
+    return launch
+
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #e489c4b6
 class Recording:
     "Keeps what is launched on a stream within a `with` block, to launch it again with other arrays"
@@ -380,14 +420,15 @@ class Recording:
     def __exit__(self, *error):
         del _recordings[self.stream.ptr]
         if any(error): return
-        self.words = np.frombuffer(b''.join(data for *_, data in self.launches), np.uint64)
-        self.room, table = self.table = _table(len(self.words)) # `table` is read by the driver: it has to live as long
-        at = np.cumsum([0] + [len(data) for *_, data in self.launches])
-        self.launches = [(config, handle, table.ctypes.data + int(a)) for (config, handle, _), a in zip(self.launches, at)]
+        self.room = np.frombuffer(bytearray(b''.join(args + bytes(-len(args) % 8) for *_, args, _ in self.launches)), np.uint64)
+        begins = np.cumsum([0, *(-(-len(args)//8) for *_, args, _ in self.launches)])[:-1]
+        self.words, self.table = self.room.copy(), self.room.ctypes.data + 8*begins.astype(np.uint64) # the driver reads both: they have to live as long
+        self.where = np.array([int(b) + p//8 for (*_, pointers), b in zip(self.launches, begins) for p in pointers], np.intp) # which words are addresses
+        self.launches = [(config, handle, self.table.ctypes.data + 8*i) for i, (config, handle, *_) in enumerate(self.launches)]
         self.by = np.zeros(len(self.arrays) + 1, np.uint64) # by how much each array's address differs
-        order = np.argsort(self.arrays[:, 0])
-        i = order[np.maximum(np.searchsorted(self.arrays[order, 0], self.words, 'right'), 1) - 1]
-        self.of = np.where(self.words - self.arrays[i, 0] < self.arrays[i, 1], i, len(self.arrays)) # the array that an argument lies in; one more for none
+        order, found = np.argsort(self.arrays[:, 0]), self.words[self.where]
+        i = order[np.maximum(np.searchsorted(self.arrays[order, 0], found, 'right'), 1) - 1]
+        self.of = np.where(found - self.arrays[i, 0] < self.arrays[i, 1], i, len(self.arrays)) # the array that an address lies in; one more for none
 
     def moved(self,
         arrays, # uint64 (n, 2): those to take, of the same sizes
@@ -395,7 +436,9 @@ class Recording:
         "Arguments of the launches, with the addresses of other arrays"
         if (arrays[:, 1] != self.arrays[:, 1]).any(): raise KernelError('arrays of other sizes cannot take the place of those that were recorded')
         self.by[:-1] = arrays[:, 0] - self.arrays[:, 0]
-        return self.words + self.by[self.of]
+        words = self.words.copy()
+        words[self.where] += self.by[self.of]
+        return words
 
     def repeat(self, arrays):
         "Launch again; see `moved`"
