@@ -13,7 +13,8 @@ import ctypes, hashlib, os, re, stat, struct, sys, tempfile, threading, zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
+from inspect import signature
 from math import prod
 from pathlib import Path
 
@@ -394,13 +395,17 @@ class Launch:
         kernel(self.file, self.name, self.defines)(self.grid, (self.block,), self.args.pack(self.values), self.shared, stream, self.early, self.args.pointers)
 
 def launcher(
-    plan, # function that returns a `Launch`, or several in their order
+    plan=None,        # function that returns a `Launch`, or several in their order
+    returns:str=None, # the argument that a call returns, such as 'out'
 ):
     "A function that launches what `plan` says, on `stream`; `.plan` is that which says it"
+    if plan is None: return partial(launcher, returns=returns)
+    at = returns and list(signature(plan).parameters).index(returns)
     @wraps(plan)
     def launch(*args, stream=None, **kw):
         found = plan(*args, **kw)
         for l in [found] if isinstance(found, Launch) else found: l(stream)
+        if returns: return kw[returns] if returns in kw else args[at]
     launch.plan = plan
     return launch
 
