@@ -524,7 +524,7 @@ def _warm_up(self:CudaEngine):
     runtime.memsetAsync(self.state.data.ptr, 0, self.state.nbytes, self.stream.ptr) # attention's tickets
     factors = getattr(self.model, 'rope_freqs', None)
     self.ops.inv_freq.set(self.config.rope.inv_freq(None if factors is None else factors.get()), self.stream)
-    wgmma.find_row_max_exponents([W for w in self.layers for W in vars(w).values() if getattr(W, 'row_max_exponent', None) is not None], self.stream)
+    wgmma.find_row_max_exponents([W for w in self.layers for W in vars(w).values() if getattr(W, 'row_max_exponent', None) is not None], stream=self.stream)
     self._begin(SamplingParams())
     self._set_state(0)
     self.graph.launch(self.stream)

@@ -290,7 +290,7 @@ def _send(self, part, slot):
         src = place + offset - job[0][0]
         if sort: runs.setdefault(sort[0], []).append((src, dst, *sort[1:]))
         elif place: driver_call('cuMemcpyDtoDAsync_v2', _address, _address, _size, _address)(dst, src, n, stream)
-    for t, some in runs.items(): self.sort(t, some, self.stream)
+    for t, some in runs.items(): self.sort(t, some, stream=self.stream)
 
 def _count(self, n):
     "So many bytes are on their way"

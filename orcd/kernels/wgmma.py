@@ -14,8 +14,8 @@ from ..errors import KernelError
 from .gemm import Fp16Activations, gemm
 from .gemv import group_by_type, matrix
 from .moe import Groups, expert_gemm, expert_shapes
-from .nvrtc import QTensor, TILE, device_arch, kernel, type_defines, stride, vector
-from .weight_layout import launch_batched
+from .nvrtc import Args, QTensor, TILE, device_arch, kernel, launcher, type_defines, stride, vector
+from .weight_layout import plan_batched
 
 # %% ../../nbs/4_kernels/27_wgmma.ipynb #c7a00004
 import numpy as np
@@ -28,18 +28,18 @@ def is_hopper(
     "Has the device these instructions?"
     return device_arch(device) == 'sm_90'
 
-ROWS = ('w', 'u8'), ('top', 'u8'), ('rows', 'i8'), ('n_out', 'i4'), ('n', 'i4')
+ROWS = Args('Rows', w='ptr', top='ptr', rows='i64', n_out='i32', n='i32', begin='i32')
 
+@launcher
 def find_row_max_exponents(
-    matrices,    # `QTensor`s with `top`: uint8, one a row, written
-    stream=None, # CuPy stream
-):
+    matrices, # `QTensor`s with `row_max_exponent`: uint8, one a row, written
+)->list:
     "The exponent of each row's largest scale"
     of_type = {}
     for W in matrices:
         rows = prod(W.shape[:-1])
         of_type.setdefault(W.type, []).append((-(-rows//8), W.ptr, vector('row_max_exponent', W.row_max_exponent, rows, np.uint8).data.ptr, rows, *W.shape[-2:]))
-    for t, some in of_type.items(): launch_batched(kernel('row_max_exponent', f'row_max_exponent_{t.name.lower()}', type_defines(t)), ROWS, some, stream)
+    return [l for t, some in of_type.items() for l in plan_batched('row_max_exponent', f'row_max_exponent_{t.name.lower()}', type_defines(t), ROWS, some)]
 
 def with_row_max_exponents(W:QTensor):
     "The same weights, ready for `gemms`; for notebooks and tests"

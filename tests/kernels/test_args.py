@@ -1,11 +1,12 @@
 "Every struct of arguments: as C lays it out, so NVRTC says, and as Python packs it"
 import importlib, pkgutil, re
-import pytest
-import orcd.kernels
+import numpy as np, pytest
+import orcd.engine, orcd.kernels
 from orcd.kernels import nvrtc
 
 pytest.importorskip('cuda.bindings.nvrtc')
-ARGS = {a.name: a for m in pkgutil.iter_modules(orcd.kernels.__path__, 'orcd.kernels.') for a in vars(importlib.import_module(m.name)).values() if isinstance(a, nvrtc.Args)}
+MODULES = [m.name for package in (orcd.kernels, orcd.engine) for m in pkgutil.iter_modules(package.__path__, f'{package.__name__}.')]
+ARGS = {a.name: a for m in MODULES for a in vars(importlib.import_module(m)).values() if isinstance(a, nvrtc.Args)}
 CTYPE = dict(i32='int', i64='long long', f32='float')
 FILES = {p.stem: p.read_text() for p in nvrtc.CUDA_DIR.glob('*/*.cu')}
 
@@ -59,6 +60,21 @@ def test_a_mistake_is_seen(old, new):
     assert fields[n] == kind
     wrong = {k if k != n else next(iter(new)): v if k != n else next(iter(new.values())) for k, v in fields.items()}
     with pytest.raises(nvrtc.KernelError): compiles('RmsNormArgs', [HELPERS, *lines(nvrtc.Args('RmsNormArgs', **wrong))])
+
+
+@pytest.mark.parametrize('name', ['Run', 'Rows'])
+def test_layout_of_batched_launches(name):
+    "The array of structs, and the number behind it; each thing says where its blocks begin"
+    from orcd.kernels.weight_layout import AT_ONCE, BatchedArgs
+    a, item = BatchedArgs(ARGS[name]), ARGS[name]
+    assert [*item.fields][-1] == 'begin' and a.dtype['at'].shape == (AT_ONCE,)
+    compiles(name, [f'typedef {a.name} Batched;', f'static_assert(sizeof(Batched) == {a.dtype.itemsize}, "");',
+        *(f'static_assert(__builtin_offsetof(Batched, {f}) == {a.dtype.fields[f][1]}, "");' for f in a.dtype.names), f'static_assert(sizeof(Batched::at[0]) == {item.code.size}, "");'])
+    values = [tuple(10*i + j for j in range(len(item.fields))) for i in range(3)]
+    packed = np.frombuffer(a.pack(dict(at=values)), a.dtype)[0]
+    assert packed['count'] == 3 and packed['at'][:3].tolist() == values and not packed['at'][3:].view(np.uint8).any()
+    words = np.frombuffer(a.pack(dict(at=[(7, 7, *v[2:]) for v in values])), np.uint64)
+    assert all(words[p//8] in (0, 7) for p in a.pointers) and len(a.pointers) == 2*AT_ONCE and sum(words[p//8] == 7 for p in a.pointers) == 6
 
 
 def test_every_kernel_takes_one_struct():
