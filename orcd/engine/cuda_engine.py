@@ -239,7 +239,8 @@ def decode_files(
     bound, # `arch.bind`
 )->set:    # (file, defines)
     "The `.cu` files of a decode step's kernels, with the weight types where they matter"
-    files = {(n, ()) for n in ('state', 'elementwise', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
+    files = {(n, ()) for n in ('state', 'elementwise', 'sampler', *(['route'] if config.n_expert else []))}
+    files.add(('attention', attention.head_defines(config.head_dim)))
     files.add(('embed', nvrtc.type_defines(bound.model['token_embd'].type)))
     for ts, *how in decode_launches(config, bound): files.add(gemv.kernel_variant([t.type for t in ts], gemv.layout(ts, *how)[2])[:2])
     return files
