@@ -1,6 +1,7 @@
 """Layers of a decode step on the CPU: the real operations launch the real products (by test_gemv_cuda.py's launcher), attention is NumPy; against the reference engine.
 
 One token at position 0, where attention is easy: what is tested is what `ops` makes of a layer, which products go together and what they do on the way."""
+import ctypes
 from types import SimpleNamespace as NS
 import numpy as np, pytest
 import orcd
@@ -9,6 +10,7 @@ from orcd.kernels import attention, gemv, nvrtc
 from orcd.engine.cuda_engine import is_float_array, open_model
 from orcd.engine.ops import CudaOps
 from orcd.families.reference import ReferenceEngine
+from launched import take_launches
 from test_gemv_cuda import Array, library, on_cpu, tensor
 
 
@@ -31,26 +33,30 @@ def attend(config):
     return run
 
 
-def plain(args):
-    "gemv_plain.cu for weights in F32"
-    W, out, bias, n_out, _, _, _, n_in, x, w, _, eps = args[:12]
-    v = x.a.astype(float)
-    if w is not None: v = v*w.a/np.sqrt((v**2).mean(1, keepdims=True) + eps)
-    out.a[:] = v @ W.data.a.view(np.float32).reshape(n_out, n_in).T.astype(float) + (0 if bias is None else bias.a)
+def at(address, *shape):
+    "float32 values in memory"
+    return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(ctypes.c_float)), shape) if address else None
+
+
+def plain(l):
+    "gemv_plain.cu for one row and weights in F32"
+    a = l.values(gemv.GEMV_PLAIN)
+    assert l.name == 'gemv_f32' and l.grid == (a['n_out'], 1) and not a['ids'] and not a['residual']
+    v, w, bias = at(a['x'], a['n_in']).astype(float), at(a['norm'], a['n_in']), at(a['bias'], a['n_out'])
+    if w is not None: v = v*w/np.sqrt((v**2).mean() + a['eps'])
+    at(a['out'], a['n_out'])[:] = at(a['w'], a['n_out'], a['n_in']).astype(float) @ v + (0 if bias is None else bias)
 
 
 @pytest.mark.parametrize('name, more', [('qwen2', {}), ('qwen2 Q5_K', {}), ('phi3', {}), ('gpt-oss', {}), ('llama', {}), ('gpt-oss', dict(keys={'gpt-oss.attention.scale': .5})),
     ('llama', dict(biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']))], ids=str)
 def test_layers(tmp_path, on_cpu, monkeypatch, name, more):
     path = make_model(tmp_path/'m.gguf', n_layer=3, n_vocab=200, **MODELS[name], **more)
-    real, launched = gemv.kernel, []
-    def kernel(file, kernel_name, *defines):
-        def launch(grid, block, args, **kw):
-            if file == 'gemv_plain': return plain(args)
-            launched.append(kernel_name)
-            real(file, kernel_name, *defines)(grid, block, args, **kw)
-        return launch
-    monkeypatch.setattr(gemv, 'kernel', kernel)
+    launched = []
+    def take(l):
+        if l.file == 'gemv_plain': return plain(l)
+        launched.append(l.name)
+        on_cpu.take(l)
+    take_launches(monkeypatch, take)
     with orcd.GGUF(path) as g, ReferenceEngine(g, 32) as reference:
         family, config, bound = open_model(g)
         want = reference.residuals([7])[:, 0]

@@ -1,7 +1,6 @@
 #include "math/reduce.cu"
 #include "math/rope_angle.cu"
 #include "math/input_prologue.cu"
-typedef long long i64;
 
 // y = x / sqrt(mean(x^2) + eps) * w; one block a row
 struct RmsNormArgs { const float* x; i64 x_stride; const float* w; float eps; float* out; i64 out_stride; int n_rows, n; };

@@ -1,5 +1,4 @@
 #include "types/blocks.cu"
-typedef long long i64;
 
 // Row `ids[row]` of an embedding table, dequantised; an id outside the table gives NaN, so that it is noticed
 struct EmbedArgs { const u8* w; const int* ids; float* out; i64 out_stride; int n_rows, n_vocab, n; };
