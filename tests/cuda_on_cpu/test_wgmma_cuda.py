@@ -1,6 +1,6 @@
 """Products of many rows on Hopper: gemm_wgmma.cu run on the CPU by its own launcher, with lanes as fibers. A copy is there at once, so that whoever asks for a
 stage too early destroys what others still read. Against float64 with the weights and halves that the kernel is given, and tile against tile, bit for bit."""
-import ctypes, re, shutil
+import re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd.kernels import wgmma
@@ -8,6 +8,7 @@ from orcd.files.blocks import GGMLType
 from orcd.kernels.nvrtc import QTensor, read_source
 from orcd.kernels.weight_layout import random_blocks, to_planes
 from rounded import as_hopper
+from launched import RUN, take_launches
 from test_blocks_cuda import compiled
 from test_gemv_cuda import FIBERS, THREADS, Array, floats
 from test_wgmma_mainloop_cuda import HALVES, plain_slab, tops
@@ -58,16 +59,6 @@ template<int N> static void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], u64
     __syncwarp();
 }
 '''
-RUN = r'''
-#define RUN(f) extern "C" int run_##f(int grid_x, int grid_y, const u8* w0, const u8* w1, const u8* w2, \
-    const u8* top0, const u8* top1, const u8* top2, float* out0, float* out1, float* out2, const float* bias0, const float* bias1, const float* bias2, \
-    int n0, int n1, int n2, int first0, int first1, int first2, int b0, int b1, long long ldo0, long long ldo1, long long ldo2, \
-    const float* residual, long long ldr, int second, const u16* x, const float* inv, int x_rows, int n_rows, int n_in) { \
-    body = [&] { wgmma_##f(w0, w1, w2, top0, top1, top2, out0, out1, out2, bias0, bias1, bias2, n0, n1, n2, first0, first1, first2, b0, b1, ldo0, ldo1, ldo2, \
-        residual, ldr, second, x, inv, x_rows, n_rows, n_in); }; \
-    for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) if (run_block()) return 1; \
-    return 0; }
-'''
 MORE = r'''
 #define fmaf fmaf_
 static float __fdividef(float a, float b) { return a / b; }
@@ -110,15 +101,11 @@ def library(tmp_path_factory):
 @pytest.fixture
 def on_cpu(library, monkeypatch):
     "Launches go to the CPU, with the tile and the mistake that are asked for"
-    kinds, state = {np.int32: ctypes.c_int, np.int64: ctypes.c_longlong}, SimpleNamespace(tile=None, change=('', ''))
-    def kernel(file, name, defines):
-        def launch(grid, block, args, shared_mem=0, stream=None, early=False):
-            assert file == 'gemm_wgmma' and shared_mem <= 224 << 10
-            pointers = [kinds[type(a)](a) if isinstance(a, np.generic) else ctypes.c_void_p(None if a is None else a.ptr if isinstance(a, QTensor) else a.data.ptr) for a in args]
-            lib = library(name.removeprefix('wgmma_'), defines, block[0], state.change)
-            assert not getattr(lib, name.replace('wgmma', 'run'))(*map(int, grid), *pointers), 'the kernel hangs'
-        return launch
-    monkeypatch.setattr(wgmma, 'kernel', kernel)
+    state = SimpleNamespace(tile=None, change=('', ''))
+    def take(launched):
+        assert launched.file == 'gemm_wgmma' and launched.shared_mem <= 224 << 10
+        assert not launched.on(library(launched.name, launched.defines, launched.block[0], state.change)), 'the kernel hangs'
+    take_launches(monkeypatch, take)
     monkeypatch.setattr(wgmma, 'tile', lambda *a: state.tile)
     return state
 
