@@ -246,7 +246,7 @@ def route(self:CudaOps, logits, k):
     if not self.decode:
         self.chosen(r.choice)
         buffer = self.scratch.take((moe.Groups.size(T*k, n),), np.int32)
-        if not self.dry: r.groups = moe.group(r.ids, moe.Groups(buffer, T*k, n), self.stream)
+        if not self.dry: r.groups = moe.group(r.ids, moe.Groups(buffer, T*k, n), stream=self.stream)
     return r
 
 @patch

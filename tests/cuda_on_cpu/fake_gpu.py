@@ -57,7 +57,7 @@ class Device:
 
 @contextmanager
 def played(monkeypatch, sm='90', free=100 << 30):
-    "Yields what happens: `launches` (stream, kernel, grid, arguments), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
+    "Yields what happens: `launches` (stream, kernel, grid, struct of arguments), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
     from cuda.bindings import driver as cu
     from orcd.kernels import gemv, nvrtc, wgmma
     from orcd.engine import loader
@@ -94,8 +94,9 @@ def played(monkeypatch, sm='90', free=100 << 30):
     new = lambda n, dtype: array((n,), dtype, NS(ptr=next(at)))
     vars(cupy).update(cuda=cuda, ndarray=array, ones=new, empty=new, float32=np.float32)
     def launch(config, f, arguments):
-        table = (ctypes.c_uint64*lengths[int(f)]).from_address(arguments)
-        launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), [ctypes.c_uint64.from_address(a).value for a in table]))
+        "`arguments`: where the driver finds a pointer to the one argument, the struct"
+        struct = ctypes.string_at(ctypes.c_uint64.from_address(arguments).value, lengths[int(f)])
+        launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), struct))
         return 0,
     def driver_call(name, *types):
         "What a loader queues, done at once; nothing is copied"

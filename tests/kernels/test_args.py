@@ -22,7 +22,7 @@ def compiles(name, lines):
     "Does the file that declares the struct compile with these lines at its end? Raises `KernelError` otherwise."
     file = where(name)
     from orcd.files.blocks import GGMLType
-    defines = nvrtc.type_defines(GGMLType.MXFP4) if 'ONLY_TYPE' in ''.join(nvrtc.with_includes(FILES[file]).values()) + FILES[file] else ()
+    defines = nvrtc.type_defines(GGMLType.F32 if 'EACH_PLAIN(' in FILES[file] else GGMLType.MXFP4) if 'ONLY_TYPE' in ''.join(nvrtc.with_includes(FILES[file]).values()) + FILES[file] else ()
     nvrtc.compile_text(file, FILES[file] + '\n'.join(lines), nvrtc.target(FILES[file], 'sm_90'), (*defines, 'LAYOUT'))
 
 
