@@ -8,7 +8,7 @@ template<int T> __device__ constexpr int resident() { return T == MXFP4 || T == 
 struct ExpertWgmmaArgs {
     const u8 *w[2], *top[2]; const float* bias[2]; const int *offset, *slots; int n_expert, n_out, n_in;
     const u16* x; const float* inv; int x_rows;
-    float* out; long long out_stride;
+    float* out; i64 out_stride;
     u16* half; float* half_inv; int half_rows;
 };
 
@@ -23,9 +23,9 @@ template<int T, int N, bool GATED> __device__ __forceinline__ void expert(const 
     const bool up = GATED && s.r;
     const int n_out = a.n_out, row0 = (GATED ? blockIdx.y : 2 * blockIdx.y + s.r) * 64, first = expert * n_out, o = row0 + s.mine;
     const float* inv = a.inv + p0;
-    u16* half = a.half + ((long long)blockIdx.y * a.half_rows + p0) * 64;
+    u16* half = a.half + ((i64)blockIdx.y * a.half_rows + p0) * 64;
     const float* bias = up ? a.bias[1] : a.bias[0];
-    s.run(up ? a.w[1] : a.w[0], (up ? a.top[1] : a.top[0]) + first, expert * ((n_out + 15) / 16), row0, n_out, a.n_in, a.x + (long long)p0 * 64, (long long)a.x_rows * 64, shared, barriers);
+    s.run(up ? a.w[1] : a.w[0], (up ? a.top[1] : a.top[0]) + first, expert * ((n_out + 15) / 16), row0, n_out, a.n_in, a.x + (i64)p0 * 64, (i64)a.x_rows * 64, shared, barriers);
     if (bias) bias += first + row0;
     if (GATED) {
         store_gated<OAI>(s, bias, inv, n_out - row0, left, shared, half);

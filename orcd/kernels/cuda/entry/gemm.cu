@@ -3,7 +3,7 @@
 // blockIdx.x: 128 rows of x (fastest, so that neighbours share W in the L2 cache), blockIdx.y: 64 rows of W
 struct GemmArgs {
     const u8* w; const u16* x; const float *inv, *sums; float* out; const float *bias, *residual;
-    int n_rows, n_out, n_in, x_rows, ld; long long out_stride, residual_stride;
+    int n_rows, n_out, n_in, x_rows, ld; i64 out_stride, residual_stride;
 };
 template<int T> __device__ __forceinline__ void gemm(const GemmArgs& a) {
     __shared__ __align__(16) Shared s;

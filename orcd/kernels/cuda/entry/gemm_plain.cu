@@ -10,7 +10,7 @@ template<int T> __device__ __forceinline__ void plain(const PlainGemmArgs& a) {
         for (int j = tid; j < 64 * 16; j += 256) {
             int r = j / 16, k = j % 16;
             xs[k][r] = t0 + r < n_rows && k0 + k < n_in ? a.x[(t0 + r) * a.x_stride + k0 + k] : 0;
-            ws[k][r] = o0 + r < n_out && k0 + k < n_in ? Type<T>::at(a.w + (long long)(o0 + r) * n_in * Type<T>::s, k0 + k) : 0;
+            ws[k][r] = o0 + r < n_out && k0 + k < n_in ? Type<T>::at(a.w + (i64)(o0 + r) * n_in * Type<T>::s, k0 + k) : 0;
         }
         __syncthreads();
 #pragma unroll

@@ -17,7 +17,7 @@ template<int T> __device__ __forceinline__ void thin(const PlainGemmArgs& a) {
     if (o0 >= n_out) return;
     const u8* rows[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) rows[j] = a.w + (long long)min(o0 + j, n_out - 1) * n_in * Type<T>::s;
+    for (int j = 0; j < 4; j++) rows[j] = a.w + (i64)min(o0 + j, n_out - 1) * n_in * Type<T>::s;
     float acc[4][4] = {};
 #pragma unroll 4
     for (int k = 4 * lane; k < n_in; k += 128) {

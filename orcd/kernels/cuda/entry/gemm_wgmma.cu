@@ -14,12 +14,12 @@
 // Up to three matrices that read the same x, in one launch; blockIdx.x: TOKENS rows of x (fastest, so that neighbours share W in the L2 cache),
 // blockIdx.y: 64 ROWS rows of W, blocks[i] of them for matrix i, which is n_out[i] rows of W from first[i] on, a multiple of 16.
 struct WgmmaArgs {
-    const u8 *w[3], *top[3]; float* out[3]; const float* bias[3]; long long out_stride[3]; int n_out[3], first[3], blocks[3];
+    const u8 *w[3], *top[3]; float* out[3]; const float* bias[3]; i64 out_stride[3]; int n_out[3], first[3], blocks[3];
     int second;                                                 // bit i: matrix i is of the second type
-    const float* residual; long long residual_stride;
+    const float* residual; i64 residual_stride;
     const u16* x; const float* inv; int x_rows, n_rows, n_in;
 };
-struct Matrix { const u8 *w, *top; float* out; const float* bias; int n_out, first; long long out_stride; };
+struct Matrix { const u8 *w, *top; float* out; const float* bias; int n_out, first; i64 out_stride; };
 __device__ __forceinline__ Matrix matrix(const WgmmaArgs& a, int i) { return {a.w[i], a.top[i], a.out[i], a.bias[i], a.n_out[i], a.first[i], a.out_stride[i]}; }
 
 // out (tokens, n_out) = x W^T (+ bias) (+ residual) of one of the matrices. tile: of the matrix's rows
@@ -33,7 +33,7 @@ template<int T> __device__ __forceinline__ void product(const WgmmaArgs& a, cons
     Stages<TOKENS, ROWS, SPLITS, DEPTH>::prepare(barriers);
     Tile<T, TOKENS, ROWS, SPLITS, DEPTH, TURNS> s;
     const int t0 = blockIdx.x * TOKENS, row0 = (tile * ROWS + s.r) * 64, o = row0 + s.mine;
-    if (!s.run(m.w, m.top + m.first, m.first / 16, row0, m.n_out, a.n_in, a.x + (long long)t0 * 64, (long long)a.x_rows * 64, shared, barriers, order)) return;
+    if (!s.run(m.w, m.top + m.first, m.first / 16, row0, m.n_out, a.n_in, a.x + (i64)t0 * 64, (i64)a.x_rows * 64, shared, barriers, order)) return;
     const bool in[2] = {o < m.n_out, o + 8 < m.n_out};
     const float b[2] = {m.bias && in[0] ? m.bias[o] : 0, m.bias && in[1] ? m.bias[o + 8] : 0};
     s.each([&](int token, const float (&v)[4]) {
@@ -84,8 +84,8 @@ template<int T> __device__ __forceinline__ void gated_product(const WgmmaGatedAr
     Tile<T, TOKENS, ROWS, SPLITS, DEPTH> s;
     const int t0 = blockIdx.x * TOKENS, row0 = blockIdx.y * 64, first = a.first[s.r];
     const float* bias = a.bias[s.r];
-    s.run(a.w[s.r], a.top[s.r] + first, first / 16, row0, a.n_out, a.n_in, a.x + (long long)t0 * 64, (long long)a.x_rows * 64, shared, barriers);
-    store_gated<SILU>(s, bias ? bias + row0 : nullptr, a.inv + t0, a.n_out - row0, a.n_rows - t0, shared, a.half + ((long long)blockIdx.y * a.half_rows + t0) * 64);
+    s.run(a.w[s.r], a.top[s.r] + first, first / 16, row0, a.n_out, a.n_in, a.x + (i64)t0 * 64, (i64)a.x_rows * 64, shared, barriers);
+    store_gated<SILU>(s, bias ? bias + row0 : nullptr, a.inv + t0, a.n_out - row0, a.n_rows - t0, shared, a.half + ((i64)blockIdx.y * a.half_rows + t0) * 64);
     if (blockIdx.y == 0) for (int i = threadIdx.x; i < TOKENS; i += 256) a.half_inv[t0 + i] = 1 / gated_scale<SILU>();
 #endif
 }

@@ -4,7 +4,7 @@
 enum { AS_IS = 0, NORM = 1, SWIGLU = 2, SWIGLU_OAI = 3 };
 
 struct ToHalfArgs {
-    const float* x; long long x_stride; const float* other; long long other_stride; float eps; int mode;
+    const float* x; i64 x_stride; const float* other; i64 other_stride; float eps; int mode;
     const int *slots, *end; u16* half; float *inv, *sums; int per, n, ld, rows;
 };
 
@@ -12,7 +12,7 @@ struct ToHalfArgs {
 struct Lazy {
     const float *x, *other;
     int mode;
-    __device__ Lazy(const ToHalfArgs& a, long long row) : x(a.x + row * a.x_stride), other(a.other + (a.mode == NORM ? 0 : row * a.other_stride)), mode(a.mode) {}
+    __device__ Lazy(const ToHalfArgs& a, i64 row) : x(a.x + row * a.x_stride), other(a.other + (a.mode == NORM ? 0 : row * a.other_stride)), mode(a.mode) {}
     __device__ __forceinline__ float made(float a, float b, float& square) const {
         if (mode == NORM) { square = fmaf(a, a, square); return a * b; }
         if (mode == SWIGLU) return a / (1.f + expf(-a)) * b;
@@ -73,8 +73,8 @@ extern "C" __global__ void __launch_bounds__(256) to_half(const __grid_constant_
         for (int k = 0; k < 4; k++) h[k] = to_half_bits(y[k] * factor * scale);
         float sum = (half_bits(h[0]) + half_bits(h[1])) + (half_bits(h[2]) + half_bits(h[3]));
         for (int d = 1; d < 8; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-        if (!(lane & 7)) a.sums[(long long)t * (ld / 32) + i / 32] = sum;
-        u16* to = a.half + ((long long)(i / 64) * a.rows + t) * 64 + 2 * (lane & 3);
+        if (!(lane & 7)) a.sums[(i64)t * (ld / 32) + i / 32] = sum;
+        u16* to = a.half + ((i64)(i / 64) * a.rows + t) * 64 + 2 * (lane & 3);
 #pragma unroll
         for (int c = 0; c < 2; c++) *(u32*)(to + ((2 * (i / 16 & 3) + c ^ t & 7) << 3)) = h[c] | h[2 + c] << 16;
     };

@@ -14,7 +14,7 @@ struct Halves { u32 q[4]; float da, db, ma, mb; };
 template<int T> struct Fetch {
     Raw<T> raw;
     bool there;
-    __device__ __forceinline__ void get(const Planes<T>& p, long long row, int span, int u, int n, bool valid) {
+    __device__ __forceinline__ void get(const Planes<T>& p, i64 row, int span, int u, int n, bool valid) {
         there = valid && 64 * span + octet_start(u) < n;
         if (there) load_octet<T>(raw, p, row, span, u);
     }
@@ -26,7 +26,7 @@ template<int T> struct Fetch {
 };
 template<> struct Fetch<F16> {      // are halves already
     u32 q[4];
-    __device__ __forceinline__ void get(const Planes<F16>& w, long long row, int span, int u, int n, bool valid) {
+    __device__ __forceinline__ void get(const Planes<F16>& w, i64 row, int span, int u, int n, bool valid) {
         const u16* p = (const u16*)w.w + row * n;
         int i = 64 * span + octet_start(u);
 #pragma unroll
@@ -49,8 +49,8 @@ struct Shared {
 // The scale of a block multiplies the accumulators of that block in FP32; integers times halves are summed exactly as the tensor core
 // sums them.
 template<int T, class A>
-__device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long first, int rows, const A& args, int column, const float* bias,
-    const float* residual, long long residual_stride) {
+__device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, i64 first, int rows, const A& args, int column, const float* bias,
+    const float* residual, i64 residual_stride) {
     constexpr int GROUP = Type<T>::group;
     const u16* x = args.x;
     const int x_rows = args.x_rows;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
     auto load_x = [&](int span) {
         for (int j = 0; j < 4; j++) {
             int r = (tid + 256 * j) / 8, c = tid & 7, t = s.xrow[r];
-            copy16(&s.x[span & 1][chunk(r, c)], x + ((long long)span * x_rows + max(t, 0)) * BK + ((c ^ (t & 7)) << 3), t >= 0);
+            copy16(&s.x[span & 1][chunk(r, c)], x + ((i64)span * x_rows + max(t, 0)) * BK + ((c ^ (t & 7)) << 3), t >= 0);
         }
     };
     Fetch<T> f[2];
@@ -105,7 +105,7 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
                     }
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        if (Type<T>::mins) sum[e] = args.sums[(long long)max(x_row(i, e), 0) * (args.ld / 32) + 2 * span + g];
+                        if (Type<T>::mins) sum[e] = args.sums[(i64)max(x_row(i, e), 0) * (args.ld / 32) + 2 * span + g];
                         if (T == MXFP4) inv[e] = 16384 * inverse(i, e);     // before a block scale that may be 2^127; 16384: the halves are value / 2^14
                     }
 #pragma unroll

@@ -2,5 +2,5 @@
 #include "types/blocks.cu"
 struct PlainGemmArgs {
     const u8* w; const float* x; float* out; const float *bias, *residual;
-    int n_rows, n_out, n_in; long long x_stride, out_stride, residual_stride;
+    int n_rows, n_out, n_in; i64 x_stride, out_stride, residual_stride;
 };
