@@ -79,5 +79,5 @@ def test_layout_of_batched_launches(name):
 
 def test_every_kernel_takes_one_struct():
     for file, text in FILES.items():
-        for m in re.finditer(r'__global__[^(;]*?(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?([\w#]+)\(([^)]*)\)', re.sub(r'//.*', '', text)):
+        for m in re.finditer(r'__global__[^(;]*?(?:__launch_bounds__\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*)?([\w#]+)\(([^)]*)\)', re.sub(r'//.*', '', text)):
             assert re.fullmatch(r'const __grid_constant__ [\w<>]+ \w+', m[2].replace('\\\n', '').strip()), f'{file}: {m[1]}({m[2]})'
