@@ -72,6 +72,8 @@ static unsigned __reduce_max_sync(unsigned, unsigned v) { for (int d = 16; d; d 
 static uint32_t __float_as_uint(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
+static float __fdividef(float a, float b) { return a / b; }
+static float __expf(float x) { return std::exp(x); }
 static uint32_t to_half_bits(float x) {
     if (x == 0) return 0;
     const int e = std::max(std::ilogb(x), -14);
@@ -162,7 +164,7 @@ def library(tmp_path_factory):
             blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', text('blocks'))
             source = text('input_prologue')
             source = source[:source.index('// Programmatic dependent launch')] + source[source.index('// 1 / root mean square'):]
-            parts = [blocks, text('reduce'), text('lane_fragment'), source, text('bulk_pipeline'), text('topk_router'), text('gemv')]
+            parts = [blocks, text('reduce'), text('lane_fragment'), source, text('swiglu'), text('bulk_pipeline'), text('topk_router'), text('gemv')]
             names = [d.split('=')[1] for d in defines if d.startswith('ONLY_NAME')]
             whole = '\n'.join(parts)
             assert 'asm' not in whole, 'the source has changed'

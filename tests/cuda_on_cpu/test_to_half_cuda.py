@@ -25,7 +25,7 @@ def library(tmp_path_factory):
             assert not change[0] or kernel.count(change[0]) == 1, 'the source has changed'
             # here `shared` is one per block: a static one does, since blocks run one after the other
             fibers = FIBERS.replace('#define __shared__', '#define __shared__ static').replace('alignas(16) unsigned char', 'alignas(16) static unsigned char').replace('256', str(threads))
-            text = THREADS + fibers + 'typedef uint32_t u32; typedef uint16_t u16; typedef long long i64;\n' + REDUCE + factor + kernel.replace(*change) + RUN + 'RUN(to_half)'
+            text = THREADS + fibers + 'typedef uint32_t u32; typedef uint16_t u16; typedef long long i64;\n' + REDUCE + factor + read_source('swiglu') + kernel.replace(*change) + RUN + 'RUN(to_half)'
             made[threads, change] = compiled(tmp_path_factory, text)
         return made[threads, change]
     return build

@@ -61,8 +61,6 @@ template<int N> static void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], u64
 '''
 MORE = r'''
 #define fmaf fmaf_
-static float __fdividef(float a, float b) { return a / b; }
-#define __expf(a) std::exp(a)
 template<class T> static T __shfl_sync(unsigned, T v, int lane, int width) { return from_lane(v, lane_of() / width * width + lane); }
 '''
 TILES = [(64, 1, 4, 3, 1, 1), (128, 2, 1, 6, 1, 4), (64, 1, 2, 3, 2, 1), (128, 1, 2, 3, 1, 1), (128, 2, 1, 6, 1, 2), (256, 2, 1, 3, 1, 1), (64, 2, 1, 6, 2, 1)]
@@ -73,7 +71,7 @@ def source(file):
     text = lambda name: re.sub(r'#include .*', '', read_source(name))
     blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', text('blocks'))
     kernel = re.sub(r'__shared__ (u64|u16) (barriers|order)', r'static \1 \2', text(file))
-    whole = '\n'.join((blocks, text('lane_fragment'), plain_slab(text('wgmma_mainloop')), kernel))
+    whole = '\n'.join((blocks, text('lane_fragment'), text('swiglu'), plain_slab(text('wgmma_mainloop')), kernel))
     assert 'asm' not in whole, 'the source has changed'
     return whole
 

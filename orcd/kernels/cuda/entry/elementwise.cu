@@ -1,5 +1,6 @@
 #include "math/reduce.cu"
 #include "math/rope_angle.cu"
+#include "math/swiglu.cu"
 #include "math/input_prologue.cu"
 
 // y = x / sqrt(mean(x^2) + eps) * w; one block a row
@@ -75,18 +76,14 @@ struct GatedArgs { const float* gate; i64 gate_stride; const float* up; i64 up_s
 extern "C" __global__ void swiglu(const __grid_constant__ GatedArgs a) {
     const int row = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= a.n_rows || i >= a.n) return;
-    const float g = a.gate[row * a.gate_stride + i];
-    a.out[row * a.out_stride + i] = g / (1.f + expf(-g)) * a.up[row * a.up_stride + i];
+    a.out[row * a.out_stride + i] = activation(a.gate[row * a.gate_stride + i], a.up[row * a.up_stride + i], false);
 }
 
-// the clamped SwiGLU of gpt-oss: g sigmoid(1.702 g) (u + 1), g at most 7, u within +-7. A NaN stays one.
+// gpt-oss's variant
 extern "C" __global__ void clamped_swiglu(const __grid_constant__ GatedArgs a) {
     const int row = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= a.n_rows || i >= a.n) return;
-    float g = a.gate[row * a.gate_stride + i], u = a.up[row * a.up_stride + i];
-    g = g > 7.f ? 7.f : g;
-    u = u > 7.f ? 7.f : u < -7.f ? -7.f : u;
-    a.out[row * a.out_stride + i] = g / (1.f + expf(-1.702f * g)) * (u + 1.f);
+    a.out[row * a.out_stride + i] = activation(a.gate[row * a.gate_stride + i], a.up[row * a.up_stride + i], true);
 }
 
 // x + y

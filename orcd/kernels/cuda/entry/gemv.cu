@@ -1,5 +1,6 @@
 #include "types/lane_fragment.cu"
 #include "math/input_prologue.cu"
+#include "math/swiglu.cu"
 #include "copy/bulk_pipeline.cu"
 #include "math/topk_router.cu"
 #ifndef WARPS
@@ -248,14 +249,7 @@ __device__ __forceinline__ void gemv(const GemvArgs& a, const Matrix& m, int blo
             y[i] = fmaf(y[i], factor, bias[i]);
         }
         float out = y[0];
-        if (MODE == GATED) {
-            float gate = y[0], up = y[MAX_TERMS - 1];
-            if (a.clamped) {
-                gate = gate > 7.f ? 7.f : gate;
-                up = (up > 7.f ? 7.f : up < -7.f ? -7.f : up) + 1.f;
-            }
-            out = gate / (1.f + expf(a.clamped ? -1.702f * gate : -gate)) * up;
-        }
+        if (MODE == GATED) out = activation(y[0], y[MAX_TERMS - 1], a.clamped);
         if (MODE == MIX) {
             out = 0;
 #pragma unroll
@@ -283,7 +277,7 @@ template<int A, int B> __device__ __forceinline__ void products(const GemvArgs& 
 #define PRODUCTS(name, A, B) \
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) gemv_##name(const __grid_constant__ GemvArgs a) { products<A, B>(a); }
 #define JOINT(name, MODE, T) \
-extern "C" __global__ void __launch_bounds__(32 * WARPS, (MODE == MIX && is_k<T>() ? 1 : RESIDENT)) name(const __grid_constant__ GemvArgs a) { \
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MODE == MIX && is_k<T>() ? 1 : RESIDENT) name(const __grid_constant__ GemvArgs a) { \
     gemv<T, MODE>(a, matrix(a, 0), blockIdx.x); \
 }
 #define EACH(name, T) PRODUCTS(name, T, T) JOINT(gated_##name, GATED, T) JOINT(mix_##name, MIX, T)

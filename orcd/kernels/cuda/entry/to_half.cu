@@ -1,7 +1,8 @@
 #include "math/input_prologue.cu"
+#include "math/swiglu.cu"
 #include "math/mma.cu"
 
-enum { AS_IS = 0, NORM = 1, SWIGLU = 2, SWIGLU_OAI = 3 };
+enum { AS_IS = 0, NORM = 1, SWIGLU = 2, CLAMPED_SWIGLU = 3 };
 
 struct ToHalfArgs {
     const float* x; i64 x_stride; const float* other; i64 other_stride; float eps; int mode;
@@ -15,11 +16,8 @@ struct Lazy {
     __device__ Lazy(const ToHalfArgs& a, i64 row) : x(a.x + row * a.x_stride), other(a.other + (a.mode == NORM ? 0 : row * a.other_stride)), mode(a.mode) {}
     __device__ __forceinline__ float made(float a, float b, float& square) const {
         if (mode == NORM) { square = fmaf(a, a, square); return a * b; }
-        if (mode == SWIGLU) return a / (1.f + expf(-a)) * b;
-        if (mode == SWIGLU_OAI) {
-            a = a > 7.f ? 7.f : a; b = b > 7.f ? 7.f : b < -7.f ? -7.f : b;
-            return a / (1.f + expf(-1.702f * a)) * (b + 1.f);
-        }
+        if (mode == SWIGLU) return activation(a, b, false);
+        if (mode == CLAMPED_SWIGLU) return activation(a, b, true);
         return a;
     }
     // Elements i ... i + 3, zeros from n on; i is a multiple of 4
