@@ -73,7 +73,7 @@ static uint32_t __float_as_uint(float f) { uint32_t u; memcpy(&u, &f, 4); return
 static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 static float __fdividef(float a, float b) { return a / b; }
-static float __expf(float x) { return std::exp(x); }
+#define __expf(x) std::exp(x)
 static uint32_t to_half_bits(float x) {
     if (x == 0) return 0;
     const int e = std::max(std::ilogb(x), -14);
