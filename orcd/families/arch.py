@@ -8,7 +8,7 @@ __all__ = ['Roles', 'FAMILIES', 'registry', 'COLOR', 'TensorSpec', 'specs', 'Arc
 
 # %% ../../nbs/3_families/11_arch.ipynb #c9565b19
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from types import SimpleNamespace
@@ -192,32 +192,38 @@ class Step:
     inputs:tuple[int, ...]  # steps whose outputs it reads
     residual:int | None     # the step that it adds, or None
     shape:tuple[int, ...]   # rows a token, width
+    what:dict[str, Any] = field(default_factory=dict, compare=False) # whatever else it was given, by name
 
 class Trace:
     "Operations that record themselves"
     config: ModelConfig
     steps: list[Step]
     def __init__(self, config:ModelConfig)->None: self.config, self.steps = config, []
-    def add(self, op:str, inputs:Sequence[Value], shape:tuple[int, ...], label:str='', residual:Value | None=None)->Value:
+    def add(self, op:str, inputs:Sequence[Value], shape:tuple[int, ...], label:str='', residual:Value | None=None,
+        **what:Any)->Value:
         "One more step; its output"
-        self.steps.append(Step(op, label, tuple(v.step for v in inputs), None if residual is None else residual.step, shape))
+        self.steps.append(Step(op, label, tuple(v.step for v in inputs), None if residual is None else residual.step, shape, what))
         return Value(len(self.steps) - 1, shape)
     def start(self)->Value: return self.add('x', (), (1, self.config.n_embd))
-    def rms_norm(self, x:Value, w:Any, eps:float)->Value: return self.add('rms_norm', [x], x.shape, w.role)
-    def head_norm(self, q:Value, w:Any, n_head:int, eps:float)->Value: return self.add('head_norm', [q], q.shape, w.role)
+    def rms_norm(self, x:Value, w:Any, eps:float)->Value: return self.add('rms_norm', [x], x.shape, w.role, w=w, eps=eps)
+    def head_norm(self, q:Value, w:Any, n_head:int, eps:float)->Value:
+        return self.add('head_norm', [q], q.shape, w.role, w=w, n_head=n_head, eps=eps)
     def linear(self, x:Value, W:Any, bias:Any=None, residual:Value | None=None)->Value:
-        return self.add('linear', [x], (1, W.shape[0]), W.role + (' + bias' if bias is not None else ''), residual)
-    def split(self, y:Value, sizes:Sequence[int])->list[Value]: return [self.add('split', [y], (1, n)) for n in sizes]
-    def rope(self, q:Value, n_head:int)->Value: return self.add('rope', [q], q.shape, f'{n_head} heads')
+        return self.add('linear', [x], (1, W.shape[0]), W.role + (' + bias' if bias is not None else ''), residual, W=W, bias=bias)
+    def split(self, y:Value, sizes:Sequence[int])->list[Value]:
+        return [self.add('split', [y], (1, n), first=sum(sizes[:i])) for i, n in enumerate(sizes)]
+    def rope(self, q:Value, n_head:int)->Value: return self.add('rope', [q], q.shape, f'{n_head} heads', n_head=n_head)
     def attention(self, q:Value, k:Value, v:Value, i:int, sinks:Any=None)->Value:
         w = self.config.windows[i]
         return self.add('attention', [q, k, v], q.shape,
-            (f'window {w}' if w else 'all positions') + (', sinks' if sinks is not None else ''))
+            (f'window {w}' if w else 'all positions') + (', sinks' if sinks is not None else ''), sinks=sinks)
     def swiglu(self, gate:Value, up:Value)->Value: return self.add('swiglu', [gate, up], up.shape)
     def clamped_swiglu(self, gate:Value, up:Value)->Value: return self.add('clamped_swiglu', [gate, up], up.shape)
-    def route(self, logits:Value, k:int)->Value: return self.add('route', [logits], (1, k), f'best {k} of {logits.shape[1]}')
+    def route(self, logits:Value, k:int)->Value:
+        return self.add('route', [logits], (1, k), f'best {k} of {logits.shape[1]}', k=k)
     def expert_linear(self, x:Value, W:Any, bias:Any, route:Value)->Value:
-        return self.add('expert_linear', [x, route], (route.shape[1], W.shape[1]), W.role + (' + bias' if bias is not None else ''))
+        return self.add('expert_linear', [x, route], (route.shape[1], W.shape[1]), W.role + (' + bias' if bias is not None else ''),
+            W=W, bias=bias)
     def expert_sum(self, y:Value, route:Value, residual:Value)->Value:
         return self.add('expert_sum', [y, route], residual.shape, '', residual)
 
