@@ -21,7 +21,7 @@ from ..files.gguf import GGUF
 from .cuda_engine import plan, row_max_exponents, workspace
 from ..errors import DeviceError
 from ..kernels.nvrtc import padded_bytes
-from .ops import cache_shape
+from .lower import cache_shape
 from .vram import Ledger, aligned, mib
 
 # %% ../../nbs/5_engine/33_view.ipynb #537eee8c

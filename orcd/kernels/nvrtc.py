@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CUDA_DIR', 'CUDA_FOLDERS', 'OPTIONS', 'MAX_ENTRY', 'MAX_ARGS', 'FLOAT', 'TILE', 'read_source', 'with_includes',
            'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'target', 'cubin', 'address', 'Args',
-           'device_arch', 'context_of', 'set_context', 'driver_call', 'Kernel', 'kernel', 'Launch', 'launcher',
-           'Recording', 'type_defines', 'load_all', 'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
+           'device_arch', 'context_of', 'set_context', 'driver_call', 'launch_all', 'Kernel', 'kernel', 'Launch',
+           'launcher', 'type_defines', 'load_all', 'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #59e5ad29
 import ctypes, hashlib, os, re, stat, struct, sys, tempfile, threading, zlib
@@ -289,9 +289,12 @@ def driver_call(
         if error := f(*args): _driver((error,))
     return call
 
-def _launch(launches):
+def launch_all(
+    calls, # (configuration, handle, address of the pointer to the arguments) of each launch
+):
+    "Put launches on their stream"
     launch = driver_call('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)
-    for config, handle, at in launches: launch(config.getPtr(), int(handle), at, None)
+    for config, handle, at in calls: launch(config.getPtr(), int(handle), at, None)
 
 def _load_functions(module):
     "The driver would put that off until each function is launched first"
@@ -320,7 +323,7 @@ class _Room(threading.local):
         self.table = np.array([self.words.ctypes.data], np.uint64) # a pointer to each argument: there is one
         self.bytes, self.at = memoryview(self.words).cast('B'), self.table.ctypes.data
 
-_room, _recordings = _Room(), {}
+_room = _Room()
 
 class Kernel:
     "A CUDA function on one device that takes one struct"
@@ -333,23 +336,26 @@ class Kernel:
         self.fn, self.handle, self._shared = fn, cu.CUfunction(fn.ptr), 48 << 10
         self.early = int(device_arch(device)[3:]) >= 90 and runtime.driverGetVersion() >= 12030 # older drivers do not capture such launches in a graph
 
-    def __call__(self, grid, block,
-        args:bytes, # the struct, from `Args.pack`
-        shared_mem=0, stream=None,
+    def config(self, grid, block, shared_mem, stream,
         early=False,  # start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
-        pointers=(),  # which bytes of `args` are addresses, for a `Recording`
     ):
+        "What the driver wants to know of a launch besides its arguments"
         if shared_mem > self._shared:
             from cupy.cuda import driver
             driver.funcSetAttribute(self.fn.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_mem)
             self._shared = shared_mem
+        return _config(grid, block, shared_mem, stream.ptr, early and self.early)[0]
+
+    def __call__(self, grid, block,
+        args:bytes, # the struct, from `Args.pack`
+        shared_mem=0, stream=None, early=False,
+    ):
         if stream is None:
             import cupy
             stream = cupy.cuda.get_current_stream()
-        config = _config(grid, block, shared_mem, stream.ptr, early and self.early)[0]
-        if stream.ptr in _recordings: _recordings[stream.ptr].append((config, self.handle, args, pointers))
+        config = self.config(grid, block, shared_mem, stream, early)
         _room.bytes[:len(args)] = args
-        _launch([(config, self.handle, _room.at)])
+        launch_all([(config, self.handle, _room.at)])
 
 @lru_cache(1024)
 def _config(grid, block, shared_mem, stream, early):
@@ -392,7 +398,7 @@ class Launch:
     early:bool = False # see `Kernel`
 
     def __call__(self, stream=None):
-        kernel(self.file, self.name, self.defines)(self.grid, (self.block,), self.args.pack(self.values), self.shared, stream, self.early, self.args.pointers)
+        kernel(self.file, self.name, self.defines)(self.grid, (self.block,), self.args.pack(self.values), self.shared, stream, self.early)
 
 def launcher(
     plan=None,        # function that returns a `Launch`, or several in their order
@@ -408,47 +414,6 @@ def launcher(
         if returns: return kw[returns] if returns in kw else args[at]
     launch.plan = plan
     return launch
-
-# %% ../../nbs/4_kernels/18_nvrtc.ipynb #e489c4b6
-class Recording:
-    "Keeps what is launched on a stream within a `with` block, to launch it again with other arrays"
-    def __init__(self,
-        stream, # CuPy stream
-        arrays, # uint64 (n, 2): address and bytes of the arrays that are to be replaced
-    ):
-        self.stream, self.arrays = stream, arrays
-
-    def __enter__(self):
-        _recordings[self.stream.ptr] = self.launches = []
-        return self
-
-    def __exit__(self, *error):
-        del _recordings[self.stream.ptr]
-        if any(error): return
-        self.room = np.frombuffer(bytearray(b''.join(args + bytes(-len(args) % 8) for *_, args, _ in self.launches)), np.uint64)
-        begins = np.cumsum([0, *(-(-len(args)//8) for *_, args, _ in self.launches)])[:-1]
-        self.words, self.table = self.room.copy(), self.room.ctypes.data + 8*begins.astype(np.uint64) # the driver reads both: they have to live as long
-        self.where = np.array([int(b) + p//8 for (*_, pointers), b in zip(self.launches, begins) for p in pointers], np.intp) # which words are addresses
-        self.launches = [(config, handle, self.table.ctypes.data + 8*i) for i, (config, handle, *_) in enumerate(self.launches)]
-        self.by = np.zeros(len(self.arrays) + 1, np.uint64) # by how much each array's address differs
-        order, found = np.argsort(self.arrays[:, 0]), self.words[self.where]
-        i = order[np.maximum(np.searchsorted(self.arrays[order, 0], found, 'right'), 1) - 1]
-        self.of = np.where(found - self.arrays[i, 0] < self.arrays[i, 1], i, len(self.arrays)) # the array that an address lies in; one more for none
-
-    def moved(self,
-        arrays, # uint64 (n, 2): those to take, of the same sizes
-    ):          # uint64: the arguments
-        "Arguments of the launches, with the addresses of other arrays"
-        if (arrays[:, 1] != self.arrays[:, 1]).any(): raise KernelError('arrays of other sizes cannot take the place of those that were recorded')
-        self.by[:-1] = arrays[:, 0] - self.arrays[:, 0]
-        words = self.words.copy()
-        words[self.where] += self.by[self.of]
-        return words
-
-    def repeat(self, arrays):
-        "Launch again; see `moved`"
-        self.room[:] = self.moved(arrays)
-        _launch(self.launches)
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #b4c0b5e8
 def type_defines(type:GGMLType)->tuple:
