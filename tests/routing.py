@@ -67,7 +67,8 @@ def recorded(n_layer):
     from orcd.engine.cuda_engine import CudaEngine
     seen = Recorded(n_layer)
     def watch(engine, launch, array):
-        if launch.name == 'route': seen.calls.append(tuple(array(launch.values[name]).get(stream=engine.stream) for name in ('logits', 'ids')))
+        if launch.name != 'route': return
+        seen.calls.append(tuple(array(launch.values[name]).get(stream=engine.stream) for name in ('logits', 'ids')))
     CudaEngine.replay, CudaEngine.watch = False, watch # a graph would not call it
     try: yield seen
     finally: CudaEngine.replay, CudaEngine.watch = True, None

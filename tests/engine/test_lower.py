@@ -6,7 +6,7 @@ import orcd
 from conftest import PUBLISHED
 from make_models import MODELS, make_model
 from orcd.engine import lower
-from orcd.engine.lower import EXPONENTS, Buffer, Layers, Lowering, Place, Program, files_of, place_temporaries, pointers
+from orcd.engine.lower import Buffer, Layers, Lowering, Place, Program, files_of, place_temporaries, pointers
 from orcd.errors import KernelError
 from orcd.families.arch import Trace, open_model
 from orcd.kernels import gemv, nvrtc
@@ -33,7 +33,8 @@ def kind(l): return l.name.removesuffix('_' + l.name.split('_', 1)[-1]) if l.fil
 
 
 TOKEN = dict(qwen2=['gemv', 'attend_decode', 'gemv', 'gated', 'gemv'], phi3=['gemv', 'attend_decode', 'gemv', 'gated', 'gemv'],
-    qwen3=['gemv', 'head_norm', 'head_norm', 'attend_decode', 'gemv', 'gated', 'gemv'], llama=['gemv', 'attend_decode', 'gemv', 'gated', 'gemv'])
+    qwen3=['gemv', 'head_norm', 'head_norm', 'attend_decode', 'gemv', 'gated', 'gemv'],
+    llama=['gemv', 'attend_decode', 'gemv', 'gated', 'gemv'])
 TOKEN['gpt-oss'] = ['gemv', 'attend_decode', 'gemv', 'gemv', 'gated', 'mix']
 
 
@@ -50,8 +51,8 @@ def test_launches_of_the_published_files(headers, name):
     if arch == 'gpt-oss':
         windowed = ('turn_rows', 'stage_window', 'attend_prefill', 'store_kv')
         rest = ('to_half', 'wgmma', 'rms_norm', 'thin', 'route', 'group_slots', 'to_half', 'experts_gated', 'experts', 'expert_sum')
-        named = lambda some: {tuple('experts_gated' if n.startswith('experts_gated') else n for n in k) for k in some}
-        got = {tuple('experts_gated' if l.name.startswith('experts_gated') else kind(l) for l in hopper.layer(i, 512, 4096).launches) for i in hopper.places}
+            name = lambda l: 'experts_gated' if l.name.startswith('experts_gated') else kind(l)
+        got = {tuple(map(name, hopper.layer(i, 512, 4096).launches)) for i in hopper.places}
         assert got == {('to_half', 'wgmma', *attend, *rest), ('to_half', 'wgmma', *windowed, *rest)}
     else:
         assert kinds(hopper, 512, 4096) == {('to_half', 'wgmma', *attend, 'to_half', 'wgmma', 'to_half', 'gated', 'wgmma')}
@@ -93,7 +94,7 @@ def test_overlap_is_seen():
     def launch(*bs): return nvrtc.Launch('f', 'n', (1,), 32, args, dict(a=[Place(b, (b.n_bytes,), np.uint8) for b in bs]))
     a, b, c = (Buffer('scratch', n) for n in (1000, 300, 5000))
     assert place_temporaries([a, b, c], [launch(a, b), launch(b, c)]) == 5120 + 512 and c.offset == 0 and a.offset == 0 and b.offset == 5120
-    assert place_temporaries([a, b, c], [launch(a, b), launch(b, c)], 1) == 5120 + 512 + 1024      # c is written when nobody has read a for a launch
+    assert place_temporaries([a, b, c], [launch(a, b), launch(b, c)], 1) == 5120 + 512 + 1024  # c waits until nobody has read a for a launch
     assert place_temporaries([a], []) == 0
 
 
@@ -105,7 +106,8 @@ def test_programs_have_the_addresses_of_the_layer(layers, monkeypatch):
     def real(a):
         if isinstance(a, (list, tuple)): return [real(x) for x in a]
         a = a.data if isinstance(a, nvrtc.QTensor) else a
-        return SimpleNamespace(data=SimpleNamespace(ptr=int(addresses[layers.roles[a.buffer.role]]) + a.buffer.offset + a.offset)) if isinstance(a, Place) else a
+        if not isinstance(a, Place): return a
+        return SimpleNamespace(data=SimpleNamespace(ptr=int(addresses[layers.roles[a.buffer.role]]) + a.buffer.offset + a.offset))
     for i, rows, decode, low in each(layers):
         want = b''.join(d + bytes(-len(d) % 8) for l in low.launches for d in [l.args.pack({k: real(v) for k, v in l.values.items()})])
         assert Program(low.launches, layers.roles, 0).arguments(addresses).tobytes() == want
@@ -113,7 +115,8 @@ def test_programs_have_the_addresses_of_the_layer(layers, monkeypatch):
 
 def lowered(write, rows, decode, hopper=True, arch='qwen2'):
     "The launches of a layer that `write(ops, x, w)` writes, over the tensors of a small model"
-    config = SimpleNamespace(n_embd=64, n_head=2, n_head_kv=1, head_dim=32, windows=(0,), score_scale=None, rope=SimpleNamespace(n_rot=32, mscale=1., style='neox'))
+    config = SimpleNamespace(n_embd=64, n_head=2, n_head_kv=1, head_dim=32, windows=(0,), score_scale=None,
+        rope=SimpleNamespace(n_rot=32, mscale=1., style='neox'))
     shapes = dict(norm=(64,), q=(64, 64), k=(32, 64), v=(32, 64), o=(64, 64), gate=(96, 64), up=(96, 64), down=(64, 96), both=(192, 64))
     from orcd.files.blocks import GGMLType
     info = {r: SimpleNamespace(type=GGMLType.F32 if len(s) == 1 else GGMLType.Q8_0, shape=s, name=r) for r, s in shapes.items()}

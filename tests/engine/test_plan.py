@@ -1,7 +1,6 @@
 "What a model will take in VRAM, from its header alone: no GPU is needed to know"
 import pytest
-from conftest import PUBLISHED
-from make_models import ARCHES, make_model
+from make_models import make_model
 
 
 @pytest.fixture(scope='module')
