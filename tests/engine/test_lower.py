@@ -51,7 +51,7 @@ def test_launches_of_the_published_files(headers, name):
     if arch == 'gpt-oss':
         windowed = ('turn_rows', 'stage_window', 'attend_prefill', 'store_kv')
         rest = ('to_half', 'wgmma', 'rms_norm', 'thin', 'route', 'group_slots', 'to_half', 'experts_gated', 'experts', 'expert_sum')
-            name = lambda l: 'experts_gated' if l.name.startswith('experts_gated') else kind(l)
+        name = lambda l: 'experts_gated' if l.name.startswith('experts_gated') else kind(l)
         got = {tuple(map(name, hopper.layer(i, 512, 4096).launches)) for i in hopper.places}
         assert got == {('to_half', 'wgmma', *attend, *rest), ('to_half', 'wgmma', *windowed, *rest)}
     else:
@@ -94,7 +94,7 @@ def test_overlap_is_seen():
     def launch(*bs): return nvrtc.Launch('f', 'n', (1,), 32, args, dict(a=[Place(b, (b.n_bytes,), np.uint8) for b in bs]))
     a, b, c = (Buffer('scratch', n) for n in (1000, 300, 5000))
     assert place_temporaries([a, b, c], [launch(a, b), launch(b, c)]) == 5120 + 512 and c.offset == 0 and a.offset == 0 and b.offset == 5120
-    assert place_temporaries([a, b, c], [launch(a, b), launch(b, c)], 1) == 5120 + 512 + 1024  # c waits until nobody has read a for a launch
+    assert place_temporaries([a, b, c], [launch(a, b), launch(b, c)], 1) == 5120 + 512 + 1024 # c waits a launch longer
     assert place_temporaries([a], []) == 0
 
 
