@@ -37,7 +37,15 @@ CAPTURED = (2048, 512, 256, 128)                  # sizes that are captured, wit
 
 @dataclass(frozen=True)
 class Plan:
-    "Bytes of VRAM that a model needs, by kind, and the sizes that they follow from"
+    """Bytes of VRAM that a model needs, by kind, and the sizes that they follow from
+
+    Attributes:
+        n_ctx: positions that a job may use
+        n_kv: positions that the KV cache holds (less than n_ctx when its budget is smaller)
+        chunk: tokens of a prefill chunk
+        workspace: everything else
+        scratch: the part of the workspace that each layer uses anew
+    """
     n_ctx:int      # positions that a job may use
     n_kv:int       # positions that the KV cache holds (less than n_ctx when its budget is smaller)
     chunk:int      # tokens of a prefill chunk
@@ -61,7 +69,14 @@ def kinds(
     config,
     bound, # `arch.bind`: which tensor has which role
 )->list:   # of each layer the first one of its kind
-    "Layers of a kind have the same window and tensors of the same shapes and types"
+    """Layers of a kind have the same window and tensors of the same shapes and types
+
+    Args:
+        bound: `arch.bind`: which tensor has which role
+
+    Returns:
+        of each layer the first one of its kind
+    """
     first = {}
     return [first.setdefault(look, i) for i, look in enumerate(zip(config.windows, bound.signatures))]
 
@@ -69,7 +84,14 @@ def layer_kinds(
     config,
     bound, # `arch.bind`
 )->dict:   # index -> the layer's roles
-    "One layer of each kind"
+    """One layer of each kind
+
+    Args:
+        bound: `arch.bind`
+
+    Returns:
+        index -> the layer's roles
+    """
     return {i: SimpleNamespace(**bound.layers[i]) for i in sorted(set(kinds(config, bound)))}
 
 def dry_run(
@@ -81,7 +103,16 @@ def dry_run(
     decode:bool,  # the kernels for one row?
     is_hopper:bool=False, # a Hopper GPU?
 )->int:
-    "Bytes of scratch that a step takes: the layers are run without launching anything"
+    """Bytes of scratch that a step takes: the layers are run without launching anything
+
+    Args:
+        family: `Architecture`
+        layers: what `layer_kinds` found
+        n_kv: rows of the cache
+        rows: of the batch
+        decode: the kernels for one row?
+        is_hopper: a Hopper GPU?
+    """
     ops, x = CudaOps(config, n_kv, Scratch(), is_hopper=is_hopper), Shape((rows, config.n_embd))
     ops.decode = decode
     for i, w in layers.items():
@@ -100,7 +131,17 @@ def workspace(
     scratch:int, # bytes
     exponents:int=0,  # rows of all matrices whose scales' exponents the prefill wants to know
 )->dict:         # name -> (shape, dtype)
-    "Every array of the workspace"
+    """Every array of the workspace
+
+    Args:
+        n_ctx: positions
+        chunk: rows of a prefill chunk
+        scratch: bytes
+        exponents: rows of all matrices whose scales' exponents the prefill wants to know
+
+    Returns:
+        name -> (shape, dtype)
+    """
     draw, seen = sampler.workspace_bytes(config.n_vocab)
     return dict(scratch=((scratch,), np.uint8), x=((chunk, config.n_embd), np.float32), ids=((n_ctx,), np.int32), logits=((config.n_vocab,), np.float32),
         state=((attention.STATE_SIZE,), np.int32), inv_freq=((config.rope.n_rot // 2,), np.float32), sampler=((draw,), np.uint8), seen=((seen // 4,), np.uint32),
@@ -120,7 +161,14 @@ def largest(fits, hi):
 def matrices_of(
     roles:dict, # of a layer
 )->dict:        # those of them that products read
-    "Matrices and stacks of experts by role"
+    """Matrices and stacks of experts by role
+
+    Args:
+        roles: of a layer
+
+    Returns:
+        those of them that products read
+    """
     return {role: t for role, t in roles.items() if t is not None and len(t.shape) > 1 and not t.name.endswith('.bias')}
 
 def row_max_exponents(bound, is_hopper):
@@ -136,7 +184,17 @@ def plan(
     is_hopper:bool=False,    # for a Hopper GPU?
     limits:tuple=None,    # `gemv.device_limits` of the device; without one a Hopper GPU's
 )->Plan:
-    "What the model takes, exactly. Raises `ModelError` when no kernel runs it, `InsufficientVRAM` with the numbers and the largest context that would fit."
+    """What the model takes, exactly. Raises `ModelError` when no kernel runs it, `InsufficientVRAM` with the numbers and the largest context that would fit.
+
+    Args:
+        g: a `GGUF`
+        n_ctx: wanted context; by default what the model was trained for, or what fits
+        kv_cache_mb: budget of the KV cache in MiB
+        free: bytes of VRAM to fit into; None: any amount
+        model: (family, config, bound) of the file, if known
+        is_hopper: for a Hopper GPU?
+        limits: `gemv.device_limits` of the device; without one a Hopper GPU's
+    """
     family, config, bound = model or open_model(g)
     check_kernels(config, bound, *(limits or gemv.HOPPER))
     if n_ctx and n_ctx > config.context_length:
@@ -187,7 +245,11 @@ def products(
     config,
     bound, # `arch.bind`: which tensor has which role
 ):         # iterator of (roles, tensors)
-    "The matrices of each kind of layer, those together that read one vector"
+    """The matrices of each kind of layer, those together that read one vector
+
+    Args:
+        bound: `arch.bind`: which tensor has which role
+    """
     for layer in layer_kinds(config, bound).values():
         matrices = matrices_of(vars(layer))
         for roles in (*TOGETHER, *((r,) for r in matrices if not any(r in roles for roles in TOGETHER))):
@@ -198,7 +260,12 @@ def cut(
     tensors, # likewise
     config,
 ):           # list of what has a type and a shape
-    "Matrices as launches see them: one that holds several is cut, if they are whole tiles"
+    """Matrices as launches see them: one that holds several is cut, if they are whole tiles
+
+    Args:
+        roles: from `products`
+        tensors: likewise
+    """
     heads = config.n_head*config.head_dim, *(config.n_head_kv*config.head_dim,)*2
     rows = heads if roles == ('attn_qkv',) else (tensors[0].shape[0]//2,)*2 if roles == ('ffn_up',) and config.n_ff*2 == tensors[0].shape[0] else ()
     if not rows or any(n % nvrtc.TILE for n in rows): return tensors
@@ -208,7 +275,11 @@ def decode_launches(
     config,
     bound, # `arch.bind`
 ):         # iterator of (matrices, mode, rows, experts that a token reads): what `gemv.layout` takes
-    "The products of a decode step as they are launched"
+    """The products of a decode step as they are launched
+
+    Args:
+        bound: `arch.bind`
+    """
     for roles, tensors in ((), [bound.model['output']]), *products(config, bound):
         ts, k, mode = cut(roles, tensors, config), config.n_expert_used if len(tensors[0].shape) == 3 else 1, 'gemv'
         if gemv.fuses(*ts):
@@ -222,7 +293,13 @@ def check_kernels(
     shared:int,  # bytes of shared memory that a block may have
     rings:bool,  # has the card bulk copies?
 ):
-    "Raises `ModelError` for a model that no kernel runs, with the limit that stands in the way"
+    """Raises `ModelError` for a model that no kernel runs, with the limit that stands in the way
+
+    Args:
+        bound: `arch.bind`
+        shared: bytes of shared memory that a block may have
+        rings: has the card bulk copies?
+    """
     try:
         attention.check_heads('attention', config.head_dim, config.n_head, config.n_head_kv)
         if config.n_expert: gemv.check_choice(config.n_expert, config.n_expert_used)
@@ -238,7 +315,14 @@ def decode_files(
     config,
     bound, # `arch.bind`
 )->set:    # (file, defines)
-    "The `.cu` files of a decode step's kernels, with the weight types where they matter"
+    """The `.cu` files of a decode step's kernels, with the weight types where they matter
+
+    Args:
+        bound: `arch.bind`
+
+    Returns:
+        (file, defines)
+    """
     files = {(n, ()) for n in ('state', 'elementwise', 'sampler', f'attention_{config.head_dim}', *(['route'] if config.n_expert else []))}
     files.add(('embed', nvrtc.type_defines(bound.model['token_embd'].type)))
     for ts, *how in decode_launches(config, bound): files.add(gemv.kernel_variant([t.type for t in ts], gemv.layout(ts, *how)[2])[:2])
@@ -250,7 +334,16 @@ def kernel_files(
     is_hopper=False,      # a Hopper GPU?
     chunks=CAPTURED, # sizes of a prompt's chunks
 )->list:             # (file, defines)
-    "All files for decoding and for such chunks, in the order in which they are wanted"
+    """All files for decoding and for such chunks, in the order in which they are wanted
+
+    Args:
+        bound: `arch.bind`
+        is_hopper: a Hopper GPU?
+        chunks: sizes of a prompt's chunks
+
+    Returns:
+        (file, defines)
+    """
     files = {('to_half', ())}
     for roles, ts in products(config, bound):
         if is_hopper and len(ts[0].shape) == 2: files.update(wgmma.files(cut(roles, ts, config), roles in GATES, chunks))
@@ -266,7 +359,16 @@ def kernel_files(
 DEPTH = 3 # decode steps that are queued ahead of the token being read
 
 class CudaEngine:
-    "A model on one GPU, with the interface of `ReferenceEngine`. A context manager; `close()` gives every byte back."
+    """A model on one GPU, with the interface of `ReferenceEngine`. A context manager; `close()` gives every byte back.
+
+    Args:
+        g: an open `GGUF`
+        device: CUDA index
+        n_ctx: context length; by default what fits, at most what the model was trained for
+        kv_cache_mb: budget of the KV cache in MiB
+        chunk_bytes: of the file, copied at a time
+        progress: called with (bytes done, bytes in all) while weights are copied
+    """
     kind = 'cuda'
     replay = True # chunks of a prompt as captured graphs; off for those who want to look on
 
@@ -339,7 +441,15 @@ def plan_chunks(
     n:int, # tokens
     sizes, # rows of the graphs, ascending
 )->list:   # sizes
-    "The graphs that take `n` tokens in the shortest time; the last one may have rows to spare"
+    """The graphs that take `n` tokens in the shortest time; the last one may have rows to spare
+
+    Args:
+        n: tokens
+        sizes: rows of the graphs, ascending
+
+    Returns:
+        sizes
+    """
     many = max(0, n//sizes[-1] - 1)
     @lru_cache(None)
     def best(left): return min((LAUNCH_COST_ROWS + r + (best(left - r)[0] if left > r else 0), -r) for r in sizes)
@@ -446,7 +556,12 @@ def prefill(self:CudaEngine,
     ids,            # token ids
     cancelled=None, # asked before every chunk; true ends with `Cancelled`
 ):
-    "Run a prompt from position 0, forgetting what was before; leaves the logits of its last token"
+    """Run a prompt from position 0, forgetting what was before; leaves the logits of its last token
+
+    Args:
+        ids: token ids
+        cancelled: asked before every chunk; true ends with `Cancelled`
+    """
     with cuda_errors('prefill'):
         for at, x in self._chunks(ids, cancelled): end = at + len(x)
         self._head(x[len(x) - 1:])
@@ -457,7 +572,11 @@ def prefill(self:CudaEngine,
 def logits(self:CudaEngine,
     ids, # token ids
 ):       # float32 (len(ids), n_vocab)
-    "Logits after every token, from a fresh context"
+    """Logits after every token, from a fresh context
+
+    Args:
+        ids: token ids
+    """
     out = np.empty((len(ids), self.config.n_vocab), np.float32)
     with cuda_errors('logits'):
         for at, x in self._chunks(ids):
@@ -470,7 +589,11 @@ def logits(self:CudaEngine,
 def residuals(self:CudaEngine,
     ids, # token ids
 ):       # float32 (n_layer + 1, len(ids), n_embd)
-    "The residual stream after the embedding and after every layer, from a fresh context"
+    """The residual stream after the embedding and after every layer, from a fresh context
+
+    Args:
+        ids: token ids
+    """
     out = np.empty((self.config.n_layer + 1, len(ids), self.config.n_embd), np.float32)
     def tap(i, at, x): out[i + 1, at:at + len(x)] = x.get(stream=self.stream)
     with cuda_errors('residuals'):
@@ -548,7 +671,13 @@ def decode(self:CudaEngine,
     n:int,          # tokens at most
     cancelled=None, # asked before every token; true ends with `Cancelled`
 ):                  # iterator of (id, log probability)
-    "Draw tokens, feeding each back. Raises `OutOfVRAM` when the KV cache is full before `n` tokens are drawn."
+    """Draw tokens, feeding each back. Raises `OutOfVRAM` when the KV cache is full before `n` tokens are drawn.
+
+    Args:
+        params: `SamplingParams`
+        n: tokens at most
+        cancelled: asked before every token; true ends with `Cancelled`
+    """
     if not self.length: raise RequestError('decode without a prompt: call prefill first')
     start, self.length, queued = self.length, 0, 0
     room = self.n_kv - start + 1 # the first token is drawn without a new row
@@ -581,7 +710,11 @@ def info(self:CudaEngine):
 def step_bytes(self:CudaEngine,
     n:int, # positions in the cache
 )->int:
-    "Bytes that a decode step has to read: the weights, of experts those that a token takes, and the keys and values of `n` positions"
+    """Bytes that a decode step has to read: the weights, of experts those that a token takes, and the keys and values of `n` positions
+
+    Args:
+        n: positions in the cache
+    """
     c = self.config
     def size(w):
         n_bytes = w.n_bytes if isinstance(w, nvrtc.QTensor) else w.nbytes

@@ -39,7 +39,14 @@ class PendingRope:
 
 @dataclass(eq=False)
 class Product:
-    "A product of a prompt that is put off: it may go together with others, or become part of the one that reads it"
+    """A product of a prompt that is put off: it may go together with others, or become part of the one that reads it
+
+    Attributes:
+        route: of experts
+        first: rows of W
+        n: all by default
+        out: when it is done
+    """
     x:object
     W:object
     bias:object
@@ -228,7 +235,16 @@ class CudaOps:
 # %% ../../nbs/5_engine/30_ops.ipynb #5bc2584c
 @dataclass
 class Route:
-    "Which experts each of T tokens takes, best first, and with what weight"
+    """Which experts each of T tokens takes, best first, and with what weight
+
+    Attributes:
+        choice: `gemv.Choice`: decode's products find the experts themselves
+        ids: int32 (T, k)
+        weights: float32 (T, k)
+        positions: rows of activations sorted by expert
+        groups: how they are sorted, for prefill
+        made: are ids and weights there?
+    """
     choice:object      # `gemv.Choice`: decode's products find the experts themselves
     ids:object         # int32 (T, k)
     weights:object     # float32 (T, k)

@@ -26,7 +26,14 @@ def decode_workspace(
     head_dim:int,
     rows:int,     # rows of the layer's cache
 )->int:           # float32s
-    "Workspace of `attend_decode`: output, maximum and sum of every split"
+    """Workspace of `attend_decode`: output, maximum and sum of every split
+
+    Args:
+        rows: rows of the layer's cache
+
+    Returns:
+        float32s
+    """
     return n_head * -(-rows // SPLIT) * (head_dim + 2)
 
 def prefill_workspace(
@@ -35,7 +42,15 @@ def prefill_workspace(
     head_dim:int,
     window:int=0,    # of the layer; 0: full attention
 )->int:              # float16s
-    "Workspace of `attend_prefill`: staged keys and values of a window layer"
+    """Workspace of `attend_prefill`: staged keys and values of a window layer
+
+    Args:
+        T: rows of the largest chunk
+        window: of the layer; 0: full attention
+
+    Returns:
+        float16s
+    """
     return 2 * n_head_kv * (window + T) * head_dim if window else 0
 
 # %% ../../nbs/4_kernels/24_attention.ipynb #5c6b8010
@@ -45,7 +60,11 @@ def check_heads(
     n_head:int=1,
     n_head_kv:int=1,
 ):
-    "Raises `KernelError` for heads that no kernel is made for"
+    """Raises `KernelError` for heads that no kernel is made for
+
+    Args:
+        name: for the message
+    """
     check(head_dim in HEAD_DIMS, f'{name}: no kernel for heads of {head_dim} numbers, there is one for {", ".join(map(str, HEAD_DIMS))}')
     check(TICKETS + n_head_kv * passes(n_head, n_head_kv) <= STATE_SIZE, f'{name}: {n_head} query heads and {n_head_kv} key heads need more tickets than state has')
 
@@ -72,7 +91,16 @@ def store_kv(
     window=0,   # of the layer: position p goes to row p mod window
     stream=None,
 ):
-    "Write keys and values of T positions into a layer's cache"
+    """Write keys and values of T positions into a layer's cache
+
+    Args:
+        k: (T, n_head_kv * head_dim) float32, after RoPE
+        v: like k
+        k_cache: (n_head_kv, rows, head_dim) float16
+        v_cache: like k_cache
+        state: int32; state[0] is the position of row 0
+        window: of the layer: position p goes to row p mod window
+    """
     n_head_kv, rows, d, ring = _cache('store_kv', k_cache, v_cache, window)
     T, n = k.shape[0], n_head_kv * d
     ks, vs = strides('store_kv', T, n, k=k, v=v)
@@ -104,7 +132,22 @@ def attend_decode(
     rope=None,     # (inv_freq, mscale, style, n_rot) when q and k still have to be turned; n_rot a multiple of 8
     stream=None,
 ):
-    "Attention of one row over all positions up to its own. One launch; it is the same launch at every position."
+    """Attention of one row over all positions up to its own. One launch; it is the same launch at every position.
+
+    Args:
+        q: (1, n_head * head_dim) float32
+        k_cache: (n_head_kv, rows, head_dim) float16
+        v_cache: like k_cache
+        out: like q
+        state: int32, STATE_SIZE of them; state[0] is the row's position
+        workspace: float32, `decode_workspace` of them
+        window: of the layer
+        sinks: (n_head,) extra logits, or None
+        scale: of the scores, 1/sqrt(head_dim) by default
+        k: (1, n_head_kv * head_dim) float32: stored first, which saves `store_kv`
+        v: like k
+        rope: (inv_freq, mscale, style, n_rot) when q and k still have to be turned; n_rot a multiple of 8
+    """
     n_head_kv, rows, d, ring = _cache('attend_decode', k_cache, v_cache, window)
     n = q.shape[1]
     strides('attend_decode', 1, n, q=q, out=out)
@@ -139,7 +182,22 @@ def attend_prefill(
     rope=None,     # (inv_freq, mscale, style, n_rot) when q and k still have to be turned, which changes them
     stream=None,
 ):
-    "Causal attention of T rows over the cache and over themselves. A row's bits do not depend on the chunk it came with."
+    """Causal attention of T rows over the cache and over themselves. A row's bits do not depend on the chunk it came with.
+
+    Args:
+        q: (T, n_head * head_dim) float32
+        k: (T, n_head_kv * head_dim) float32, stored in the cache
+        v: like k
+        k_cache: (n_head_kv, rows, head_dim) float16
+        v_cache: like k_cache
+        out: like q
+        state: int32; state[0] is the position of row 0
+        workspace: float16, `prefill_workspace` of them; None without a window
+        window: of the layer
+        sinks: (n_head,) extra logits, or None
+        scale: of the scores, 1/sqrt(head_dim) by default
+        rope: (inv_freq, mscale, style, n_rot) when q and k still have to be turned, which changes them
+    """
     n_head_kv, rows, d, ring = _cache('attend_prefill', k_cache, v_cache, window)
     (T, n), nk = q.shape, n_head_kv * d
     (qs, os), (ks, vs) = strides('attend_prefill', T, n, q=q, out=out), strides('attend_prefill', T, nk, k=k, v=v)

@@ -29,7 +29,13 @@ def rms_norm(
     out,         # (T, n), may be x
     stream=None,
 ):
-    "out = x / sqrt(mean(x^2) + eps) * w, row by row"
+    """out = x / sqrt(mean(x^2) + eps) * w, row by row
+
+    Args:
+        x: (T, n)
+        w: (n,)
+        out: (T, n), may be x
+    """
     T, n = x.shape
     xs, os = strides('rms_norm', T, n, x=x, out=out)
     vector('rms_norm w', w, n)
@@ -45,7 +51,13 @@ def head_norm(
     out,         # like x, may be x
     stream=None,
 ):
-    "RMSNorm over each head"
+    """RMSNorm over each head
+
+    Args:
+        x: (T, n_head * head_dim)
+        w: (head_dim,)
+        out: like x, may be x
+    """
     T, n = x.shape
     xs, os = strides('head_norm', T, n, x=x, out=out)
     check(n % n_head == 0, f'head_norm: {n} columns are no multiple of {n_head} heads')
@@ -66,7 +78,17 @@ def rope(
     out,             # like x, may be x
     stream=None,
 ):
-    "Rotary position embedding"
+    """Rotary position embedding
+
+    Args:
+        x: (T, n_head * head_dim)
+        inv_freq: (n_rot / 2,) angle a position, in radians
+        mscale: factor of sine and cosine (YaRN), 1 otherwise
+        style: 'neox': pairs (i, i + n_rot/2); 'norm': (2i, 2i + 1)
+        n_rot: columns of a head that turn, the rest is copied
+        state: int32; state[0] is the position of row 0
+        out: like x, may be x
+    """
     T = x.shape[0]
     xs, os = strides('rope', T, n_head * head_dim, x=x, out=out)
     check(style in ('neox', 'norm'), f'rope: style is neox or norm, not {style!r}')
@@ -107,7 +129,13 @@ def embed(
     out,         # (T, n) float32
     stream=None,
 ):
-    "out[t] = row ids[t] of W; NaN for an id that W does not have"
+    """out[t] = row ids[t] of W; NaN for an id that W does not have
+
+    Args:
+        W: QTensor (n_vocab, n)
+        ids: (T,) int32 in VRAM; `state[1:2]` when decoding
+        out: (T, n) float32
+    """
     check(len(W.shape) == 2, f'embed: a table of two dimensions, got {W.shape}')
     (n_vocab, n), T = W.shape, out.shape[0]
     os, = strides('embed', T, n, out=out)

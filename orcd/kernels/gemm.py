@@ -29,12 +29,21 @@ def half_bytes(
     rows:int, # rows at most
     n_in:int, # longest row
 )->int:
-    "Bytes that `Fp16Activations` of this size needs, whatever the buffer's alignment"
+    """Bytes that `Fp16Activations` of this size needs, whatever the buffer's alignment
+
+    Args:
+        rows: rows at most
+        n_in: longest row
+    """
     ld, rows = padded(n_in), padded_rows(rows)
     return rows * (2*ld + 4*(ld//32) + 4) + 4*256
 
 class Fp16Activations:
-    "Activations as halves in a caller's buffer: what products of many rows read"
+    """Activations as halves in a caller's buffer: what products of many rows read
+
+    Args:
+        buffer: CuPy uint8, at least half_bytes(rows, n_in)
+    """
     def __init__(self,
         buffer,   # CuPy uint8, at least half_bytes(rows, n_in)
         rows:int,
@@ -52,7 +61,12 @@ class Fp16Activations:
 # %% ../../nbs/4_kernels/23_gemm.ipynb #942a3e19
 @dataclass(eq=False)
 class Gated:
-    "silu(gate) * up, or gpt-oss's variant, made where it is read"
+    """silu(gate) * up, or gpt-oss's variant, made where it is read
+
+    Attributes:
+        x: gate, float32 (rows, n)
+        other: up
+    """
     x:object      # gate, float32 (rows, n)
     other:object  # up
     clamped:bool=False
@@ -63,7 +77,11 @@ def lazy(
     x,       # array (rows, n) or (n,), `Normed` or `Gated`
     n_in:int,
 ):           # (rows, launch arguments)
-    "Check what `to_half` reads"
+    """Check what `to_half` reads
+
+    Args:
+        x: array (rows, n) or (n,), `Normed` or `Gated`
+    """
     gated, normed = isinstance(x, Gated), isinstance(x, Normed)
     a, other = (x.x, x.other) if gated else (x.x, x.w) if normed else (x, None)
     rows = n_rows(a)
@@ -77,7 +95,14 @@ def to_half(
     groups=None, # for experts: slots sorted by expert; row i of h is then the row of x that slot groups.slots[i] reads
     stream=None, # CuPy stream
 )->Fp16Activations:
-    "Convert activations; `h` also remembers `x` itself for F32 and BF16 weights, so keep `x` unchanged until the products are done"
+    """Convert activations; `h` also remembers `x` itself for F32 and BF16 weights, so keep `x` unchanged until the products are done
+
+    Args:
+        x: float32 (rows, n_in), `Normed` or `Gated`
+        h: written
+        groups: for experts: slots sorted by expert; row i of h is then the row of x that slot groups.slots[i] reads
+        stream: CuPy stream
+    """
     rows, src = lazy(x, h.n_in)
     if groups is None and rows != h.rows: raise KernelError(f'{rows} rows of x for {h.rows} of halves')
     if groups is not None and (groups.n_slots % rows or h.rows < groups.positions): raise KernelError(f'{groups.n_slots} slots, {rows} rows of x, {h.rows} of halves')
@@ -98,7 +123,16 @@ def gemm(
     residual=None, # float32 like out; may be `out` itself
     stream=None,   # CuPy stream
 ):
-    "out = x @ W.T (+ bias) (+ residual), FP32 accumulation, any number of rows"
+    """out = x @ W.T (+ bias) (+ residual), FP32 accumulation, any number of rows
+
+    Args:
+        W: (n_out, n_in), any type
+        h: from `to_half`
+        out: float32 (rows, n_out), written
+        bias: float32 (n_out,)
+        residual: float32 like out; may be `out` itself
+        stream: CuPy stream
+    """
     if W.type in PLAIN: return plain_gemm(W, h.x, out, bias, residual, stream)
     n_out, n_in = matrix(W)
     if not h.ready: raise KernelError('activations are not converted yet: call to_half first')
@@ -119,7 +153,16 @@ def plain_gemm(
     residual=None, # float32 like out; may be `out` itself
     stream=None,   # CuPy stream
 ):
-    "The same in FP32 arithmetic, for weights that do not fit into halves"
+    """The same in FP32 arithmetic, for weights that do not fit into halves
+
+    Args:
+        W: (n_out, n_in), F32 or BF16
+        x: float32 (rows, n_in)
+        out: float32 (rows, n_out), written
+        bias: float32 (n_out,)
+        residual: float32 like out; may be `out` itself
+        stream: CuPy stream
+    """
     n_out, n_in = matrix(W)
     if x is None: raise KernelError('activations are not there: call to_half first')
     rows = n_rows(x)

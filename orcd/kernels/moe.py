@@ -22,7 +22,15 @@ def route(
     weights,     # float32 (T, k), written
     stream=None, # CuPy stream
 ):
-    "Choose the k largest logits of each row (ties to the lower id, NaN last) and softmax over them"
+    """Choose the k largest logits of each row (ties to the lower id, NaN last) and softmax over them
+
+    Args:
+        logits: float32 (T, n_expert), the router's output with its bias
+        k: experts a token
+        ids: int32 (T, k), written
+        weights: float32 (T, k), written
+        stream: CuPy stream
+    """
     T, n = n_rows(logits), logits.shape[-1]
     check_choice(n, k)
     ld = stride('logits', logits, T, n)
@@ -37,7 +45,15 @@ def expert_sum(
     residual=None, # float32 (T, n); may be `out` itself
     stream=None,   # CuPy stream
 ):
-    "out[t] = sum of weights[t, r] * y[t k + r] in rank order (+ residual[t])"
+    """out[t] = sum of weights[t, r] * y[t k + r] in rank order (+ residual[t])
+
+    Args:
+        y: float32 (T*k, n), a row per slot
+        weights: float32 (T, k)
+        out: float32 (T, n), written
+        residual: float32 (T, n); may be `out` itself
+        stream: CuPy stream
+    """
     T, n = n_rows(out), out.shape[-1]
     if not 1 <= T <= 65535 or weights.size % T: raise KernelError(f'weights {tuple(weights.shape)} do not fit {T} tokens (1 to 65535)')
     k = weights.size // T
@@ -55,7 +71,16 @@ def expert_gemv(
     bias=None,   # float32 (n_expert, n_out)
     stream=None, # CuPy stream
 ):
-    "out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, one row at a time: for decoding"
+    """out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, one row at a time: for decoding
+
+    Args:
+        W: (n_expert, n_out, n_in), any type
+        x: float32 (T, n_in), shared by a token's slots, or (T*k, n_in); or what `gemvs` takes
+        ids: int32 (T, k)
+        out: float32 (T*k, n_out), written; a slot with an id outside of 0..n_expert-1 is left alone
+        bias: float32 (n_expert, n_out)
+        stream: CuPy stream
+    """
     gemvs([(W, out, bias)], x, ids=ids, stream=stream)
     return out
 
@@ -83,7 +108,13 @@ def group(
     groups:Groups, # written
     stream=None,   # CuPy stream
 )->Groups:
-    "Sort the slots by expert, once a layer"
+    """Sort the slots by expert, once a layer
+
+    Args:
+        ids: int32 (T, k)
+        groups: written
+        stream: CuPy stream
+    """
     args = (vector('ids', ids, groups.n_slots, np.int32), groups.offset, groups.slots, np.int32(groups.n_slots), np.int32(groups.n_expert))
     kernel('route', 'group_slots')((1,), (1024,), args, stream=stream, early=True)
     groups.ids = ids
@@ -106,7 +137,16 @@ def expert_gemm(
     bias=None,     # float32 (n_expert, n_out)
     stream=None,   # CuPy stream
 ):
-    "out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, on the tensor cores: for prompts"
+    """out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, on the tensor cores: for prompts
+
+    Args:
+        W: (n_expert, n_out, n_in), any type
+        h: activations sorted by expert: `to_half` with `groups`
+        groups: from `group`
+        out: float32 (T*k, n_out), written, a row a slot
+        bias: float32 (n_expert, n_out)
+        stream: CuPy stream
+    """
     n_expert, n_out, n_in = expert_shapes(W, h, groups)
     if W.type in PLAIN: return expert_gemv(W, h.x, groups.ids, out, bias, stream)
     ldo = stride('out', out, groups.n_slots, n_out)

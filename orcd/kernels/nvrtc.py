@@ -34,7 +34,11 @@ _include = re.compile(r'^\s*#include\s+"(?:\w+/)?(\w+)\.cu"', re.M)
 def read_source(
     name:str, # a cell's name without its folder, `gemv` for orcd/kernels/cuda/entry/gemv.cu
 )->str:
-    "The C++ source of a `%%cuda` cell"
+    """The C++ source of a `%%cuda` cell
+
+    Args:
+        name: a cell's name without its folder, `gemv` for orcd/kernels/cuda/entry/gemv.cu
+    """
     for folder in CUDA_FOLDERS:
         if (path := CUDA_DIR/folder/f'{name}.cu').exists(): return path.read_text()
     raise KernelError(f'no kernel source {name}.cu; known: {", ".join(sorted(p.stem for p in CUDA_DIR.glob("*/*.cu")))}')
@@ -43,7 +47,14 @@ def read_source(
 def with_includes(
     source:str, # C++ text
 )->dict:        # file name -> text of every file of ours that it includes, directly or not
-    "Collect the sources that `source` includes"
+    """Collect the sources that `source` includes
+
+    Args:
+        source: C++ text
+
+    Returns:
+        file name -> text of every file of ours that it includes, directly or not
+    """
     found, todo = {}, [source]
     while todo:
         for m in _include.finditer(todo.pop()):
@@ -73,7 +84,13 @@ def _ok(result):
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #3d144d10
 @dataclass
 class Compiled:
-    "Machine code of one `.cu` file"
+    """Machine code of one `.cu` file
+
+    Attributes:
+        arch: e.g. sm_90
+        log: what the compiler said
+        resources: kernel -> {registers, shared, stack, spills} (bytes but for registers)
+    """
     name:str
     arch:str          # e.g. sm_90
     cubin:bytes
@@ -101,7 +118,14 @@ def compile_text(
     arch:str='sm_90',      # target
     defines:tuple=(),      # e.g. ('TILE=64',)
 )->Compiled:
-    "Compile C++ text with NVRTC. Raises `KernelError` with the compiler's messages."
+    """Compile C++ text with NVRTC. Raises `KernelError` with the compiler's messages.
+
+    Args:
+        name: shown in messages
+        source: C++
+        arch: target
+        defines: e.g. ('TILE=64',)
+    """
     nvrtc, version, headers = _nvrtc()
     inc = with_includes(source)
     prog = _ok(nvrtc.nvrtcCreateProgram(source.encode(), f'{name}.cu'.encode(), len(inc), [t.encode() for t in inc.values()], [f.encode() for f in inc]))
@@ -183,7 +207,12 @@ def target(
     source:str, # C++ text
     arch:str,   # e.g. sm_90
 )->str:
-    "What to compile for: sm_90a for a file with instructions that Hopper alone has"
+    """What to compile for: sm_90a for a file with instructions that Hopper alone has
+
+    Args:
+        source: C++ text
+        arch: e.g. sm_90
+    """
     return 'sm_90a' if arch == 'sm_90' and 'math/wgmma.cu' in with_includes(source) else arch
 
 @lru_cache(None)
@@ -192,7 +221,12 @@ def cubin(
     arch:str,         # e.g. sm_90
     defines:tuple=(),
 )->bytes:
-    "Machine code of a `.cu` file, from the cache when it is there"
+    """Machine code of a `.cu` file, from the cache when it is there
+
+    Args:
+        name: a cell's name
+        arch: e.g. sm_90
+    """
     source = read_source(name)
     path = _cache_path(name, source, arch, defines)
     data = path and _cached(path)
@@ -219,7 +253,11 @@ def _driver(result):
 def context_of(
     device:int, # CUDA index
 ):
-    "Make a device the current one in this thread. Returns its context for `set_context`."
+    """Make a device the current one in this thread. Returns its context for `set_context`.
+
+    Args:
+        device: CUDA index
+    """
     from cupy.cuda import Device, runtime
     from cuda.bindings import driver as cu
     Device(device).use()
@@ -229,7 +267,11 @@ def context_of(
 def set_context(
     context, # from `context_of`
 ):
-    "Make a context the current one in this thread. The driver may be busy for long, and CuPy's way to do it waits with Python's lock held; the bindings let go of it."
+    """Make a context the current one in this thread. The driver may be busy for long, and CuPy's way to do it waits with Python's lock held; the bindings let go of it.
+
+    Args:
+        context: from `context_of`
+    """
     from cuda.bindings import driver as cu
     _driver(cu.cuCtxSetCurrent(context))
 
@@ -239,7 +281,12 @@ def driver_call(
     *types,   # its arguments', of `ctypes`
 ):
     """A function of the driver that is called with Python's lock held: to let go of it and get it back takes longer than a call that only queues something.
-    Nothing in the driver waits for Python's lock, so it ends: where a stream's queue of a thousand is full, when the GPU has done something."""
+    Nothing in the driver waits for Python's lock, so it ends: where a stream's queue of a thousand is full, when the GPU has done something.
+
+    Args:
+        name: of a function of the driver
+        *types: its arguments', of `ctypes`
+    """
     f = getattr(ctypes.PyDLL('libcuda.so.1'), name)
     f.argtypes = types
     def call(*args):
@@ -312,7 +359,12 @@ def _table(n):
 _room, _recordings = _Room(), {}
 
 class Kernel:
-    "A CUDA function on one device: `k(grid, block, args, shared_mem=0, stream=None)`"
+    """A CUDA function on one device: `k(grid, block, args, shared_mem=0, stream=None)`
+
+    Args:
+        fn: CuPy's `Function`
+        device: CUDA device that it is loaded on
+    """
     def __init__(self,
         fn,     # CuPy's `Function`
         device, # CUDA device that it is loaded on
@@ -358,7 +410,14 @@ def kernel(
     defines:tuple=(), # e.g. `type_defines(type)`
     device:int=None, # CUDA device, the current one by default
 )->Kernel:
-    "A kernel, compiled and loaded on first use"
+    """A kernel, compiled and loaded on first use
+
+    Args:
+        module: the cell's name
+        name: the function in it
+        defines: e.g. `type_defines(type)`
+        device: CUDA device, the current one by default
+    """
     if device is None:
         import cupy
         device = cupy.cuda.runtime.getDevice()
@@ -366,7 +425,12 @@ def kernel(
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #e489c4b6
 class Recording:
-    "Keeps what is launched on a stream within a `with` block, to launch it again with other arrays"
+    """Keeps what is launched on a stream within a `with` block, to launch it again with other arrays
+
+    Args:
+        stream: CuPy stream
+        arrays: uint64 (n, 2): address and bytes of the arrays that are to be replaced
+    """
     def __init__(self,
         stream, # CuPy stream
         arrays, # uint64 (n, 2): address and bytes of the arrays that are to be replaced
@@ -392,7 +456,11 @@ class Recording:
     def moved(self,
         arrays, # uint64 (n, 2): those to take, of the same sizes
     ):          # uint64: the arguments
-        "Arguments of the launches, with the addresses of other arrays"
+        """Arguments of the launches, with the addresses of other arrays
+
+        Args:
+            arrays: uint64 (n, 2): those to take, of the same sizes
+        """
         if (arrays[:, 1] != self.arrays[:, 1]).any(): raise KernelError('arrays of other sizes cannot take the place of those that were recorded')
         self.by[:-1] = arrays[:, 0] - self.arrays[:, 0]
         return self.words + self.by[self.of]
@@ -412,7 +480,16 @@ def load_all(
     device:int, # CUDA index
     context=None, # from `context_of`, if known: to ask the driver would wait for what it does
 )->dict:        # a future for each, see `wait_for`
-    "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
+    """Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own.
+
+    Args:
+        files: (cell's name, defines) of each
+        device: CUDA index
+        context: from `context_of`, if known: to ask the driver would wait for what it does
+
+    Returns:
+        a future for each, see `wait_for`
+    """
     there = Future()
     there.set_result(None)
     jobs, wanted = dict.fromkeys(files, there), [f for f in files if (f[0], device, f[1]) not in _modules]
@@ -433,7 +510,11 @@ def load_all(
 def wait_for(
     jobs, # futures from `load_all`
 ):
-    "Return when these files are loaded. Raises what went wrong with one."
+    """Return when these files are loaded. Raises what went wrong with one.
+
+    Args:
+        jobs: futures from `load_all`
+    """
     for later in [j.result() for j in jobs]: later and later.result()
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #cf7acfe0
@@ -450,7 +531,15 @@ def stride(
     n:int,
     dtype=FLOAT,
 )->int:         # elements from one row to the next
-    "Check a matrix that a kernel reads or writes: dtype, shape, neighbouring columns. Raises `KernelError`."
+    """Check a matrix that a kernel reads or writes: dtype, shape, neighbouring columns. Raises `KernelError`.
+
+    Args:
+        name: how the error calls it
+        a: CuPy array (rows, n), or (n,) for one row
+
+    Returns:
+        elements from one row to the next
+    """
     if a.dtype != dtype: raise KernelError(f'{name} is {a.dtype}, expected {np.dtype(dtype)}')
     shape = (1, *a.shape) if a.ndim == 1 else a.shape
     if shape != (rows, n): raise KernelError(f'{name} has shape {tuple(a.shape)}, expected {(rows, n)}')
@@ -467,7 +556,13 @@ def vector(
     dtype=FLOAT,
     more:bool=False, # may it be longer?
 ):
-    "Check a contiguous array of `n` elements (or None) and return it"
+    """Check a contiguous array of `n` elements (or None) and return it
+
+    Args:
+        name: how the error calls it
+        a: CuPy array or None
+        more: may it be longer?
+    """
     if a is not None and (a.dtype != dtype or (a.size < n if more else a.size != n) or not a.flags.c_contiguous):
         raise KernelError(f'{name} is {a.dtype} {tuple(a.shape)}, expected {n}{" or more" if more else ""} contiguous {np.dtype(dtype)}')
     return a
@@ -479,7 +574,11 @@ def padded_bytes(
     shape, # NumPy order: (rows, columns), or a stack of such
     type,
 )->int:
-    "Bytes that a tensor takes in VRAM: quantised rows in whole tiles"
+    """Bytes that a tensor takes in VRAM: quantised rows in whole tiles
+
+    Args:
+        shape: NumPy order: (rows, columns), or a stack of such
+    """
     t = GGMLType(type)
     *stack, rows, n = (1, *shape) # a vector is a matrix of one row
     if t.block_size > 1: rows = -(-rows//TILE)*TILE
@@ -487,7 +586,11 @@ def padded_bytes(
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    "A tensor in VRAM: `shape` in NumPy order, `data` a 1-D uint8 CuPy array of its bytes, sorted as the next notebook says"
+    """A tensor in VRAM: `shape` in NumPy order, `data` a 1-D uint8 CuPy array of its bytes, sorted as the next notebook says
+
+    Attributes:
+        row_max_exponent: uint8, the exponent of each row's largest scale, for the products that need it
+    """
     type:GGMLType
     shape:tuple
     data:object

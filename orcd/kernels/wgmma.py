@@ -25,7 +25,11 @@ import numpy as np
 def is_hopper(
     device=None, # CUDA device, the current one by default
 )->bool:
-    "Has the device these instructions?"
+    """Has the device these instructions?
+
+    Args:
+        device: CUDA device, the current one by default
+    """
     return device_arch(device) == 'sm_90'
 
 ROWS = ('w', 'u8'), ('top', 'u8'), ('rows', 'i8'), ('n_out', 'i4'), ('n', 'i4')
@@ -34,7 +38,12 @@ def find_row_max_exponents(
     matrices,    # `QTensor`s with `top`: uint8, one a row, written
     stream=None, # CuPy stream
 ):
-    "The exponent of each row's largest scale"
+    """The exponent of each row's largest scale
+
+    Args:
+        matrices: `QTensor`s with `top`: uint8, one a row, written
+        stream: CuPy stream
+    """
     of_type = {}
     for W in matrices:
         rows = prod(W.shape[:-1])
@@ -62,7 +71,11 @@ SPEED = {(256, 2): 1.25, (128, 3): 1.1, (128, 2): 1., (64, 2): .8, (64, 1): .8} 
 def splits(
     rows, # of the matrices of a launch
 )->int:
-    "Warpgroups that share a row: by the matrices alone, since the order of additions follows from it"
+    """Warpgroups that share a row: by the matrices alone, since the order of additions follows from it
+
+    Args:
+        rows: of the matrices of a launch
+    """
     tiles = sum(-(-n//64) for n in rows) * 8    # at 512 tokens
     return 4 if tiles <= SMS else 2 if tiles <= 3*SMS else 1
 
@@ -87,7 +100,16 @@ def files(
     gate:bool, # are they gate and up, in one matrix or in two?
     sizes,   # of prompts, in tokens
 )->set:      # (file, defines)
-    "Code of the kernels for products of these tensors with so many tokens"
+    """Code of the kernels for products of these tensors with so many tokens
+
+    Args:
+        tensors: of a launch: type, shape
+        gate: are they gate and up, in one matrix or in two?
+        sizes: of prompts, in tokens
+
+    Returns:
+        (file, defines)
+    """
     types, quant = [t.type for t in tensors], all(t.type.block_size > 1 for t in tensors)
     if gate and quant and len(set(types)) == 1:
         rows = sum(t.shape[0] for t in tensors),
@@ -97,7 +119,12 @@ def files(
 
 # %% ../../nbs/4_kernels/27_wgmma.ipynb #c7a00012
 class Rows:
-    "Some rows of a matrix, from a whole tile on, to be multiplied as if they were one"
+    """Some rows of a matrix, from a whole tile on, to be multiplied as if they were one
+
+    Args:
+        W: (n, n_in)
+        n: all from `first` on by default
+    """
     def __init__(self,
         W:QTensor, # (n, n_in)
         first=0,
@@ -124,7 +151,14 @@ def gemms(
     residual=None, # float32 like the first out, added to it; may be `out` itself
     stream=None,   # CuPy stream
 ):
-    "out = x @ W.T (+ bias) (+ residual) for each matrix. Weights without `top` take the kernels of every GPU."
+    """out = x @ W.T (+ bias) (+ residual) for each matrix. Weights without `top` take the kernels of every GPU.
+
+    Args:
+        jobs: (W, out, bias or None) of each matrix: W (n_out, n_in) or `Rows`, out float32 (rows, n_out)
+        h: what all of them read
+        residual: float32 like the first out, added to it; may be `out` itself
+        stream: CuPy stream
+    """
     if residual is not None and len(jobs) > 1: raise KernelError('a residual goes with one matrix')
     for W, out, bias in jobs:
         if not isinstance(W, Rows) and W.row_max_exponent is None: gemm(W, h, out, bias, residual, stream)
@@ -157,7 +191,17 @@ def gated(
     up_bias=None,   # like gate_bias
     stream=None,    # CuPy stream
 )->Fp16Activations:
-    "silu(gate) * up, as the next product reads it. Halves with a fixed scale: beyond 520,000 they are cut off, below 0.0005 they lose digits"
+    """silu(gate) * up, as the next product reads it. Halves with a fixed scale: beyond 520,000 they are cut off, below 0.0005 they lose digits
+
+    Args:
+        gate: (n_out, n_in) or `Rows`
+        up: like gate, of the same type
+        h: what both read
+        out: written: (rows, n_out)
+        gate_bias: float32 (n_out,)
+        up_bias: like gate_bias
+        stream: CuPy stream
+    """
     g, u = rows_of([(gate,), (up,)], h)
     if g.n != u.n or g.W.type != u.W.type: raise KernelError(f'gate {g.W.type.name} ({g.n}) and up {u.W.type.name} ({u.n}) differ')
     if out.n_in != g.n or out.rows != h.rows: raise KernelError(f'{out.rows} rows of {out.n_in} halves for {h.rows} of {g.n}')
@@ -179,7 +223,16 @@ def experts(
     bias=None,     # float32 (n_expert, n_out)
     stream=None,   # CuPy stream
 ):
-    "out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot"
+    """out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot
+
+    Args:
+        W: (n_expert, n_out, n_in)
+        h: activations sorted by expert
+        groups: from `group`
+        out: float32 (T*k, n_out), written, a row a slot
+        bias: float32 (n_expert, n_out)
+        stream: CuPy stream
+    """
     if W.row_max_exponent is None: return expert_gemm(W, h, groups, out, bias, stream)
     n_expert, n_out, n_in = expert_shapes(W, h, groups)
     ldo = stride('out', out, groups.n_slots, n_out)
@@ -197,7 +250,18 @@ def experts_gated(
     up_bias=None,      # like gate_bias
     stream=None,       # CuPy stream
 )->Fp16Activations:
-    "What the next product reads: gpt-oss's activation of gate and up"
+    """What the next product reads: gpt-oss's activation of gate and up
+
+    Args:
+        gate: (n_expert, n_out, n_in)
+        up: like gate
+        h: activations sorted by expert
+        groups: from `group`
+        out: written: sorted activations of n_out columns
+        gate_bias: float32 (n_expert, n_out)
+        up_bias: like gate_bias
+        stream: CuPy stream
+    """
     n_expert, n_out, n_in = shape = expert_shapes(gate, h, groups)
     if up.shape != shape or up.type != gate.type: raise KernelError(f'gate {gate.type.name} {shape} and up {up.type.name} {up.shape} differ')
     if out.n_in != n_out or out.rows < groups.positions: raise KernelError(f'{out.rows} rows of {out.n_in} halves for {groups.positions} of {n_out}')
