@@ -81,6 +81,6 @@ def test_addresses_have_one_home():
     written = subprocess.run(['git', 'ls-files', 'orcd', 'nbs', '*.md', '*.yml', '*.toml'], cwd=ROOT, capture_output=True, text=True,
         check=True).stdout.split()
     for name in written:
-        if name.endswith('.gguf'): continue
+        if name.endswith('.gguf') or not (ROOT / name).exists(): continue      # moved, and not yet committed
         assert not re.search(r'(github\.com|github\.io|gitlab\.com)[/:][\w.-]*/?(worker-)?orcd',
             (ROOT / name).read_text(errors='replace'), re.I), name

@@ -36,7 +36,15 @@ CAPTURED = (2048, 512, 256, 128)                  # sizes that are captured, wit
 
 @dataclass(frozen=True)
 class Plan:
-    "Bytes of VRAM that a model needs, by kind, and the sizes that they follow from"
+    """Bytes of VRAM that a model needs, by kind, and the sizes that they follow from
+
+    Attributes:
+        n_ctx: positions that a job may use
+        n_kv: positions that the KV cache holds (less than n_ctx when its budget is smaller)
+        chunk: tokens of a prefill chunk
+        workspace: everything else
+        scratch: the part of the workspace that each layer uses anew
+    """
     n_ctx:int      # positions that a job may use
     n_kv:int       # positions that the KV cache holds (less than n_ctx when its budget is smaller)
     chunk:int      # tokens of a prefill chunk
@@ -65,7 +73,17 @@ def workspace(
     scratch:int, # bytes
     exponents:int=0,  # rows of all matrices whose scales' exponents the prefill wants to know
 )->dict:         # name -> (shape, dtype)
-    "Every array of the workspace"
+    """Every array of the workspace
+
+    Args:
+        n_ctx: positions
+        chunk: rows of a prefill chunk
+        scratch: bytes
+        exponents: rows of all matrices whose scales' exponents the prefill wants to know
+
+    Returns:
+        name -> (shape, dtype)
+    """
     draw, seen = sampler.workspace_bytes(config.n_vocab)
     return dict(scratch=((scratch,), np.uint8), x=((chunk, config.n_embd), np.float32), ids=((n_ctx,), np.int32), logits=((config.n_vocab,), np.float32),
         state=((attention.STATE_SIZE,), np.int32), inv_freq=((config.rope.n_rot // 2,), np.float32), sampler=((draw,), np.uint8), seen=((seen // 4,), np.uint32),
@@ -92,7 +110,14 @@ def layers_of(
     is_hopper:bool=False, # for a Hopper GPU?
     limits:tuple=None,    # `gemv.device_limits` of the device; without one a Hopper GPU's
 )->Layers:
-    "What the layers become on such a card. Raises `ModelError` when no kernel runs them."
+    """What the layers become on such a card. Raises `ModelError` when no kernel runs them.
+
+    Args:
+        g: a `GGUF`
+        model: (family, config, bound) of the file, if known
+        is_hopper: for a Hopper GPU?
+        limits: `gemv.device_limits` of the device; without one a Hopper GPU's
+    """
     return Layers(*(model or open_model(g)), is_hopper, limits or gemv.HOPPER)
 
 @contextmanager
@@ -112,7 +137,18 @@ def plan(
     limits:tuple=None,    # `gemv.device_limits` of the device; without one a Hopper GPU's
     layers:Layers=None,   # from `layers_of`, if they are there already
 )->Plan:
-    "What the model takes, exactly. Raises `ModelError` when no kernel runs it, `InsufficientVRAM` with the numbers and the largest context that would fit."
+    """What the model takes, exactly. Raises `ModelError` when no kernel runs it, `InsufficientVRAM` with the numbers and the largest context that would fit.
+
+    Args:
+        g: a `GGUF`
+        n_ctx: wanted context; by default what the model was trained for, or what fits
+        kv_cache_mb: budget of the KV cache in MiB
+        free: bytes of VRAM to fit into; None: any amount
+        model: (family, config, bound) of the file, if known
+        is_hopper: for a Hopper GPU?
+        limits: `gemv.device_limits` of the device; without one a Hopper GPU's
+        layers: from `layers_of`, if they are there already
+    """
     layers = layers or layers_of(g, model, is_hopper, limits)
     config, bound = layers.config, layers.bound
     if n_ctx and n_ctx > config.context_length:
@@ -162,7 +198,16 @@ def sorting_files(bound)->set:
 DEPTH = 3 # decode steps that are queued ahead of the token being read
 
 class CudaEngine:
-    "A model on one GPU, with the interface of `ReferenceEngine`. A context manager; `close()` gives every byte back."
+    """A model on one GPU, with the interface of `ReferenceEngine`. A context manager; `close()` gives every byte back.
+
+    Args:
+        g: an open `GGUF`
+        device: CUDA index
+        n_ctx: context length; by default what fits, at most what the model was trained for
+        kv_cache_mb: budget of the KV cache in MiB
+        chunk_bytes: of the file, copied at a time
+        progress: called with (bytes done, bytes in all) while weights are copied
+    """
     kind = 'cuda'
     replay = True # chunks of a prompt as captured graphs; off for those who want to look on
     watch = None  # called with (launch, function that makes an array of a `Place`) after every launch of a prompt that is not replayed
@@ -264,7 +309,15 @@ def plan_chunks(
     n:int, # tokens
     sizes, # rows of the graphs, ascending
 )->list:   # sizes
-    "The graphs that take `n` tokens in the shortest time; the last one may have rows to spare"
+    """The graphs that take `n` tokens in the shortest time; the last one may have rows to spare
+
+    Args:
+        n: tokens
+        sizes: rows of the graphs, ascending
+
+    Returns:
+        sizes
+    """
     many = max(0, n//sizes[-1] - 1)
     @lru_cache(None)
     def best(left): return min((LAUNCH_COST_ROWS + r + (best(left - r)[0] if left > r else 0), -r) for r in sizes)
@@ -366,7 +419,12 @@ def prefill(self:CudaEngine,
     ids,            # token ids
     cancelled=None, # asked before every chunk; true ends with `Cancelled`
 ):
-    "Run a prompt from position 0, forgetting what was before; leaves the logits of its last token"
+    """Run a prompt from position 0, forgetting what was before; leaves the logits of its last token
+
+    Args:
+        ids: token ids
+        cancelled: asked before every chunk; true ends with `Cancelled`
+    """
     with cuda_errors('prefill'):
         for at, x in self._chunks(ids, cancelled): end = at + len(x)
         self._head(x[len(x) - 1:])
@@ -377,7 +435,11 @@ def prefill(self:CudaEngine,
 def logits(self:CudaEngine,
     ids, # token ids
 ):       # float32 (len(ids), n_vocab)
-    "Logits after every token, from a fresh context"
+    """Logits after every token, from a fresh context
+
+    Args:
+        ids: token ids
+    """
     out = np.empty((len(ids), self.config.n_vocab), np.float32)
     with cuda_errors('logits'):
         for at, x in self._chunks(ids):
@@ -390,7 +452,11 @@ def logits(self:CudaEngine,
 def residuals(self:CudaEngine,
     ids, # token ids
 ):       # float32 (n_layer + 1, len(ids), n_embd)
-    "The residual stream after the embedding and after every layer, from a fresh context"
+    """The residual stream after the embedding and after every layer, from a fresh context
+
+    Args:
+        ids: token ids
+    """
     out = np.empty((self.config.n_layer + 1, len(ids), self.config.n_embd), np.float32)
     def tap(i, at, x): out[i + 1, at:at + len(x)] = x.get(stream=self.stream)
     with cuda_errors('residuals'):
@@ -484,7 +550,13 @@ def decode(self:CudaEngine,
     n:int,          # tokens at most
     cancelled=None, # asked before every token; true ends with `Cancelled`
 ):                  # iterator of (id, log probability)
-    "Draw tokens, feeding each back. Raises `OutOfVRAM` when the KV cache is full before `n` tokens are drawn."
+    """Draw tokens, feeding each back. Raises `OutOfVRAM` when the KV cache is full before `n` tokens are drawn.
+
+    Args:
+        params: `SamplingParams`
+        n: tokens at most
+        cancelled: asked before every token; true ends with `Cancelled`
+    """
     if not self.length: raise RequestError('decode without a prompt: call prefill first')
     start, self.length, queued = self.length, 0, 0
     room = self.n_kv - start + 1 # the first token is drawn without a new row
@@ -517,7 +589,11 @@ def info(self:CudaEngine):
 def step_bytes(self:CudaEngine,
     n:int, # positions in the cache
 )->int:
-    "Bytes that a decode step has to read: the weights, of experts those that a token takes, and the keys and values of `n` positions"
+    """Bytes that a decode step has to read: the weights, of experts those that a token takes, and the keys and values of `n` positions
+
+    Args:
+        n: positions in the cache
+    """
     c = self.config
     def size(w):
         n_bytes = w.n_bytes if isinstance(w, nvrtc.QTensor) else w.nbytes

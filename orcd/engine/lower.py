@@ -80,7 +80,14 @@ def places(
     tensors:dict, # role -> TensorInfo or None, of a layer
     is_hopper:bool,
 )->dict:          # role -> `QTensor` or `Place` that stands for it
-    "What stands for a layer's tensors"
+    """What stands for a layer's tensors
+
+    Args:
+        tensors: role -> TensorInfo or None, of a layer
+
+    Returns:
+        role -> `QTensor` or `Place` that stands for it
+    """
     out = {}
     for role, t in tensors.items():
         if t is None: out[role] = None
@@ -122,14 +129,28 @@ def place_temporaries(temporaries, launches, apart=0)->int:
 # %% ../../nbs/5_engine/30_lower.ipynb #7627070a
 @dataclass(frozen=True)
 class Lowered:
-    "What a layer becomes"
+    """What a layer becomes
+
+    Attributes:
+        launches: of `Launch`, in their order, with places for arrays
+        scratch: bytes of temporaries
+        does: of each launch the steps whose work it does
+    """
     launches:list # of `Launch`, in their order, with places for arrays
     scratch:int   # bytes of temporaries
     does:list     # of each launch the steps whose work it does
 
 @dataclass
 class Route:
-    "Which experts each of T tokens takes, best first, and with what weight"
+    """Which experts each of T tokens takes, best first, and with what weight
+
+    Attributes:
+        choice: `gemv.Choice`: decode's products find the experts themselves
+        ids: int32 (T, k)
+        weights: float32 (T, k)
+        groups: slots sorted by expert, for prefill
+        made: are ids and weights there?
+    """
     choice:object      # `gemv.Choice`: decode's products find the experts themselves
     ids:object         # int32 (T, k)
     weights:object     # float32 (T, k)
@@ -137,7 +158,18 @@ class Route:
     made:bool=False    # are ids and weights there?
 
 class Lowering:
-    "A layer's steps become launches. Values are made when somebody wants them, in the form that he wants, and once."
+    """A layer's steps become launches. Values are made when somebody wants them, in the form that he wants, and once.
+
+    Args:
+        steps: from `trace`
+        weights: role -> what stands for it, from `places`
+        i: layer
+        rows: of the residual stream
+        decode: one token, with its kernels?
+        n_kv: positions of the cache
+        is_hopper: for a Hopper GPU?
+        limits: `gemv.device_limits` of the device
+    """
     def __init__(self,
         config,
         steps,        # from `trace`
@@ -437,7 +469,14 @@ def kinds(
     config,
     bound, # `arch.bind`: which tensor has which role
 )->list:   # of each layer the first one of its kind
-    "Layers of a kind have the same window and tensors of the same shapes and types"
+    """Layers of a kind have the same window and tensors of the same shapes and types
+
+    Args:
+        bound: `arch.bind`: which tensor has which role
+
+    Returns:
+        of each layer the first one of its kind
+    """
     first = {}
     return [first.setdefault(look, i) for i, look in enumerate(zip(config.windows, bound.signatures))]
 
@@ -445,7 +484,14 @@ SHARED = 'scratch', 'x', 'state', 'inv_freq' # roles that all layers have in com
 CACHE = 'k_cache', 'v_cache'
 
 class Layers:
-    "What the layers of a model become: one `Lowered` for each kind of layer, number of rows and size of the cache, worked out when it is wanted"
+    """What the layers of a model become: one `Lowered` for each kind of layer, number of rows and size of the cache, worked out when it is wanted
+
+    Args:
+        family: `Architecture`
+        bound: `arch.bind`
+        is_hopper: for a Hopper GPU?
+        limits: `gemv.device_limits` of the device
+    """
     def __init__(self,
         family,       # `Architecture`
         config,
@@ -466,7 +512,14 @@ class Layers:
         n_kv:int,      # positions of the cache
         decode=False,  # a decode step?
     )->Lowered:
-        "Raises `KernelError` when there is no kernel for it"
+        """Raises `KernelError` when there is no kernel for it
+
+        Args:
+            i: layer
+            rows: of the residual stream
+            n_kv: positions of the cache
+            decode: a decode step?
+        """
         key = self.kinds[i], rows, decode, n_kv
         if key not in self.made: self.made[key] = Lowering(self.config, self.steps(key[0]), self.places[key[0]], *key, self.is_hopper, self.limits).run()
         return self.made[key]
@@ -485,7 +538,13 @@ def files_of(launches)->set:
 
 # %% ../../nbs/5_engine/30_lower.ipynb #fe1932a2
 class Program:
-    "Launches packed once, put on a stream with addresses that are told for each role: a layer's launches serve every layer of its kind"
+    """Launches packed once, put on a stream with addresses that are told for each role: a layer's launches serve every layer of its kind
+
+    Args:
+        launches: of a `Lowered`
+        roles: role -> its number
+        stream: CuPy stream
+    """
     def __init__(self,
         launches,   # of a `Lowered`
         roles:dict, # role -> its number
@@ -508,7 +567,11 @@ class Program:
     def arguments(self,
         addresses, # uint64, by the roles' numbers
     ):             # uint64: the structs
-        "The arguments of all launches"
+        """The arguments of all launches
+
+        Args:
+            addresses: uint64, by the roles' numbers
+        """
         words = self.words.copy()
         words[self.where] += addresses[self.which]
         return words

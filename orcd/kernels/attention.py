@@ -30,7 +30,14 @@ def decode_workspace(
     head_dim:int,
     rows:int,     # rows of the layer's cache
 )->int:           # float32s
-    "Workspace of `attend_decode`: output, maximum and sum of every split"
+    """Workspace of `attend_decode`: output, maximum and sum of every split
+
+    Args:
+        rows: rows of the layer's cache
+
+    Returns:
+        float32s
+    """
     return n_head * -(-rows // SPLIT) * (head_dim + 2)
 
 def prefill_workspace(
@@ -39,7 +46,15 @@ def prefill_workspace(
     head_dim:int,
     window:int=0,    # of the layer; 0: full attention
 )->int:              # float16s
-    "Workspace of `attend_prefill`: staged keys and values of a window layer"
+    """Workspace of `attend_prefill`: staged keys and values of a window layer
+
+    Args:
+        T: rows of the largest chunk
+        window: of the layer; 0: full attention
+
+    Returns:
+        float16s
+    """
     return 2 * n_head_kv * (window + T) * head_dim if window else 0
 
 # %% ../../nbs/4_kernels/24_attention.ipynb #5c6b8010
@@ -49,7 +64,11 @@ def check_heads(
     n_head:int=1,
     n_head_kv:int=1,
 ):
-    "Raises `KernelError` for heads that no kernel is made for"
+    """Raises `KernelError` for heads that no kernel is made for
+
+    Args:
+        name: for the message
+    """
     check(head_dim in HEAD_DIMS, f'{name}: no kernel for heads of {head_dim} numbers, there is one for {", ".join(map(str, HEAD_DIMS))}')
     check(TICKETS + n_head_kv * passes(n_head, n_head_kv) <= STATE_SIZE, f'{name}: {n_head} query heads and {n_head_kv} key heads need more tickets than state has')
 

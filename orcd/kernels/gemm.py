@@ -29,12 +29,21 @@ def half_bytes(
     rows:int, # rows at most
     n_in:int, # longest row
 )->int:
-    "Bytes that `Fp16Activations` of this size needs, whatever the buffer's alignment"
+    """Bytes that `Fp16Activations` of this size needs, whatever the buffer's alignment
+
+    Args:
+        rows: rows at most
+        n_in: longest row
+    """
     ld, rows = padded(n_in), padded_rows(rows)
     return rows * (2*ld + 4*(ld//32) + 4) + 4*256
 
 class Fp16Activations:
-    "Activations as halves in a caller's buffer: what products of many rows read"
+    """Activations as halves in a caller's buffer: what products of many rows read
+
+    Args:
+        buffer: CuPy uint8, at least half_bytes(rows, n_in)
+    """
     def __init__(self,
         buffer,   # CuPy uint8, at least half_bytes(rows, n_in)
         rows:int,
@@ -52,7 +61,12 @@ class Fp16Activations:
 # %% ../../nbs/4_kernels/23_gemm.ipynb #942a3e19
 @dataclass(eq=False)
 class Gated:
-    "silu(gate) * up, or gpt-oss's variant, made where it is read"
+    """silu(gate) * up, or gpt-oss's variant, made where it is read
+
+    Attributes:
+        x: gate, float32 (rows, n)
+        other: up
+    """
     x:object      # gate, float32 (rows, n)
     other:object  # up
     clamped:bool=False
@@ -66,7 +80,11 @@ def lazy(
     x,       # array (rows, n) or (n,), `Normed` or `Gated`
     n_in:int,
 ):           # (rows, arguments by name)
-    "Check what `to_half` reads"
+    """Check what `to_half` reads
+
+    Args:
+        x: array (rows, n) or (n,), `Normed` or `Gated`
+    """
     gated, normed = isinstance(x, Gated), isinstance(x, Normed)
     a, other = (x.x, x.other) if gated else (x.x, x.w) if normed else (x, None)
     rows = n_rows(a)

@@ -23,14 +23,22 @@ import numpy as np
 def n_rows(
     x, # CuPy array (rows, n) or (n,)
 )->int:
-    "Rows of an activation"
+    """Rows of an activation
+
+    Args:
+        x: CuPy array (rows, n) or (n,)
+    """
     return x.shape[0] if len(x.shape) > 1 else 1
 
 def matrix(
     W:QTensor,
     ndim:int=2, # 2, or 3 for a stack of experts
 ):
-    "Check the weights of a product: dimensions, alignment. Returns their shape."
+    """Check the weights of a product: dimensions, alignment. Returns their shape.
+
+    Args:
+        ndim: 2, or 3 for a stack of experts
+    """
     if len(W.shape) != ndim or min(W.shape) < 1: raise KernelError(f'{W.name or "weights"}: shape {W.shape}, expected {ndim} dimensions')
     if W.ptr % 16: raise KernelError(f'{W.name or "weights"}: the first block must be 16-byte aligned')
     check_size(W)
@@ -39,14 +47,23 @@ def matrix(
 def check_size(
     W, # name, shape
 ):
-    "Raises `KernelError` for a matrix that is too large for a launch's grid"
+    """Raises `KernelError` for a matrix that is too large for a launch's grid
+
+    Args:
+        W: name, shape
+    """
     if max(W.shape) > 4_000_000:
         raise KernelError(f'{W.name or "weights"}: {W.shape} is larger than a launch takes (4,000,000 a dimension)')
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #16933010
 @dataclass(eq=False)
 class Normed:
-    "RMSNorm of `x`, computed by the product that reads it"
+    """RMSNorm of `x`, computed by the product that reads it
+
+    Attributes:
+        x: float32 (rows, n)
+        w: float32 (n,)
+    """
     x:object      # float32 (rows, n)
     w:object      # float32 (n,)
     eps:float
@@ -55,7 +72,11 @@ class Normed:
 
 @dataclass(eq=False)
 class Choice:
-    "The k experts with the largest logits, and the softmax over them: found by the products that need them"
+    """The k experts with the largest logits, and the softmax over them: found by the products that need them
+
+    Attributes:
+        logits: float32 (T, n_expert)
+    """
     logits:object # float32 (T, n_expert)
     k:int
 
@@ -67,7 +88,11 @@ def source(
     x,       # array (rows, n) or (n,), or `Normed`
     n_in:int,
 ):           # (rows, arguments by name)
-    "Check a product's input"
+    """Check a product's input
+
+    Args:
+        x: array (rows, n) or (n,), or `Normed`
+    """
     x, w, eps = (x.x, x.w, x.eps) if isinstance(x, Normed) else (x, None, 0)
     rows = n_rows(x)
     ldx = stride('x', x, rows, n_in)
@@ -92,7 +117,18 @@ def partition_rows(
     terms:int=1, # products that one result is made of
     usual:int=1, # slots that a launch usually has: for one token's experts 4
 )->tuple:        # warps that share a tile of 16 rows; blocks of threads for each matrix
-    "How matrices are dealt. The sharing, and so the order of additions, depends on the matrices alone."
+    """How matrices are dealt. The sharing, and so the order of additions, depends on the matrices alone.
+
+    Args:
+        rows: of each matrix of the launch
+        types: of the matrices
+        slots: how often the launch is repeated, for several rows of x or experts
+        terms: products that one result is made of
+        usual: slots that a launch usually has: for one token's experts 4
+
+    Returns:
+        warps that share a tile of 16 rows; blocks of threads for each matrix
+    """
     tiles, units = [-(-n//16) for n in rows], max(-(-n_in//STEP(t)) for t in types)
     def plan(parts, slots):
         blocks, rounds = [-(-t*parts//WARPS) for t in tiles], 1
@@ -109,7 +145,17 @@ def layout(
     rows:int=1,  # of out
     k:int=1,     # experts that a token reads
 )->tuple:        # warps that share a tile, blocks for each matrix, is it a large launch?
-    "How a launch fills the card"
+    """How a launch fills the card
+
+    Args:
+        Ws: matrices of a launch, or stacks of experts: type, shape
+        mode: or 'gated', 'mix'
+        rows: of out
+        k: experts that a token reads
+
+    Returns:
+        warps that share a tile, blocks for each matrix, is it a large launch?
+    """
     outs, n_in, stacked = [W.shape[-2] for W in Ws], Ws[0].shape[-1], len(Ws[0].shape) == 3
     parts, blocks = partition_rows(outs if mode == 'gemv' else outs[:1], n_in, [W.type for W in Ws], rows, dict(gemv=1, gated=2, mix=k)[mode], 4 if stacked and mode != 'mix' else 1)
     size = sum(W.type.row_bytes(n_in)*n for W, n in zip(Ws, outs)) * (k if stacked else 1)
@@ -128,7 +174,19 @@ def pieces(
     large:bool,     # a large launch?
     rings:bool=True, # has the card bulk copies?
 )->tuple:           # pieces in a ring, units in a piece, bytes of shared memory
-    "The rings: three blocks on an SM if possible, two of a large launch; two pieces at least"
+    """The rings: three blocks on an SM if possible, two of a large launch; two pieces at least
+
+    Args:
+        types: of the matrices
+        parts: warps that share a tile
+        vectors: in shared memory
+        limit: bytes of shared memory that a block may have
+        large: a large launch?
+        rings: has the card bulk copies?
+
+    Returns:
+        pieces in a ring, units in a piece, bytes of shared memory
+    """
     share = (.44 if large else .3) * limit
     unit, units, fixed = max(map(UNIT, types)), max(-(-n_in//STEP(t)) for t in types), fixed_bytes(n_in, vectors)
     ring = lambda depth, span: fixed + rings*WARPS*(depth*span*unit + 64)
@@ -143,7 +201,15 @@ def kernel_variant(
     types,             # of the matrices of a launch, two different ones at most
     large:bool=False,  # a large launch?
 )->tuple:              # (file, defines, kernel)
-    "The kernel for one type, or for two"
+    """The kernel for one type, or for two
+
+    Args:
+        types: of the matrices of a launch, two different ones at most
+        large: a large launch?
+
+    Returns:
+        (file, defines, kernel)
+    """
     a, *b = sorted(set(types))
     if a.block_size == 1: return 'gemv_plain', (), f'gemv_{a.name.lower()}'
     more = ('RESIDENT=2',) if large else ()
@@ -263,7 +329,12 @@ def product64(
     type:GGMLType,
     x,             # (rows, n_in)
 ):                 # two float64 (rows, n_out): x W^T, and the size of its terms |x| |W|^T
-    "The oracle: float64 on the reference decoder's weights, in slabs of rows"
+    """The oracle: float64 on the reference decoder's weights, in slabs of rows
+
+    Args:
+        blocks: uint8 (n_out, bytes a row)
+        x: (rows, n_in)
+    """
     x = np.asarray(x, np.float64)
     y, size = np.empty((2, len(x), len(blocks)))
     for i in range(0, len(blocks), 4096):
@@ -277,7 +348,15 @@ def graph_time(
     n:int,         # pieces in the graph
     repeats:int=5,
 )->float:          # seconds a piece, median over repeats
-    "Time kernels without the host: capture `n` launches in a CUDA graph and replay it"
+    """Time kernels without the host: capture `n` launches in a CUDA graph and replay it
+
+    Args:
+        launch: launch(i, stream): enqueue the i-th piece of work
+        n: pieces in the graph
+
+    Returns:
+        seconds a piece, median over repeats
+    """
     import cupy as cp
     s, a, b, times = cp.cuda.Stream(non_blocking=True), cp.cuda.Event(), cp.cuda.Event(), []
     cp.cuda.Device().synchronize()
@@ -298,7 +377,11 @@ READ = Args('ReadArgs', x='ptr', out='ptr', n='i64', never='f32')
 def read_bandwidth(
     n_bytes:int=2 << 30,
 )->float:                # bytes a second
-    "What this card reads at best: a sum over a large array"
+    """What this card reads at best: a sum over a large array
+
+    Returns:
+        bytes a second
+    """
     import cupy as cp
     blocks = 16 * cp.cuda.Device().attributes['MultiProcessorCount']
     read = Launch('read', 'read', (blocks,), 256, READ, dict(x=cp.ones(n_bytes // 4, cp.float32), out=cp.empty(1, cp.float32), n=n_bytes // 16, never=-1))

@@ -35,7 +35,11 @@ _include = re.compile(r'^\s*#include\s+"(?:\w+/)?(\w+)\.cu"', re.M)
 def read_source(
     name:str, # a cell's name without its folder, `gemv` for orcd/kernels/cuda/entry/gemv.cu
 )->str:
-    "The C++ source of a `%%cuda` cell"
+    """The C++ source of a `%%cuda` cell
+
+    Args:
+        name: a cell's name without its folder, `gemv` for orcd/kernels/cuda/entry/gemv.cu
+    """
     for folder in CUDA_FOLDERS:
         if (path := CUDA_DIR/folder/f'{name}.cu').exists(): return path.read_text()
     raise KernelError(f'no kernel source {name}.cu; known: {", ".join(sorted(p.stem for p in CUDA_DIR.glob("*/*.cu")))}')
@@ -44,7 +48,14 @@ def read_source(
 def with_includes(
     source:str, # C++ text
 )->dict:        # file name -> text of every file of ours that it includes, directly or not
-    "Collect the sources that `source` includes"
+    """Collect the sources that `source` includes
+
+    Args:
+        source: C++ text
+
+    Returns:
+        file name -> text of every file of ours that it includes, directly or not
+    """
     found, todo = {}, [source]
     while todo:
         for m in _include.finditer(todo.pop()):
@@ -74,7 +85,13 @@ def _ok(result):
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #3d144d10
 @dataclass
 class Compiled:
-    "Machine code of one `.cu` file"
+    """Machine code of one `.cu` file
+
+    Attributes:
+        arch: e.g. sm_90
+        log: what the compiler said
+        resources: kernel -> {registers, shared, stack, spills} (bytes but for registers)
+    """
     name:str
     arch:str          # e.g. sm_90
     cubin:bytes
@@ -102,7 +119,14 @@ def compile_text(
     arch:str='sm_90',      # target
     defines:tuple=(),      # e.g. ('TILE=64',)
 )->Compiled:
-    "Compile C++ text with NVRTC. Raises `KernelError` with the compiler's messages."
+    """Compile C++ text with NVRTC. Raises `KernelError` with the compiler's messages.
+
+    Args:
+        name: shown in messages
+        source: C++
+        arch: target
+        defines: e.g. ('TILE=64',)
+    """
     nvrtc, version, headers = _nvrtc()
     inc = with_includes(source)
     prog = _ok(nvrtc.nvrtcCreateProgram(source.encode(), f'{name}.cu'.encode(), len(inc), [t.encode() for t in inc.values()], [f.encode() for f in inc]))
@@ -184,7 +208,12 @@ def target(
     source:str, # C++ text
     arch:str,   # e.g. sm_90
 )->str:
-    "What to compile for: sm_90a for a file with instructions that Hopper alone has"
+    """What to compile for: sm_90a for a file with instructions that Hopper alone has
+
+    Args:
+        source: C++ text
+        arch: e.g. sm_90
+    """
     return 'sm_90a' if arch == 'sm_90' and 'math/wgmma.cu' in with_includes(source) else arch
 
 @lru_cache(None)
@@ -193,7 +222,12 @@ def cubin(
     arch:str,         # e.g. sm_90
     defines:tuple=(),
 )->bytes:
-    "Machine code of a `.cu` file, from the cache when it is there"
+    """Machine code of a `.cu` file, from the cache when it is there
+
+    Args:
+        name: a cell's name
+        arch: e.g. sm_90
+    """
     source = read_source(name)
     path = _cache_path(name, source, arch, defines)
     data = path and _cached(path)
@@ -210,13 +244,21 @@ _address = {type(None): lambda a: 0} # of what an argument may be, by its type
 def address(
     a, # array, `QTensor` or None
 )->int:
-    "Where it lies in VRAM, 0 for None"
+    """Where it lies in VRAM, 0 for None
+
+    Args:
+        a: array, `QTensor` or None
+    """
     kind = type(a)
     if kind not in _address: _address[kind] = (lambda a: a.ptr) if hasattr(kind, 'ptr') else (lambda a: a.data.ptr)
     return _address[kind](a)
 
 class Args:
-    "A kernel's struct of arguments: `Args('AddArgs', a='ptr', n='i32', rows='i64 3')`; `ptr`, `i32`, `i64` or `f32`, with a number several of it"
+    """A kernel's struct of arguments: `Args('AddArgs', a='ptr', n='i32', rows='i64 3')`; `ptr`, `i32`, `i64` or `f32`, with a number several of it
+
+    Args:
+        name: of the struct in CUDA
+    """
     def __init__(self,
         name:str, # of the struct in CUDA
         **fields:str,
@@ -232,7 +274,11 @@ class Args:
     def pack(self,
         values:dict, # field -> array, `QTensor`, None or number; of several a list, which may be shorter
     )->bytes:
-        "The struct as the kernel reads it"
+        """The struct as the kernel reads it
+
+        Args:
+            values: field -> array, `QTensor`, None or number; of several a list, which may be shorter
+        """
         if values.keys() != self.fields.keys():
             raise KernelError(f'{self.name}: missing {sorted(self.fields.keys() - values.keys())}, unknown {sorted(values.keys() - self.fields.keys())}')
         flat = []
@@ -262,7 +308,11 @@ def _driver(result):
 def context_of(
     device:int, # CUDA index
 ):
-    "Make a device the current one in this thread. Returns its context for `set_context`."
+    """Make a device the current one in this thread. Returns its context for `set_context`.
+
+    Args:
+        device: CUDA index
+    """
     from cupy.cuda import Device, runtime
     from cuda.bindings import driver as cu
     Device(device).use()
@@ -272,7 +322,11 @@ def context_of(
 def set_context(
     context, # from `context_of`
 ):
-    "Make a context the current one in this thread. The driver may be busy for long, and CuPy's way to do it waits with Python's lock held; the bindings let go of it."
+    """Make a context the current one in this thread. The driver may be busy for long, and CuPy's way to do it waits with Python's lock held; the bindings let go of it.
+
+    Args:
+        context: from `context_of`
+    """
     from cuda.bindings import driver as cu
     _driver(cu.cuCtxSetCurrent(context))
 
@@ -282,7 +336,12 @@ def driver_call(
     *types,   # its arguments', of `ctypes`
 ):
     """A function of the driver that is called with Python's lock held: to let go of it and get it back takes longer than a call that only queues something.
-    Nothing in the driver waits for Python's lock, so it ends: where a stream's queue of a thousand is full, when the GPU has done something."""
+    Nothing in the driver waits for Python's lock, so it ends: where a stream's queue of a thousand is full, when the GPU has done something.
+
+    Args:
+        name: of a function of the driver
+        *types: its arguments', of `ctypes`
+    """
     f = getattr(ctypes.PyDLL('libcuda.so.1'), name)
     f.argtypes = types
     def call(*args):
@@ -292,7 +351,11 @@ def driver_call(
 def launch_all(
     calls, # (configuration, handle, address of the pointer to the arguments) of each launch
 ):
-    "Put launches on their stream"
+    """Put launches on their stream
+
+    Args:
+        calls: (configuration, handle, address of the pointer to the arguments) of each launch
+    """
     launch = driver_call('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)
     for config, handle, at in calls: launch(config.getPtr(), int(handle), at, None)
 
@@ -326,7 +389,12 @@ class _Room(threading.local):
 _room = _Room()
 
 class Kernel:
-    "A CUDA function on one device that takes one struct"
+    """A CUDA function on one device that takes one struct
+
+    Args:
+        fn: CuPy's `Function`
+        device: CUDA device that it is loaded on
+    """
     def __init__(self,
         fn,     # CuPy's `Function`
         device, # CUDA device that it is loaded on
@@ -339,7 +407,11 @@ class Kernel:
     def config(self, grid, block, shared_mem, stream,
         early=False,  # start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
     ):
-        "What the driver wants to know of a launch besides its arguments"
+        """What the driver wants to know of a launch besides its arguments
+
+        Args:
+            early: start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
+        """
         if shared_mem > self._shared:
             from cupy.cuda import driver
             driver.funcSetAttribute(self.fn.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_mem)
@@ -378,7 +450,14 @@ def kernel(
     defines:tuple=(), # e.g. `type_defines(type)`
     device:int=None, # CUDA device, the current one by default
 )->Kernel:
-    "A kernel, compiled and loaded on first use"
+    """A kernel, compiled and loaded on first use
+
+    Args:
+        module: the cell's name
+        name: the function in it
+        defines: e.g. `type_defines(type)`
+        device: CUDA device, the current one by default
+    """
     if device is None:
         import cupy
         device = cupy.cuda.runtime.getDevice()
@@ -386,7 +465,16 @@ def kernel(
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    "What to launch: a kernel, its grid and its arguments by name. A call puts it on a stream."
+    """What to launch: a kernel, its grid and its arguments by name. A call puts it on a stream.
+
+    Attributes:
+        file: the cell's name
+        name: the function in it
+        block: threads
+        values: field -> array, `QTensor`, None or number
+        shared: bytes of dynamic shared memory
+        early: see `Kernel`
+    """
     file:str           # the cell's name
     name:str           # the function in it
     grid:tuple
@@ -404,7 +492,12 @@ def launcher(
     plan=None,        # function that returns a `Launch`, or several in their order
     returns:str=None, # the argument that a call returns, such as 'out'
 ):
-    "A function that launches what `plan` says, on `stream`; `.plan` is that which says it"
+    """A function that launches what `plan` says, on `stream`; `.plan` is that which says it
+
+    Args:
+        plan: function that returns a `Launch`, or several in their order
+        returns: the argument that a call returns, such as 'out'
+    """
     if plan is None: return partial(launcher, returns=returns)
     at = returns and list(signature(plan).parameters).index(returns)
     @wraps(plan)
@@ -425,7 +518,16 @@ def load_all(
     device:int, # CUDA index
     context=None, # from `context_of`, if known: to ask the driver would wait for what it does
 )->dict:        # a future for each, see `wait_for`
-    "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
+    """Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own.
+
+    Args:
+        files: (cell's name, defines) of each
+        device: CUDA index
+        context: from `context_of`, if known: to ask the driver would wait for what it does
+
+    Returns:
+        a future for each, see `wait_for`
+    """
     there = Future()
     there.set_result(None)
     jobs, wanted = dict.fromkeys(files, there), [f for f in files if (f[0], device, f[1]) not in _modules]
@@ -446,7 +548,11 @@ def load_all(
 def wait_for(
     jobs, # futures from `load_all`
 ):
-    "Return when these files are loaded. Raises what went wrong with one."
+    """Return when these files are loaded. Raises what went wrong with one.
+
+    Args:
+        jobs: futures from `load_all`
+    """
     for later in [j.result() for j in jobs]: later and later.result()
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #cf7acfe0
@@ -463,7 +569,15 @@ def stride(
     n:int,
     dtype=FLOAT,
 )->int:         # elements from one row to the next
-    "Check a matrix that a kernel reads or writes: dtype, shape, neighbouring columns. Raises `KernelError`."
+    """Check a matrix that a kernel reads or writes: dtype, shape, neighbouring columns. Raises `KernelError`.
+
+    Args:
+        name: how the error calls it
+        a: CuPy array (rows, n), or (n,) for one row
+
+    Returns:
+        elements from one row to the next
+    """
     if a.dtype != dtype: raise KernelError(f'{name} is {a.dtype}, expected {np.dtype(dtype)}')
     shape = (1, *a.shape) if a.ndim == 1 else a.shape
     if shape != (rows, n): raise KernelError(f'{name} has shape {tuple(a.shape)}, expected {(rows, n)}')
@@ -480,7 +594,13 @@ def vector(
     dtype=FLOAT,
     more:bool=False, # may it be longer?
 ):
-    "Check a contiguous array of `n` elements (or None) and return it"
+    """Check a contiguous array of `n` elements (or None) and return it
+
+    Args:
+        name: how the error calls it
+        a: CuPy array or None
+        more: may it be longer?
+    """
     if a is not None and (a.dtype != dtype or (a.size < n if more else a.size != n) or not a.flags.c_contiguous):
         raise KernelError(f'{name} is {a.dtype} {tuple(a.shape)}, expected {n}{" or more" if more else ""} contiguous {np.dtype(dtype)}')
     return a
@@ -492,7 +612,11 @@ def padded_bytes(
     shape, # NumPy order: (rows, columns), or a stack of such
     type,
 )->int:
-    "Bytes that a tensor takes in VRAM: quantised rows in whole tiles"
+    """Bytes that a tensor takes in VRAM: quantised rows in whole tiles
+
+    Args:
+        shape: NumPy order: (rows, columns), or a stack of such
+    """
     t = GGMLType(type)
     *stack, rows, n = (1, *shape) # a vector is a matrix of one row
     if t.block_size > 1: rows = -(-rows//TILE)*TILE
@@ -500,7 +624,11 @@ def padded_bytes(
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    "A tensor in VRAM: `shape` in NumPy order, `data` a 1-D uint8 CuPy array of its bytes, sorted as the next notebook says"
+    """A tensor in VRAM: `shape` in NumPy order, `data` a 1-D uint8 CuPy array of its bytes, sorted as the next notebook says
+
+    Attributes:
+        row_max_exponent: uint8, the exponent of each row's largest scale, for the products that need it
+    """
     type:GGMLType
     shape:tuple
     data:object

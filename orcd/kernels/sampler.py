@@ -20,7 +20,11 @@ PARAMS = np.dtype([('temperature', 'f4'), ('penalty', 'f4'), ('top_k', 'i4'), ('
 def workspace_bytes(
     n_vocab:int,
 )->tuple:        # bytes of the workspace, bytes of the bitmap of tokens seen
-    "What the sampler needs in VRAM beside the logits; both are multiples of 8"
+    """What the sampler needs in VRAM beside the logits; both are multiples of 8
+
+    Returns:
+        bytes of the workspace, bytes of the bitmap of tokens seen
+    """
     n_chunk = -(-n_vocab // CHUNK)
     return -(-(_HEADER + _BLOCK * n_chunk + 4 * n_vocab) // 8) * 8, -(-n_vocab // 64) * 8
 
@@ -28,14 +32,28 @@ def pack_params(
     p:SamplingParams,
     n_valid:int,      # ids from here on are never drawn
 )->np.ndarray:        # uint8 (40,), to be copied to VRAM
-    "Sampling parameters as the kernels read them"
+    """Sampling parameters as the kernels read them
+
+    Args:
+        n_valid: ids from here on are never drawn
+
+    Returns:
+        uint8 (40,), to be copied to VRAM
+    """
     k = p.k(n_valid)
     return np.array([(p.T, p.penalty, k if k < n_valid else 0, n_valid, p.P, p.M, p.seed)], PARAMS).view(np.uint8)
 
 def unpack_ring(
     ring:np.ndarray, # uint64, copied from the ring
 )->tuple:            # ids int32, log probabilities float32
-    "What the sampler wrote"
+    """What the sampler wrote
+
+    Args:
+        ring: uint64, copied from the ring
+
+    Returns:
+        ids int32, log probabilities float32
+    """
     pairs = np.ascontiguousarray(ring).view(np.uint32).reshape(-1, 2)
     return pairs[:, 0].view(np.int32), pairs[:, 1].copy().view(np.float32)
 

@@ -21,7 +21,11 @@ def integers(
     b,              # structured blocks, any shape
     t:GGMLType,
 ):                  # uint8 (…, blocks of 32, 32)
-    "The integers of blocks in order, without their offset; of MXFP4 the codes, of Q8_0 the numbers plus 128"
+    """The integers of blocks in order, without their offset; of MXFP4 the codes, of Q8_0 the numbers plus 128
+
+    Args:
+        b: structured blocks, any shape
+    """
     parts = lambda name, n: b[name].reshape(*b.shape, n, -1)
     if t == GGMLType.Q8_0: return parts('qs', 1).view(np.uint8) ^ 128
     q = nibbles(parts('ql', 2) if t == GGMLType.Q6_K else parts('qs', t.block_size//64 or 1)).reshape(*b.shape, -1, 32)
@@ -38,7 +42,12 @@ def fields(
     v,      # (…, 4) small integers
     p0, p1, # bits of the even and the odd ones
 ):          # uint32 (…)
-    "0 and 1 at bits p0 and p1 of a word, 2 and 3 sixteen bits higher"
+    """0 and 1 at bits p0 and p1 of a word, 2 and 3 sixteen bits higher
+
+    Args:
+        v: (…, 4) small integers
+        p0, p1: bits of the even and the odd ones
+    """
     v = v.astype(np.uint32)
     return v[..., 0] << p0 | v[..., 1] << p1 | v[..., 2] << (p0 + 16) | v[..., 3] << (p1 + 16)
 
@@ -46,7 +55,11 @@ def words(
     a, b, # uint8 (…, 4): a lane's integers of the first and the second half of a block
     t:GGMLType,
 ):        # uint32 (…, 1), of Q8_0 (…, 2)
-    "What a lane keeps of a block, without fifth and sixth bits"
+    """What a lane keeps of a block, without fifth and sixth bits
+
+    Args:
+        a, b: uint8 (…, 4): a lane's integers of the first and the second half of a block
+    """
     if t == GGMLType.Q8_0: return np.concatenate([a, b], -1).view('<u4')
     if t == GGMLType.MXFP4: w = fields(a & 7, 9, 1) | fields(a >> 3, 15, 7) | fields(b & 7, 4, 12) | fields(b >> 3, 0, 8)
     elif t == GGMLType.Q6_K: w = fields(a & 15, 4, 0) | fields(b & 15, 4, 0) << 8
@@ -61,7 +74,11 @@ def high_words(
     a, b, # uint8 (…, 4 blocks, 4)
     t:GGMLType,
 ):        # uint32 (…, 1), of Q6_K (…, 2)
-    "The fifth bits of a lane's four blocks, or fifth and sixth bits of two and two"
+    """The fifth bits of a lane's four blocks, or fifth and sixth bits of two and two
+
+    Args:
+        a, b: uint8 (…, 4 blocks, 4)
+    """
     def block(j):
         if t == GGMLType.Q6_K: x, turned = fields(a[..., j, :] >> 4, 8, 4) | fields(b[..., j, :] >> 4, 8, 4) << 2, j & 1
         else: x, turned = (fields(a[..., j, :] >> 4, 9, 5) | fields(b[..., j, :] >> 4, 9, 5) << 1) << 2*(j & 1), j > 1
@@ -75,7 +92,11 @@ def units(
     s,   # structured (tiles, units, 16 rows, blocks of a unit)
     t:GGMLType,
 ):       # uint8 (tiles, bytes)
-    "The bytes of units that have as many blocks"
+    """The bytes of units that have as many blocks
+
+    Args:
+        s: structured (tiles, units, 16 rows, blocks of a unit)
+    """
     q = integers(s, t)                                                          # (tiles, units, 16, blocks, of 32, 32)
     q = q.reshape(*q.shape[:3], -1, min(4, q.shape[3]*q.shape[4]), 2, 4, 4)     # (tiles, units, 16, groups, blocks, halves, lanes, 4)
     q = q.transpose(0, 1, 3, 2, 6, 4, 5, 7)                                     # (tiles, units, groups, 16, lanes, blocks, halves, 4)
@@ -99,7 +120,12 @@ def to_planes(
     type,
     n_out=None, # rows of one matrix of a stack; all by default
 ):              # uint8 (`padded_bytes`,)
-    "What a matrix looks like in VRAM"
+    """What a matrix looks like in VRAM
+
+    Args:
+        blocks: uint8 (rows, bytes a row), as in the file
+        n_out: rows of one matrix of a stack; all by default
+    """
     t = GGMLType(type)
     b = np.ascontiguousarray(blocks).reshape(len(blocks), -1)
     if t.block_size == 1: return b.ravel()
@@ -115,7 +141,11 @@ def to_planes(
 AT_ONCE = 64 # things of a launch
 
 class BatchedArgs:
-    "The struct `BatchedLaunch` in Python: up to `AT_ONCE` structs, and how many there are"
+    """The struct `BatchedLaunch` in Python: up to `AT_ONCE` structs, and how many there are
+
+    Args:
+        item: of a thing; its last field is `begin`, the first of the thing's blocks
+    """
     def __init__(self,
         item:Args, # of a thing; its last field is `begin`, the first of the thing's blocks
     ):
@@ -126,7 +156,11 @@ class BatchedArgs:
     def pack(self,
         values:dict, # at: (values of the item's fields) of each thing, addresses as numbers
     )->bytes:
-        "The struct as the kernel reads it"
+        """The struct as the kernel reads it
+
+        Args:
+            values: at: (values of the item's fields) of each thing, addresses as numbers
+        """
         table = np.zeros((), self.dtype)
         table['at'][:len(values['at'])], table['count'] = values['at'], len(values['at'])
         return table.tobytes()
@@ -137,7 +171,14 @@ def plan_batched(
     item:Args,   # what it wants to know of each thing
     things,      # (blocks, *values of `item` without `begin`) of each
 )->list:
-    "As few launches as there can be, in blocks of 256 threads"
+    """As few launches as there can be, in blocks of 256 threads
+
+    Args:
+        file, name: of a kernel that takes `BatchedLaunch`
+        defines: of the file
+        item: what it wants to know of each thing
+        things: (blocks, *values of `item` without `begin`) of each
+    """
     launches, args = [], BatchedArgs(item)
     for first in range(0, len(things), AT_ONCE):
         some, begin = [], 0
@@ -186,7 +227,12 @@ def random_blocks(
     n:int,   # weights a row
     rng,     # NumPy generator
 ):           # uint8 (rows, bytes a row)
-    "Random valid rows of a type, for tests and timing: every integer, finite scales of both signs, weights of size 1"
+    """Random valid rows of a type, for tests and timing: every integer, finite scales of both signs, weights of size 1
+
+    Args:
+        n: weights a row
+        rng: NumPy generator
+    """
     t = GGMLType(type)
     b = np.frombuffer(rng.bytes(rows * t.row_bytes(n)), np.uint8).copy().view(t.dtype).reshape(rows, -1)
     if t.block_size == 1:

@@ -25,7 +25,11 @@ import numpy as np
 def is_hopper(
     device=None, # CUDA device, the current one by default
 )->bool:
-    "Has the device these instructions?"
+    """Has the device these instructions?
+
+    Args:
+        device: CUDA device, the current one by default
+    """
     return device_arch(device) == 'sm_90'
 
 ROWS = Args('Rows', w='ptr', top='ptr', rows='i64', n_out='i32', n='i32', begin='i32')
@@ -62,7 +66,11 @@ SPEED = {(256, 2): 1.25, (128, 3): 1.1, (128, 2): 1., (64, 2): .8, (64, 1): .8} 
 def splits(
     rows, # of the matrices of a launch
 )->int:
-    "Warpgroups that share a row: by the matrices alone, since the order of additions follows from it"
+    """Warpgroups that share a row: by the matrices alone, since the order of additions follows from it
+
+    Args:
+        rows: of the matrices of a launch
+    """
     tiles = sum(-(-n//64) for n in rows) * 8    # at 512 tokens
     return 4 if tiles <= SMS else 2 if tiles <= 3*SMS else 1
 
@@ -87,7 +95,16 @@ def files(
     gate:bool, # are they gate and up, in one matrix or in two?
     sizes,   # of prompts, in tokens
 )->set:      # (file, defines)
-    "Code of the kernels for products of these tensors with so many tokens"
+    """Code of the kernels for products of these tensors with so many tokens
+
+    Args:
+        tensors: of a launch: type, shape
+        gate: are they gate and up, in one matrix or in two?
+        sizes: of prompts, in tokens
+
+    Returns:
+        (file, defines)
+    """
     types, quant = [t.type for t in tensors], all(t.type.block_size > 1 for t in tensors)
     if gate and quant and len(set(types)) == 1:
         rows = sum(t.shape[0] for t in tensors),
@@ -97,7 +114,12 @@ def files(
 
 # %% ../../nbs/4_kernels/27_wgmma.ipynb #c7a00012
 class Rows:
-    "Some rows of a matrix, from a whole tile on, to be multiplied as if they were one"
+    """Some rows of a matrix, from a whole tile on, to be multiplied as if they were one
+
+    Args:
+        W: (n, n_in)
+        n: all from `first` on by default
+    """
     def __init__(self,
         W:QTensor, # (n, n_in)
         first=0,

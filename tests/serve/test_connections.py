@@ -157,8 +157,7 @@ class Here:
         self.thread.start(); self.up.wait(PATIENCE)
     async def run(self, settings):
         self.loop, w = asyncio.get_running_loop(), Worker(Settings(model='x', **settings), self.jobs)
-        self.server = Server(w, make_app(w))
-        self.server.config.load()
+        self.server = Server(w, make_app(w), self.sock)
         task = asyncio.create_task(self.server.serve([self.sock]))
         while not self.server.started: await asyncio.sleep(.01)
         self.up.set()
@@ -245,9 +244,9 @@ def test_answers_without_a_request_have_the_headers_of_all_answers():
 
 
 def test_places_taken_are_told_with_retry_after():
-    from orcd.serve.protocol import ApiError
-    from orcd.serve.worker import _raw
-    head, _, body = _raw(503, 'Service Unavailable', ApiError('WORKER_BUSY', 'too many connections')).decode().partition('\r\n\r\n')
+    from orcd.serve.worker import raw_response, too_many
+    head, _, body = raw_response(too_many()).decode().partition('\r\n\r\n')
+    assert head.startswith('HTTP/1.1 503 Service Unavailable\r\n')
     headers = dict(l.split(': ') for l in head.split('\r\n')[1:])
     assert (headers['Retry-After'] == '1' and headers['X-Correlation-ID'] == json.loads(body)['correlation_id']
         and int(headers['Content-Length']) == len(body))
@@ -287,8 +286,7 @@ def test_a_port_that_comes_back_before_it_is_gone():
     from uvicorn.server import ServerState
     async def go():
         w = Worker(Settings(), Jobs(None))
-        server = Server(w, make_app(w))
-        server.config.load()
+        with bind('127.0.0.1', 0) as sock: server = Server(w, make_app(w), sock)
         old, new = (server.config.http_protocol_class(server.config, ServerState(), {}) for _ in range(2))
         for c in old, new: c.connection_made(Transport())
         old.connection_lost(None)

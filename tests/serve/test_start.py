@@ -97,7 +97,7 @@ def test_signals_leave_everything_as_it_was():
     before = [signal.getsignal(s) for s in ENDING]
     heard, told = [], threading.Event()
     with Signals() as s:
-        s.hear = lambda name: (heard.append(name), told.set())
+        s.tell(lambda name: (heard.append(name), told.set()))
         os.kill(os.getpid(), signal.SIGTERM)
         assert told.wait(FAR) and heard == ['SIGTERM']
     assert [signal.getsignal(x) for x in ENDING] == before
