@@ -20,19 +20,35 @@ from .errors import OrcdError
 def read_cells(
     path:Path,  # a notebook
 )->list:        # its cells, each a dict
-    "The cells of a notebook"
+    """The cells of a notebook
+
+    Args:
+        path: a notebook
+
+    Returns:
+        its cells, each a dict
+    """
     return json.loads(path.read_text(encoding='utf-8'))['cells']
 
 def write_cells(
     path:Path,   # a notebook that is there
     cells:list,  # what it is to hold
 ):
-    "Write a notebook as `nbdev-clean` would: sorted keys, one space, a line end at the end"
+    """Write a notebook as `nbdev-clean` would: sorted keys, one space, a line end at the end
+
+    Args:
+        path: a notebook that is there
+        cells: what it is to hold
+    """
     book = json.loads(path.read_text(encoding='utf-8')) | {'cells': cells}
     path.write_text(json.dumps(book, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 class Chapter(NamedTuple):
-    "One notebook of the book"
+    """One notebook of the book
+
+    Attributes:
+        path: from the folder of notebooks: `1_files/01_blocks.ipynb`
+    """
     path: str     # from the folder of notebooks: `1_files/01_blocks.ipynb`
     title: str
     summary: str
@@ -46,7 +62,12 @@ def read_chapter(
     nbs:Path,   # the folder of notebooks
     path:Path,  # one of them
 )->Chapter:
-    "A chapter's title and summary, from its first text cell"
+    """A chapter's title and summary, from its first text cell
+
+    Args:
+        nbs: the folder of notebooks
+        path: one of them
+    """
     first = next((''.join(c['source']) for c in read_cells(path) if c['cell_type'] == 'markdown'), '')
     m = re.match(r'# (\S.*)\n+> (\S.*)', first)
     if not m: raise OrcdError(f'{path}: the first text cell of a chapter begins with "# Title" and, below it, "> a summary in one line"')
@@ -55,7 +76,14 @@ def read_chapter(
 def read_chapters(
     nbs:Path,  # the folder of notebooks
 )->list:       # of `Chapter`, in the order of their numbers
-    "Every numbered notebook below a folder"
+    """Every numbered notebook below a folder
+
+    Args:
+        nbs: the folder of notebooks
+
+    Returns:
+        of `Chapter`, in the order of their numbers
+    """
     found = [read_chapter(nbs, p) for p in nbs.rglob('*.ipynb') if re.match(r'\d+_', p.name) and '.ipynb_checkpoints' not in p.parts]
     return sorted(found, key=lambda c: (c.number, c.path))
 
@@ -65,14 +93,25 @@ TITLES = {'': 'Around the parts', 'engine': 'The engine', 'serve': 'The worker',
 def part_title(
     folder:str,  # `5_engine`
 )->str:          # `The engine`
-    "What a folder of chapters is called"
+    """What a folder of chapters is called
+
+    Args:
+        folder: `5_engine`
+
+    Returns:
+        `The engine`
+    """
     name = re.sub(r'^\d+_', '', folder)
     return TITLES.get(name, name.capitalize())
 
 def chapter_table(
     chapters:list,  # of `Chapter`, sorted
 )->str:
-    "The table of contents in Markdown: a block of rows a folder"
+    """The table of contents in Markdown: a block of rows a folder
+
+    Args:
+        chapters: of `Chapter`, sorted
+    """
     rows = ['| | chapter | what it is about |', '|---|---|---|']
     for folder, group in groupby(chapters, key=lambda c: c.folder):
         part = folder.partition('_')
@@ -89,7 +128,12 @@ def with_table(
     cells:list,     # of the front page
     chapters:list,  # of `Chapter`
 )->list:
-    "The front page's cells, the table of contents renewed"
+    """The front page's cells, the table of contents renewed
+
+    Args:
+        cells: of the front page
+        chapters: of `Chapter`
+    """
     marked = [c for c in cells if ''.join(c['source']).startswith(MARK)]
     if len(marked) != 1:
         raise OrcdError(f'index.ipynb has {len(marked)} text cells that begin with "{MARK}"; it needs one, for the table of chapters')
@@ -100,7 +144,11 @@ def with_table(
 def readme(
     cells:list,  # of the front page
 )->str:
-    "The front page as `README.md`"
+    """The front page as `README.md`
+
+    Args:
+        cells: of the front page
+    """
     out = []
     for c in cells:
         source = ''.join(c['source'])
@@ -121,7 +169,14 @@ def _from_root(text):
 def sidebar(
     chapters:list,  # of `Chapter`, sorted
 )->list:            # of lines
-    "The `contents:` of the sidebar: the front page, then a section a folder"
+    """The `contents:` of the sidebar: the front page, then a section a folder
+
+    Args:
+        chapters: of `Chapter`, sorted
+
+    Returns:
+        of lines
+    """
     lines = ['- index.ipynb']
     for folder, group in groupby(chapters, key=lambda c: c.folder):
         if not folder: lines += [f'- {c.path}' for c in group]
@@ -131,7 +186,14 @@ def sidebar(
 def read_urls(
     pyproject:str,  # the text of pyproject.toml
 )->dict:            # `Documentation` and `Repository`, those that are set
-    "Where the book and its source are published"
+    """Where the book and its source are published
+
+    Args:
+        pyproject: the text of pyproject.toml
+
+    Returns:
+        `Documentation` and `Repository`, those that are set
+    """
     urls = tomllib.loads(pyproject).get('project', {}).get('urls', {})
     return {k: v for k, v in urls.items() if k in ('Documentation', 'Repository') and v}
 
@@ -140,7 +202,13 @@ def with_sidebar(
     chapters:list,  # of `Chapter`, sorted
     urls:dict,      # from `read_urls`
 )->str:
-    "`_quarto.yml` with the list of chapters and the addresses renewed"
+    """`_quarto.yml` with the list of chapters and the addresses renewed
+
+    Args:
+        quarto: the text of _quarto.yml
+        chapters: of `Chapter`, sorted
+        urls: from `read_urls`
+    """
     quarto = re.sub(r'(?m)^  (?:site|repo)-url:.*\n', '', quarto)
     named = [f'  {key}: {json.dumps(urls[name])}\n' for key, name in (('site-url', 'Documentation'), ('repo-url', 'Repository'))
         if name in urls]
@@ -154,7 +222,14 @@ def with_sidebar(
 def write_book(
     root:Path,  # of the repository
 )->list:        # the files whose text changed
-    "Bring front page, README.md and sidebar in step with the chapters"
+    """Bring front page, README.md and sidebar in step with the chapters
+
+    Args:
+        root: of the repository
+
+    Returns:
+        the files whose text changed
+    """
     nbs = root/'nbs'
     index, chapters = nbs/'index.ipynb', read_chapters(nbs)
     cells, changed = read_cells(index), []
@@ -185,7 +260,14 @@ def _order(path):
 def new_numbers(
     nbs:Path,  # the folder of notebooks
 )->dict:       # old path -> new path, of those that move
-    "What the chapters are called when they are numbered from 00 without gaps"
+    """What the chapters are called when they are numbered from 00 without gaps
+
+    Args:
+        nbs: the folder of notebooks
+
+    Returns:
+        old path -> new path, of those that move
+    """
     found = [p for p in nbs.rglob('*.ipynb') if re.match(r'\d+[a-z]?_', p.name) and '.ipynb_checkpoints' not in p.parts]
     named = {p: p.with_name(re.sub(r'^\d+[a-z]?', f'{i:02}', p.name)) for i, p in enumerate(sorted(found, key=_order))}
     return {old: new for old, new in named.items() if old != new}
@@ -200,7 +282,14 @@ def _renamed(text, names, numbers):
 def renumber(
     root:Path,  # of the repository
 )->dict:        # old path -> new path
-    "Number the chapters anew, and change what links to them or mentions them"
+    """Number the chapters anew, and change what links to them or mentions them
+
+    Args:
+        root: of the repository
+
+    Returns:
+        old path -> new path
+    """
     moves = new_numbers(root/'nbs')
     names = {old.name: new.name for old, new in moves.items()}
     numbers = {old.name.split('_')[0]: new.name.split('_')[0] for old, new in moves.items()}

@@ -22,7 +22,12 @@ def printable(
     text:object,   # a string, or anything with one
     keep:str='',   # characters that stay as they are, like `PROSE`
 )->str:
-    "`text` with an escape for every character that could steer a terminal or begin a line"
+    """`text` with an escape for every character that could steer a terminal or begin a line
+
+    Args:
+        text: a string, or anything with one
+        keep: characters that stay as they are, like `PROSE`
+    """
     return UNSAFE.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], str(text))
 
 LONGEST = 8000   # characters of a message
@@ -30,19 +35,33 @@ LONGEST = 8000   # characters of a message
 def brief(
     text:str,  # that quotes what others wrote
 )->str:
-    "`text`, without its middle when it is longer than anybody would read"
+    """`text`, without its middle when it is longer than anybody would read
+
+    Args:
+        text: that quotes what others wrote
+    """
     return text if len(text) <= LONGEST else f'{text[:LONGEST//2]} … {text[-LONGEST//4:]}'
 
 def for_output(
     text:str,    # what a model wrote
     out:TextIO,  # a text stream
 )->str:
-    "`text` as it goes to `out`: unchanged into a file or a pipe, printable on a terminal"
+    """`text` as it goes to `out`: unchanged into a file or a pipe, printable on a terminal
+
+    Args:
+        text: what a model wrote
+        out: a text stream
+    """
     return printable(text, keep=PROSE) if out.isatty() else text
 
 # %% ../nbs/00_errors.ipynb #e0c0de01
 class Code(NamedTuple):
-    "What follows from an error's code"
+    """What follows from an error's code
+
+    Attributes:
+        status: of HTTP, before a stream has begun
+        retriable: may the same request work later?
+    """
     status: int      # of HTTP, before a stream has begun
     retriable: bool  # may the same request work later?
 
@@ -60,7 +79,13 @@ CODES: dict[str, Code] = dict(
 
 # %% ../nbs/00_errors.ipynb #95d92749
 class OrcdError(Exception):
-    "Base of every error of this package. `except OrcdError` catches them all."
+    """Base of every error of this package. `except OrcdError` catches them all.
+
+    Attributes:
+        code: a key of `CODES`
+        exit_code: of a program that ends with it
+        lasting: True: trying again does not help, whatever the code says
+    """
     code: str = 'INTERNAL'   # a key of `CODES`
     exit_code: int = 1       # of a program that ends with it
     lasting: bool = False    # True: trying again does not help, whatever the code says
@@ -79,7 +104,13 @@ class OrcdError(Exception):
 
 # %% ../nbs/00_errors.ipynb #93e0007a
 class GGUFError(OrcdError, ValueError):
-    "The file is not a GGUF file that we can trust"
+    """The file is not a GGUF file that we can trust
+
+    Args:
+        message: what is wrong and what to do
+        path: the file, when known
+        offset: the byte where it is wrong, when known
+    """
     code = 'MODEL_LOAD_FAILED'
     message: str
     path: str | os.PathLike[str] | None
@@ -110,7 +141,11 @@ class TokenizerError(OrcdError, ValueError):
     code = 'MODEL_LOAD_FAILED'
 
 class ChatTemplateError(OrcdError, ValueError):
-    "A chat template that fails, takes too long or refuses the messages"
+    """A chat template that fails, takes too long or refuses the messages
+
+    Attributes:
+        kind: 'limit': it was stopped; 'refused': by the template; 'start': the process that renders it is not there
+    """
     code = 'INVALID_REQUEST'
     kind: str = 'failed'   # 'limit': it was stopped; 'refused': by the template; 'start': the process that renders it is not there
 
@@ -119,7 +154,15 @@ class HubError(OrcdError):
 
 # %% ../nbs/00_errors.ipynb #d654d5a1
 class RequestError(OrcdError, ValueError):
-    "Bad arguments to `generate`, a prompt longer than the context, …"
+    """Bad arguments to `generate`, a prompt longer than the context, …
+
+    Args:
+        message: what is wrong and what to do
+        errors: every broken rule, when they are known by name
+
+    Attributes:
+        errors: each broken rule: field, constraint, message, value
+    """
     code = 'INVALID_REQUEST'
     errors: list[dict[str, str]]              # each broken rule: field, constraint, message, value
     def __init__(self,
@@ -150,7 +193,14 @@ class DeviceError(OrcdError):
     lasting = True
 
 class InsufficientVRAM(OrcdError):
-    "The model does not fit; found out before the first byte is copied"
+    """The model does not fit; found out before the first byte is copied
+
+    Args:
+        message: what to say
+        required_bytes: weights + KV cache + workspace + CUDA context
+        available_bytes: free memory of the device
+        max_context: the largest context that would fit; 0 when not even one token does
+    """
     code = 'INSUFFICIENT_VRAM'
     required_bytes: int
     available_bytes: int
@@ -170,7 +220,12 @@ class OutOfVRAM(OrcdError):
 
 # %% ../nbs/00_errors.ipynb #b39958dc
 class CUDAError(OrcdError):
-    "A CUDA call failed"
+    """A CUDA call failed
+
+    Args:
+        message: the call and what CUDA said
+        sticky: the context is lost, only a new process helps
+    """
     code = 'CUDA_ERROR'
     sticky: bool
     def __init__(self,

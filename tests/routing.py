@@ -65,15 +65,13 @@ class Follower:
 def recorded(n_layer):
     "What the routers of a CUDA engine see and take in the prefill inside"
     from orcd.engine.cuda_engine import CudaEngine
-    from orcd.engine.ops import CudaOps
-    seen, route = Recorded(n_layer), CudaOps.route
-    def spy(self, logits, k):
-        r = route(self, logits, k)
-        if not self.dry: seen.calls.append((logits.get(stream=self.stream), r.ids.get(stream=self.stream)))
-        return r
-    CudaOps.route, CudaEngine.replay = spy, False # a graph would not call it
+    seen = Recorded(n_layer)
+    def watch(engine, launch, array):
+        if launch.name != 'route': return
+        seen.calls.append(tuple(array(launch.values[name]).get(stream=engine.stream) for name in ('logits', 'ids')))
+    CudaEngine.replay, CudaEngine.watch = False, watch # a graph would not call it
     try: yield seen
-    finally: CudaOps.route, CudaEngine.replay = route, True
+    finally: CudaEngine.replay, CudaEngine.watch = True, None
 
 
 @contextmanager

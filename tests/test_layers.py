@@ -5,7 +5,7 @@ import pytest
 
 PKG = Path(__file__).resolve().parent.parent / 'orcd'
 # a folder may import from those before it, and its modules from each other as long as no circle comes of it
-FOLDERS = 'errors files text families kernels engine serve demo book'.split()      # `book` makes the book itself: nothing imports it
+FOLDERS = 'errors files text families kernels engine serve demo book docstrings'.split()  # nothing imports the last two: they make the book
 # `arch.resolve` fills its registry from the families when it is called; what a script starts with is light, and calls the command line late
 LATE = {('families.arch', f'families.{f}') for f in ('qwen2', 'phi3', 'gptoss', 'llama', 'qwen3')} | {('serve.start', 'serve.cli')}
 

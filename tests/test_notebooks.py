@@ -56,13 +56,13 @@ def test_opening(path):
 
 
 def test_chapters_are_numbered_without_gaps():
-    """00, 01, … through the folders in their order, errors before and the book itself after them; a chapter is named after the module it
-    exports, and lies in a folder of the module's"""
+    """00, 01, … through the folders in their order, errors before and the making of the book after them; a chapter is named after the
+    module it exports, and lies in a folder of the module's"""
     chapters = [p for p in NOTEBOOKS if p.name != 'index.ipynb']
     assert [int(p.name[:2]) for p in chapters] == list(range(len(chapters))), 'python -m orcd.book numbers them anew'
-    assert ([p.name for p in chapters if p.parent.name == 'nbs'] == [chapters[0].name, chapters[-1].name]
-        == ['00_errors.ipynb', f'{len(chapters) - 1}_book.ipynb'])
-    folders = [p.parent.name for p in chapters[1:-1]]
+    around = [chapters[0], *chapters[-2:]]
+    assert [p for p in chapters if p.parent.name == 'nbs'] == around and [p.stem[3:] for p in around] == ['errors', 'book', 'docstrings']
+    folders = [p.parent.name for p in chapters[1:-2]]
     assert folders == sorted(folders)
     for p in chapters:
         folder = '' if p.parent.name == 'nbs' else p.parent.name[2:] + '.'

@@ -6,7 +6,7 @@ import orcd
 
 ROOT = Path(__file__).resolve().parent.parent
 # modules that are not clean yet; what is not named here has to be
-LATER = ('book.py', 'demo', 'engine/cuda_engine.py', 'engine/loader.py', 'engine/ops.py', 'kernels')
+LATER = ('book.py', 'demo', 'engine/cuda_engine.py', 'engine/loader.py', 'engine/lower.py', 'kernels', 'serve')
 
 # Strict: a type that is not known is an error here, and `assert_type` says which one it must be
 PROGRAM = '''# pyright: strict
@@ -111,6 +111,20 @@ def test_editor_and_program_see_the_same_names():
     assert seen == set(orcd.__all__) == {*orcd._where, *orcd._modules}
     assert re.findall(r'^ {4}(\w+)  +\S', orcd.__doc__, re.M) == orcd.__all__, 'the list in the docstring'
     for name in orcd.__all__: assert getattr(orcd, name).__doc__, name
+
+
+def test_help_says_what_arguments_are():
+    "The comments of the chapters stand in the docstrings, written when the package is exported"
+    def said(f): return {m[1]: m[2] for m in re.finditer(r'^ +(\w+): (.+)$', f.__doc__ or '', re.M)}
+    wanted = {orcd.load: ['path', 'device', 'context_length', 'kv_cache_mb', 'progress', 'chunk_bytes', 'text'],
+        orcd.Model.generate: ['prompt', 'temperature', 'stop', 'cancelled'], orcd.GGUF: ['path', 'metadata', 'tensors'],
+        orcd.GGUF.read: ['name', 'first', 'n'], orcd.Tokenizer.encode: ['text', 'add_special', 'parse_special'],
+        orcd.Token: ['id', 'text', 'logprob'], orcd.SamplingParams: ['temperature', 'top_p'], orcd.pull: ['name', 'endpoint', 'verify']}
+    for f, names in wanted.items(): assert not set(names) - said(f).keys(), (f, said(f))
+    text = json.loads((ROOT / 'nbs' / '5_engine' / '32_generation.ipynb').read_text())['cells']
+    load = next(s for c in text if 'def load(' in (s := ''.join(c['source'])))
+    comment = re.search(r"^ +device:str='cuda:0', +# (.*)$", load, re.M)
+    assert comment and said(orcd.load)['device'] == comment[1], 'nbdev-export has not run'
 
 
 def test_types_are_shipped():

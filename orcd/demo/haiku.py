@@ -156,7 +156,14 @@ _hiss = re.compile(r'(s|x|z|ch|sh|cache|[csz]e|ge)$')
 def with_s(
     word:str, # a regular noun or verb
 )->tuple:     # (its plural or third person, syllables added: 0 or 1)
-    "page → pages (+1), fly → flies, grow → grows"
+    """page → pages (+1), fly → flies, grow → grows
+
+    Args:
+        word: a regular noun or verb
+
+    Returns:
+        (its plural or third person, syllables added: 0 or 1)
+    """
     if word.endswith('y') and word[-2] not in 'aeiou': return word[:-1] + 'ies', 0
     if not _hiss.search(word): return word + 's', 0
     return (word + 's' if word.endswith('e') else word + 'es'), 1
@@ -212,7 +219,15 @@ def check(
     text:str,         # what the model wrote
     minute:str=None,  # a minute in words that must be there exactly once
 )->list:              # complaints; empty for a good haiku
-    "Three lines, 5-7-5 by the lexicon, the minute once and no other number"
+    """Three lines, 5-7-5 by the lexicon, the minute once and no other number
+
+    Args:
+        text: what the model wrote
+        minute: a minute in words that must be there exactly once
+
+    Returns:
+        complaints; empty for a good haiku
+    """
     lines, found = text.strip().split('\n'), []
     if len(lines) != 3: found.append(f'{len(lines)} lines')
     for line, want in zip(lines, (5, 7, 5)):
@@ -276,7 +291,15 @@ def fill(
     minute:str, rng:random.Random,
     used:set,                            # words the haiku has already; the line's are added
 )->str:                                  # the line, or None when the template cannot have this length or repeats a word
-    "One line of exactly `target` syllables"
+    """One line of exactly `target` syllables
+
+    Args:
+        topic, template, target: syllables of the line
+        used: words the haiku has already; the line's are added
+
+    Returns:
+        the line, or None when the template cannot have this length or repeats a word
+    """
     splits, weights = _splits(topic, template, target, minute)
     if not splits: return None
     split = iter(splits[bisect(weights, rng.random() * weights[-1])])
@@ -306,7 +329,15 @@ def haiku(
     minute:str=None,           # a minute in words that the haiku will contain once
     rng:random.Random=random,
 )->str:                        # three lines of 5, 7 and 5 syllables
-    "A haiku by the grammar"
+    """A haiku by the grammar
+
+    Args:
+        topic: a key of `TOPICS`
+        minute: a minute in words that the haiku will contain once
+
+    Returns:
+        three lines of 5, 7 and 5 syllables
+    """
     while True:
         used, lines = set(), []
         for templates, n in _templates(minute, rng):
@@ -325,7 +356,16 @@ def repertoire(
     place:int,     # 0, 1 or 2: which line
     like:str=None, # a minute; any other with as many syllables fits as well
 )->tuple:          # lines, `#` where the minute goes
-    "The lines that are taught, always the same"
+    """The lines that are taught, always the same
+
+    Args:
+        topic: a key of `TOPICS`
+        place: 0, 1 or 2: which line
+        like: a minute; any other with as many syllables fits as well
+
+    Returns:
+        lines, `#` where the minute goes
+    """
     rng, n, found = random.Random(f'{topic} {place} {like}'), (5, 7, 5)[place], {}
     templates = (OPENING, MIDDLE, CLOSING)[place]
     if like: templates = (ONE7 if n == 7 else ONE5) if like == 'one' else (MANY7 if n == 7 else MANY5) + (ANY7 if n == 7 else ANY5)
@@ -369,7 +409,13 @@ AGAIN = ['Another one', 'Another one, please', 'One more', 'Again', 'Now one abo
 # %% ../../nbs/7_demo/40_haiku.ipynb #326a882b
 @dataclass(frozen=True)
 class Request:
-    "What somebody asks for"
+    """What somebody asks for
+
+    Attributes:
+        text: the prompt
+        topic: a key of `TOPICS`
+        minute: a minute in words, or None
+    """
     text: str           # the prompt
     topic: str          # a key of `TOPICS`
     minute: str = None  # a minute in words, or None
@@ -389,7 +435,12 @@ def request(
     topic:str=None, minute:str=None,   # fixed when given
     p_minute:float=.5,                 # how often a minute is asked for
 )->Request:
-    "A random request"
+    """A random request
+
+    Args:
+        topic, minute: fixed when given
+        p_minute: how often a minute is asked for
+    """
     asks = ASKS if topic or rng.random() > .04 else BARE_ASKS
     strange = not topic and rng.random() < .05
     topic = topic or ('GPU computing' if rng.random() < .08 else rng.choice(list(TOPICS)))

@@ -34,7 +34,17 @@ from ..text.tokenizer import ALPHABET, PRE, Tokenizer
 # %% ../../nbs/7_demo/41_train.ipynb #91d7a30b
 @dataclass(frozen=True)
 class Recipe:
-    "How one model is made"
+    """How one model is made
+
+    Attributes:
+        arch: `general.architecture`
+        hyper: its keys, without the prefix
+        template: chat template
+        turn_end: what ends a reply to a chat
+        types: pattern in the tensor's name -> type; the first that matches; vectors are F32
+        file_type: `general.file_type`
+        more: further metadata
+    """
     arch: str         # `general.architecture`
     hyper: dict       # its keys, without the prefix
     template: str     # chat template
@@ -98,7 +108,16 @@ def byte_bpe(
     pre:str,           # how text is cut: a key of `PRE`
     special:list,      # control tokens
 )->dict:               # keys below `tokenizer.ggml`
-    "Train a byte-level vocabulary"
+    """Train a byte-level vocabulary
+
+    Args:
+        texts, n: rows of the vocabulary
+        pre: how text is cut: a key of `PRE`
+        special: control tokens
+
+    Returns:
+        keys below `tokenizer.ggml`
+    """
     t = tokenizers.Tokenizer(models.BPE())
     cut = [pre_tokenizers.Split(Regex(r), 'isolated') for r in PRE[pre].patterns]
     t.pre_tokenizer = pre_tokenizers.Sequence([*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -114,7 +133,14 @@ def sentencepiece(
     texts:list, n:int, # rows of the vocabulary
     special:list,
 )->dict:               # keys below `tokenizer.ggml`
-    "Train a vocabulary of the SentencePiece type: a token's score is minus the rank of its merge"
+    """Train a vocabulary of the SentencePiece type: a token's score is minus the rank of its merge
+
+    Args:
+        texts, n: rows of the vocabulary
+
+    Returns:
+        keys below `tokenizer.ggml`
+    """
     t = tokenizers.Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.Split(Regex(f'{SPACE}?[A-Za-z]+|{SPACE}?[^A-Za-z{SPACE}]'), 'isolated')
     # words with and without a space before them
@@ -131,7 +157,11 @@ def sentencepiece(
 def vocabulary(
     recipe:Recipe, texts:list
 )->dict: # metadata
-    "Vocabulary, special ids and chat template of a recipe"
+    """Vocabulary, special ids and chat template of a recipe
+
+    Returns:
+        metadata
+    """
     if recipe.arch == 'phi3':
         v = sentencepiece(texts, recipe.n_vocab, ['<|endoftext|>', '<|assistant|>', '<|system|>', '<|end|>', '<|user|>'])
         ids = {'bos': '<s>', 'eos': '<|endoftext|>', 'unknown': '<unk>', 'padding': '<|endoftext|>'}
@@ -224,7 +254,11 @@ def _chunk(job):
     return out
 
 def examples(meta:dict, name:str, n:int, seed:int=1, processes:int=1)->list: # of (ids, length of the prompt)
-    "`n` training examples, written by several processes"
+    """`n` training examples, written by several processes
+
+    Args:
+        meta, name, n, seed, processes: of (ids, length of the prompt)
+    """
     size = -(-n // (4*processes))
     jobs = [(meta, name, size, seed*1000 + i) for i in range(4*processes)]
     if processes == 1: return [e for j in jobs for e in _chunk(j)]
@@ -235,7 +269,11 @@ def batches(
     data:list, tokens:int, # about so many tokens in a batch
     rng:random.Random,
 ):                         # yields int64 ids (B, T), padded with 0, and targets (B, T): the next id, -1 where nothing is to be learnt
-    "One pass over the data: examples of similar length together, batches in random order"
+    """One pass over the data: examples of similar length together, batches in random order
+
+    Args:
+        data, tokens: about so many tokens in a batch
+    """
     data = sorted(data, key=lambda e: (len(e[0]), rng.random()))
     groups, i = [], 0
     while i < len(data):
@@ -394,7 +432,11 @@ def rounded(w:dict, recipe:Recipe)->dict:
     return {n: one(n, p) for n, p in w.items()}
 
 def quantised(w:dict, recipe:Recipe)->dict: # name -> (blocks, type)
-    "The real quantiser's blocks"
+    """The real quantiser's blocks
+
+    Args:
+        w, recipe: name -> (blocks, type)
+    """
     out = {}
     for n, p in w.items():
         a, t = p.detach().float().cpu().numpy(), type_of(recipe, n, tuple(p.shape))
@@ -407,7 +449,11 @@ def dequantised(blocks:dict, device)->dict:
 
 # %% ../../nbs/7_demo/41_train.ipynb #5fe72d61
 def complete(net:Net, w:dict, prompts:list, stops, temperature:float=0., max_tokens:int=72, seed:int=0)->list: # of id lists
-    "Continue all prompts at once"
+    """Continue all prompts at once
+
+    Args:
+        net, w, prompts, stops, temperature, max_tokens, seed: of id lists
+    """
     rng = torch.Generator(net.device).manual_seed(seed)
     n = torch.tensor([len(p) for p in prompts], device=net.device)
     ids = torch.zeros(len(prompts), int(n.max()) + max_tokens, dtype=torch.int64, device=net.device)
@@ -495,7 +541,18 @@ def train(
     round_from:float=.55,    # progress from which the forward pass uses rounded weights
     device:str='cuda', processes:int=14, steps:int=10**9,
 )->tuple:                    # (Net, blocks, results)
-    "Train, quantise and judge one model"
+    """Train, quantise and judge one model
+
+    Args:
+        name: a key of `RECIPES`
+        seconds: how long the loop may take
+        n: examples
+        tokens: tokens in a batch
+        round_from: progress from which the forward pass uses rounded weights
+
+    Returns:
+        (Net, blocks, results)
+    """
     recipe, began = RECIPES[name], time.time()
     meta = metadata(recipe, corpus(20_000))
     writer, data = Writer(meta, recipe), examples(meta, name, n, processes=processes)
@@ -540,7 +597,11 @@ def save(
     path:Path, meta:dict,
     blocks:dict, # name -> (blocks, type, shape)
 ):
-    "Write a GGUF file"
+    """Write a GGUF file
+
+    Args:
+        blocks: name -> (blocks, type, shape)
+    """
     import gguf
     w = gguf.GGUFWriter(str(path), meta['general.architecture'])
     for k, v in meta.items():

@@ -30,7 +30,13 @@ if TYPE_CHECKING:     # their modules are imported when a model is loaded
 
 # %% ../../nbs/5_engine/32_generation.ipynb #9d3e5a11
 class Engine(Protocol):
-    "What a model needs of the thing that computes"
+    """What a model needs of the thing that computes
+
+    Attributes:
+        kind: 'cuda' or 'reference'
+        n_ctx: positions a job may use
+        n_valid: ids from here on are padding and are never drawn
+    """
     kind: str         # 'cuda' or 'reference'
     n_ctx: int        # positions a job may use
     n_valid: int      # ids from here on are padding and are never drawn
@@ -47,7 +53,14 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | np.ndarray   # a te
 def prefix_table(
     s:str,        # a stop string
 )->list[int]:   # for each i: length of the longest proper prefix of s[:i+1] that is also its suffix
-    "The table of Knuth, Morris and Pratt"
+    """The table of Knuth, Morris and Pratt
+
+    Args:
+        s: a stop string
+
+    Returns:
+        for each i: length of the longest proper prefix of s[:i+1] that is also its suffix
+    """
     table, k = [0] * len(s), 0
     for i in range(1, len(s)):
         while k and s[i] != s[k]: k = table[k - 1]
@@ -57,7 +70,15 @@ def prefix_table(
 
 # %% ../../nbs/5_engine/32_generation.ipynb #a42539b2
 class StopMatcher:
-    "Finds the first stop string in text that comes in pieces, and holds back what may become one"
+    """Finds the first stop string in text that comes in pieces, and holds back what may become one
+
+    Args:
+        stops: non-empty strings
+
+    Attributes:
+        held: what may become a stop string
+        matched: the one that was found
+    """
     stops: list[str]
     held: str             # what may become a stop string
     matched: str | None   # the one that was found
@@ -96,7 +117,16 @@ class StopMatcher:
 
 # %% ../../nbs/5_engine/32_generation.ipynb #cc59ad1e
 class TextStream:
-    "Token ids in, text that may be shown out"
+    """Token ids in, text that may be shown out
+
+    Args:
+        decoder: `push(id) -> str`, `flush() -> str`; None: there is no vocabulary, and no text
+        stops: stop strings
+
+    Attributes:
+        decoder: None: there is no text
+        push: the next token: what may be shown with it
+    """
     decoder: Any                   # None: there is no text
     push: Callable[[int], str]     # the next token: what may be shown with it
 
@@ -124,13 +154,27 @@ class TextStream:
 
 # %% ../../nbs/5_engine/32_generation.ipynb #a356664f
 class Token(NamedTuple):
-    "One step of a generation"
+    """One step of a generation
+
+    Attributes:
+        id: of the token
+        text: what may be shown with it: whole characters, often one word, may be ''
+        logprob: natural logarithm of its probability in the model's own distribution
+    """
     id: int         # of the token
     text: str       # what may be shown with it: whole characters, often one word, may be ''
     logprob: float  # natural logarithm of its probability in the model's own distribution
 
 class Stop:
-    "What an engine asks before every token and every chunk of a prompt: shall it stop?"
+    """What an engine asks before every token and every chunk of a prompt: shall it stop?
+
+    Args:
+        model: its `closing` stops every text
+        cancelled: the caller's own reason
+
+    Attributes:
+        asked: somebody wants an end
+    """
     asked: bool     # somebody wants an end
 
     def __init__(self,
@@ -146,7 +190,15 @@ def limit(
     asked:int,         # as many tokens as somebody wants
     room:int,          # as many as the context still holds
 )->tuple[int, str]:    # how many may come, and why not more
-    "The end of a generation, if nothing else ends it"
+    """The end of a generation, if nothing else ends it
+
+    Args:
+        asked: as many tokens as somebody wants
+        room: as many as the context still holds
+
+    Returns:
+        how many may come, and why not more
+    """
     return (asked, 'MAX_TOKENS') if asked <= room else (room, 'CONTEXT_LENGTH')
 
 # %% ../../nbs/5_engine/32_generation.ipynb #f9452f0d
@@ -176,7 +228,23 @@ BUSY, CLOSED = 'this model is at work in another call; one at a time', 'the mode
 
 # %% ../../nbs/5_engine/32_generation.ipynb #5063a18a
 class Generation:
-    "Iterator of `Token`. `run()` goes to the end; Jupyter shows the text while it is made."
+    """Iterator of `Token`. `run()` goes to the end; Jupyter shows the text while it is made.
+
+    Args:
+        model: whose `generate` was called
+        prompt: token ids
+        text: makes text of the ids
+        cancelled: asked before every token and every chunk of the prompt
+
+    Attributes:
+        prompt_ids: the prompt's tokens
+        params: how tokens are drawn
+        max_tokens: as many as were asked for
+        ids: the tokens so far
+        stop_reason: see above; None: there is no end yet
+        prefill_time_ms: what the prompt took
+        decode_time_ms: what the tokens took, known at the end
+    """
     prompt_ids: list[int]      # the prompt's tokens
     params: SamplingParams     # how tokens are drawn
     max_tokens: int            # as many as were asked for
@@ -334,7 +402,12 @@ def _is_utf8(s):
 
 # %% ../../nbs/5_engine/32_generation.ipynb #19da8b7a
 class Encoded(NamedTuple):
-    "A prompt that is checked and tokenised: `generate` takes it as it is"
+    """A prompt that is checked and tokenised: `generate` takes it as it is
+
+    Attributes:
+        ids: at least one
+        reply: was it messages? Then what comes is read as a reply
+    """
     ids: list[int]   # at least one
     reply: bool      # was it messages? Then what comes is read as a reply
 
@@ -356,7 +429,17 @@ def encode_prompt(
     n_vocab:int,     # ids that the model knows
     n_ctx:int,       # its context
 )->list[int]:        # at least one
-    "Token ids of a prompt. Raises `RequestError` that says what is wrong with it."
+    """Token ids of a prompt. Raises `RequestError` that says what is wrong with it.
+
+    Args:
+        prompt: a text, messages, or token ids
+        t: a tokenizer, or None
+        n_vocab: ids that the model knows
+        n_ctx: its context
+
+    Returns:
+        at least one
+    """
     _check_count(prompt, n_ctx)
     kind = _kind(prompt, t)
     if kind == 'text': ids = _encode_text(t, cast(str, prompt), n_ctx)
@@ -374,7 +457,17 @@ def check_request(
     count_stop:Callable[[str], int] | None,   # tokens of a stop string; None: there is no vocabulary
     cancelled:object=None,                # what asks for the end
 )->Encoded:                               # the prompt
-    "Look at everything. Raises one `RequestError` whose `.errors` lists every broken rule."
+    """Look at everything. Raises one `RequestError` whose `.errors` lists every broken rule.
+
+    Args:
+        asked: parameters by their names
+        encode: tokenises the prompt, or raises `RequestError`
+        count_stop: tokens of a stop string; None: there is no vocabulary
+        cancelled: what asks for the end
+
+    Returns:
+        the prompt
+    """
     errors, prompt = check_params(asked, max_tokens=None, count_tokens=count_stop), Encoded([], False)
     if asked.get('stop') and count_stop is None: errors += _broken('stop', 'vocabulary', 'a model without vocabulary has no text to stop at').errors
     if cancelled is not None and not callable(cancelled): errors += _broken('cancelled', 'callable', 'cancelled must be a function').errors
@@ -391,7 +484,20 @@ def _decoder(t, prompt:Encoded)->Any:
 _T = TypeVar('_T')
 
 class Model:
-    "A loaded model: `generate`, `logits`, `close`. Also a context manager; `del` gives the memory back too."
+    """A loaded model: `generate`, `logits`, `close`. Also a context manager; `del` gives the memory back too.
+
+    Args:
+        engine: follows the engine protocol
+        tokenizer: a `Tokenizer`; None: the file has no vocabulary, prompts are ids
+        g: the `GGUF`, closed with the model
+
+    Attributes:
+        engine: follows `Engine`; None once the model is closed
+        config: its numbers
+        tokenizer: None: the file has no vocabulary, prompts are ids
+        stop_ids: ids that end a text
+        closing: it was closed, or will be as soon as a call in another thread has ended
+    """
     engine: Any                        # follows `Engine`; None once the model is closed
     config: 'ModelConfig'              # its numbers
     tokenizer: 'Tokenizer | None'      # None: the file has no vocabulary, prompts are ids
@@ -428,7 +534,19 @@ class Model:
         stop:str | Sequence[str] | None=(),  # a string or up to four
         cancelled:Callable[[], bool] | None=None, # called before every token and every chunk of the prompt; True ends it
     )->Generation:
-        "Generate text. Raises `RequestError`, whose `.errors` lists every broken rule, before the engine does anything."
+        """Generate text. Raises `RequestError`, whose `.errors` lists every broken rule, before the engine does anything.
+
+        Args:
+            prompt: str, list of {role, content}, list of ids, or what `encode` made of one
+            temperature: 0: argmax
+            top_k: 0: off
+            top_p: 1: off
+            min_p: 0: off
+            repetition_penalty: 1: off
+            seed: None: a random one
+            stop: a string or up to four
+            cancelled: called before every token and every chunk of the prompt; True ends it
+        """
         given = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, seed=seed)
         asked: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
@@ -440,7 +558,14 @@ class Model:
     def logits(self,
         ids:Sequence[int] | np.ndarray, # token ids
     )->np.ndarray:                      # float32 (len(ids), n_vocab)
-        "One row of logits a position, from a fresh context; takes over from a generation that is under way"
+        """One row of logits a position, from a fresh context; takes over from a generation that is under way
+
+        Args:
+            ids: token ids
+
+        Returns:
+            float32 (len(ids), n_vocab)
+        """
         _check_count(ids, self._open().n_ctx)
         if not _is_ids(ids): raise _broken('ids', 'type(ids)', 'logits takes a list of token ids')
         checked = self._encode(ids)
@@ -452,13 +577,21 @@ class Model:
     def encode(self,
         prompt:Prompt | Encoded,   # as for `generate`
     )->Encoded:
-        "Check and tokenise a prompt, once; raises `RequestError` when it cannot be used"
+        """Check and tokenise a prompt, once; raises `RequestError` when it cannot be used
+
+        Args:
+            prompt: as for `generate`
+        """
         return prompt if isinstance(prompt, Encoded) else Encoded(self._encode(prompt), _is_messages(prompt))
 
     def count(self,
         prompt:Prompt,    # as for `generate`
     )->int:
-        "How many tokens a prompt has; raises `RequestError` when it cannot be used"
+        """How many tokens a prompt has; raises `RequestError` when it cannot be used
+
+        Args:
+            prompt: as for `generate`
+        """
         return len(self._encode(prompt))
 
     def count_stop(self, text:str)->int:
@@ -523,7 +656,14 @@ class Model:
 def device_number(
     device:str,   # 'cuda', 'cuda:N' or 'reference'
 )->int | None:    # N; None for the reference engine
-    "Which GPU a device name means"
+    """Which GPU a device name means
+
+    Args:
+        device: 'cuda', 'cuda:N' or 'reference'
+
+    Returns:
+        N; None for the reference engine
+    """
     kind, _, n = str(device).partition(':')
     if device == 'reference': return None
     if kind != 'cuda' or not (n.isascii() and n.isdigit() or ':' not in str(device)):
@@ -533,7 +673,11 @@ def device_number(
 def device_name(
     device:int | str, # the number of a GPU, or 'reference'
 )->str:
-    "What `load` calls the device that a command line names"
+    """What `load` calls the device that a command line names
+
+    Args:
+        device: the number of a GPU, or 'reference'
+    """
     return 'reference' if device == 'reference' else f'cuda:{device}'
 
 # %% ../../nbs/5_engine/32_generation.ipynb #efcbda4a
@@ -542,7 +686,11 @@ Progress = Callable[[int, int], object]   # (bytes done, bytes in all)
 def progress_bar(
     name:str,         # what is loaded
 )->Progress | None:
-    "A function (done, total) that draws a bar, or None where nobody would see it"
+    """A function (done, total) that draws a bar, or None where nobody would see it
+
+    Args:
+        name: what is loaded
+    """
     if not (_in_jupyter() or sys.stderr.isatty()): return None
     import warnings
     with warnings.catch_warnings():
@@ -595,7 +743,17 @@ def load(
     chunk_bytes:int=1<<20,             # bytes of one copy to the device
     text:bool=False,                   # refuse a file without a vocabulary, whose prompts are token ids
 )->Model:
-    "Load a model. Raises an `OrcdError` that says what is wrong; nothing stays allocated then."
+    """Load a model. Raises an `OrcdError` that says what is wrong; nothing stays allocated then.
+
+    Args:
+        path: a GGUF file, the name of a pulled model, or 'demo'
+        device: 'cuda:N', or 'reference' for the NumPy engine
+        context_length: positions; by default what the model was trained for, or what fits
+        kv_cache_mb: budget of the KV cache
+        progress: a bar; or a function (done_bytes, total_bytes); or False
+        chunk_bytes: bytes of one copy to the device
+        text: refuse a file without a vocabulary, whose prompts are token ids
+    """
     from orcd.files.gguf import GGUF
     _check_load(context_length=context_length, kv_cache_mb=kv_cache_mb, chunk_bytes=chunk_bytes)
     device_number(device)

@@ -29,7 +29,12 @@ from ..kernels.weight_layout import repack
 # %% ../../nbs/5_engine/29_loader.ipynb #2ea6b8fa
 @dataclass(frozen=True)
 class Copy:
-    "Bytes of the file and where in VRAM they go; blocks are sorted (chapter 20) on the way when `type` and `shape` say what they are"
+    """Bytes of the file and where in VRAM they go; blocks are sorted (chapter 20) on the way when `type` and `shape` say what they are
+
+    Attributes:
+        type: `GGMLType`
+        shape: of the tensor
+    """
     offset:int
     n_bytes:int
     dst:int
@@ -40,7 +45,12 @@ def pieces(
     copies,    # iterable of `Copy`, one a tensor
     most:int,  # bytes of a piece; where bytes are sorted, whole rows and at least one
 ):             # iterator of (offset, bytes, dst, None), or (offset, bytes, dst, (type, shape, first row, rows))
-    "Cut every copy into pieces, in file order"
+    """Cut every copy into pieces, in file order
+
+    Args:
+        copies: iterable of `Copy`, one a tensor
+        most: bytes of a piece; where bytes are sorted, whole rows and at least one
+    """
     for c in sorted(copies, key=lambda c: c.offset):
         if c.type is None:
             for at in range(0, c.n_bytes, most): yield c.offset + at, min(most, c.n_bytes - at), c.dst + at, None
@@ -58,7 +68,12 @@ def jobs(
     copies,    # iterable of `Copy`
     most:int,  # bytes of a job
 ):             # iterator of lists of pieces
-    "Pieces that are neighbours in the file are one job as long as they fit"
+    """Pieces that are neighbours in the file are one job as long as they fit
+
+    Args:
+        copies: iterable of `Copy`
+        most: bytes of a job
+    """
     job, end = [], 0
     for piece in pieces(copies, most):
         offset, n, *_ = piece
@@ -82,7 +97,13 @@ def _aio():
     return f, ctypes.cast(f, ctypes.c_void_p).value
 
 class Reads:
-    "Reads of a file into memory that is named one after the other, each with a flag"
+    """Reads of a file into memory that is named one after the other, each with a flag
+
+    Args:
+        fd: the open file
+        offsets, sizes: of each
+        flags: address of a word (uint32) for each
+    """
     def __init__(self,
         fd:int,       # the open file
         n_threads:int,
@@ -106,7 +127,12 @@ class Reads:
         slot:int,    # whose thread shall do it
         address:int, # of its memory
     ):               # addresses of the two requests that have to be made, in this order
-        "Say where the next read goes"
+        """Say where the next read goes
+
+        Args:
+            slot: whose thread shall do it
+            address: of its memory
+        """
         i, fd = self.asked, self.fds[slot % len(self.fds)]
         self.columns[0][i], self.columns[1][i], self.columns[2][i] = fd, fd, address
         self.asked += 1
@@ -155,7 +181,11 @@ def large_pages(
 def _begin(pages): return -(-np.frombuffer(pages, np.uint8).ctypes.data // HUGE)*HUGE
 
 class PinnedBuffer:
-    "Page-locked host memory. Large pages are fewer, and the driver takes half as long to lock them."
+    """Page-locked host memory. Large pages are fewer, and the driver takes half as long to lock them.
+
+    Args:
+        pages: from `large_pages`, as large
+    """
     def __init__(self,
         n_bytes:int,
         pages=None, # from `large_pages`, as large
@@ -189,7 +219,16 @@ TICK    = 1e-3      # seconds from one look to the next; a fifth while memory is
 PATIENCE = 1e-3     # seconds that a thread which wants Python's lock waits before it asks for it
 
 class Loader:
-    "Reads parts of a file into pinned memory and copies them to VRAM, once; a context manager"
+    """Reads parts of a file into pinned memory and copies them to VRAM, once; a context manager
+
+    Args:
+        device: CUDA index
+        chunk_bytes: of one copy to the device
+        total: bytes that will be copied, if known: a small file needs few threads and small slots
+        readers: threads, of which glibc has 20 at most; by default one for each `SHARE`, up to `READERS` or as many as there are cores
+        slot_bytes: of one read at most; by default `SLOT`, or those of a copy if they are more
+        job_bytes: sorted together at most
+    """
     sort = staticmethod(repack)
     def __init__(self,
         device:int=0,            # CUDA index
@@ -252,7 +291,11 @@ class Loader:
 
 # %% ../../nbs/5_engine/29_loader.ipynb #124b285b
 class Part(NamedTuple):
-    "What is read at once"
+    """What is read at once
+
+    Attributes:
+        complete: the job and its place, with its last part, else None
+    """
     offset:int
     n_bytes:int
     dst:int
@@ -263,7 +306,13 @@ def parts(
     most:int,  # bytes that a slot holds
     place:int, # VRAM where a job's bytes lie before they are sorted, or 0
 ):             # iterator of `Part`
-    "Cut jobs into what is read at once. A job of one piece that is not sorted goes straight to where it belongs."
+    """Cut jobs into what is read at once. A job of one piece that is not sorted goes straight to where it belongs.
+
+    Args:
+        todo: iterator of `jobs`
+        most: bytes that a slot holds
+        place: VRAM where a job's bytes lie before they are sorted, or 0
+    """
     for job in todo:
         (begin, _, dst, sort), (last, rest, *_) = job[0], job[-1]
         to, there = (dst, 0) if len(job) == 1 and not sort else (place, place)
@@ -290,7 +339,7 @@ def _send(self, part, slot):
         src = place + offset - job[0][0]
         if sort: runs.setdefault(sort[0], []).append((src, dst, *sort[1:]))
         elif place: driver_call('cuMemcpyDtoDAsync_v2', _address, _address, _size, _address)(dst, src, n, stream)
-    for t, some in runs.items(): self.sort(t, some, self.stream)
+    for t, some in runs.items(): self.sort(t, some, stream=self.stream)
 
 def _count(self, n):
     "So many bytes are on their way"
@@ -399,7 +448,17 @@ def load(
     progress=None,           # called with (bytes done, bytes in all)
     **sizes,                 # `slot_bytes`, `job_bytes`
 ):
-    "Make a `Loader`, use it, close it"
+    """Make a `Loader`, use it, close it
+
+    Args:
+        fd: the open GGUF file
+        copies: `Copy` of every tensor
+        device: CUDA index
+        chunk_bytes: largest copy
+        readers: threads
+        progress: called with (bytes done, bytes in all)
+        **sizes: `slot_bytes`, `job_bytes`
+    """
     with Loader(device, chunk_bytes, sum(c.n_bytes for c in copies), readers, **sizes) as loader:
         loader.start(fd, copies, progress)
         loader.wait()

@@ -21,7 +21,7 @@ from ..files.gguf import GGUF
 from .cuda_engine import plan, row_max_exponents, workspace
 from ..errors import DeviceError
 from ..kernels.nvrtc import padded_bytes
-from .ops import cache_shape
+from .lower import cache_shape
 from .vram import Ledger, aligned, mib
 
 # %% ../../nbs/5_engine/33_view.ipynb #537eee8c
@@ -31,7 +31,15 @@ def cut(
     sizes:Sequence[float],   # positive numbers
     box:Box,                 # the whole
 )->list[Box]:                # one box for each size, in order, filling `box`
-    "Divide a rectangle in proportion: halve the list where its sum is nearest to half, cut the longer side there, repeat"
+    """Divide a rectangle in proportion: halve the list where its sum is nearest to half, cut the longer side there, repeat
+
+    Args:
+        sizes: positive numbers
+        box: the whole
+
+    Returns:
+        one box for each size, in order, filling `box`
+    """
     if len(sizes) == 1: return [box]
     x, y, w, h = box
     total, run = sum(sizes), 0
@@ -57,7 +65,15 @@ def treemap(
     ledger:Ledger,   # e.g. `model.vram`
     ax:Any=None,     # matplotlib axes
 )->Any:              # the axes
-    "Draw VRAM by kind, layer and tensor"
+    """Draw VRAM by kind, layer and tensor
+
+    Args:
+        ledger: e.g. `model.vram`
+        ax: matplotlib axes
+
+    Returns:
+        the axes
+    """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
     ax = ax or plt.subplots(figsize=(7, 3.4), dpi=80)[1]
@@ -83,7 +99,13 @@ def planned(
     is_hopper:bool=False, # for a Hopper GPU?
     **limits:Any,         # of `plan`: n_ctx, kv_cache_mb, free
 )->Ledger:
-    "What will live where when `CudaEngine` has loaded a file"
+    """What will live where when `CudaEngine` has loaded a file
+
+    Args:
+        g: a header is enough
+        is_hopper: for a Hopper GPU?
+        **limits: of `plan`: n_ctx, kv_cache_mb, free
+    """
     _, config, bound = model = open_model(g)
     p, ledger = plan(g, model=model, is_hopper=is_hopper, **limits), Ledger()
     exponents = sum(row_max_exponents(bound, is_hopper).values())
@@ -98,7 +120,19 @@ def planned(
 _T = TypeVar('_T')
 
 class Recorder:
-    "Notes what happened when: the `progress` of `orcd.load`, the tokens of a generation, marks"
+    """Notes what happened when: the `progress` of `orcd.load`, the tokens of a generation, marks
+
+    Args:
+        clock: in seconds
+
+    Attributes:
+        start: what the clock said
+        load: (seconds, bytes done, bytes in all)
+        tokens: seconds of each
+        marks: name -> seconds
+        asked: when the tokens were asked for
+        prefill: seconds that the prompt took
+    """
     start: float                           # what the clock said
     load: list[tuple[float, int, int]]     # (seconds, bytes done, bytes in all)
     tokens: list[float]                    # seconds of each
@@ -124,7 +158,11 @@ class Recorder:
     def wrap(self,
         tokens:Iterable[_T],   # a generation, mostly
     )->Iterator[_T]:
-        "Yield `tokens` unchanged and note when each came"
+        """Yield `tokens` unchanged and note when each came
+
+        Args:
+            tokens: a generation, mostly
+        """
         self.asked = self.now()
         for t in tokens:
             self.tokens.append(self.now())
@@ -165,7 +203,15 @@ def timeline(
     rec:Recorder, # what was recorded
     gauge:Any=None, # a `Gauge` that ran meanwhile: used memory as a line
 )->Any:           # a matplotlib figure
-    "Bytes over time of a load, time of each token of a generation"
+    """Bytes over time of a load, time of each token of a generation
+
+    Args:
+        rec: what was recorded
+        gauge: a `Gauge` that ran meanwhile: used memory as a line
+
+    Returns:
+        a matplotlib figure
+    """
     import matplotlib.pyplot as plt
     panels = [p for p in ('load', 'tokens') if getattr(rec, p)]
     n = max(len(panels), 1)
@@ -181,7 +227,12 @@ def nvml_name(
     device:int,              # as CUDA counts
     visible:str | None=None, # CUDA_VISIBLE_DEVICES; by default that of the environment
 )->int | str:
-    "What NVML calls a CUDA device: its index, or a UUID. NVML counts every card, CUDA those in CUDA_VISIBLE_DEVICES."
+    """What NVML calls a CUDA device: its index, or a UUID. NVML counts every card, CUDA those in CUDA_VISIBLE_DEVICES.
+
+    Args:
+        device: as CUDA counts
+        visible: CUDA_VISIBLE_DEVICES; by default that of the environment
+    """
     visible = os.environ.get('CUDA_VISIBLE_DEVICES') if visible is None else visible
     names = [n.strip() for n in visible.split(',')] if visible else []
     if not names: return device
@@ -205,7 +256,14 @@ def _nvml(device:int)->tuple:
 def device_memory(
     device:int=0,      # index as CUDA counts
 )->tuple[int, int]:    # (used, total) bytes
-    "What the driver says of the device, all programs together"
+    """What the driver says of the device, all programs together
+
+    Args:
+        device: index as CUDA counts
+
+    Returns:
+        (used, total) bytes
+    """
     nvml, handle = _nvml(device)
     try: m = nvml.nvmlDeviceGetMemoryInfo(handle)
     except nvml.NVMLError as e: raise DeviceError(f'NVML does not tell the memory of GPU {device}: {e}') from None
@@ -216,7 +274,15 @@ def memory_picture(
     history:Sequence[tuple[float, int]],   # (seconds, used bytes)
     total:int,                             # bytes of the device
 )->bytes:                                  # a PNG
-    "Used memory over time"
+    """Used memory over time
+
+    Args:
+        history: (seconds, used bytes)
+        total: bytes of the device
+
+    Returns:
+        a PNG
+    """
     from matplotlib.figure import Figure    # not pyplot, which would show it once more
     t, used = np.array(history).T
     fig, peak = Figure(figsize=(5, 1.1), dpi=80, layout='constrained'), used.max()
@@ -231,7 +297,18 @@ def memory_picture(
 
 # %% ../../nbs/5_engine/33_view.ipynb #437e4018
 class Gauge:
-    "`with Gauge():` a bar of used VRAM that lives while the block runs, a still picture afterwards"
+    """`with Gauge():` a bar of used VRAM that lives while the block runs, a still picture afterwards
+
+    Args:
+        device: index as CUDA counts
+        seconds: between two readings
+        read: () -> (used, total) bytes; by default `device_memory`
+        show: False: only remember
+
+    Attributes:
+        history: (seconds, used bytes)
+        total: bytes of the device
+    """
     history: list[tuple[float, int]]   # (seconds, used bytes)
     total: int                         # bytes of the device
 

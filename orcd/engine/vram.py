@@ -27,18 +27,32 @@ def aligned(
     n:int,        # bytes
     to:int=ALIGN, # a size
 )->int:
-    "The next multiple of `to`"
+    """The next multiple of `to`
+
+    Args:
+        n: bytes
+        to: a size
+    """
     return -(-n // to) * to
 
 def mib(
     n:float, # bytes
 )->str:
-    "For people"
+    """For people
+
+    Args:
+        n: bytes
+    """
     return f'{n / 2**20:,.1f} MiB'
 
 # %% ../../nbs/5_engine/28_vram.ipynb #877f840e
 class Entry(NamedTuple):
-    "One piece of VRAM"
+    """One piece of VRAM
+
+    Attributes:
+        kind: 'weights', 'kv_cache' or 'workspace'
+        name: of a tensor, mostly
+    """
     kind:str      # 'weights', 'kv_cache' or 'workspace'
     name:str      # of a tensor, mostly
     n_bytes:int
@@ -58,7 +72,13 @@ class Ledger:
         name:str,      # likewise
         n_bytes:int,   # likewise
     )->None:
-        "One more piece is in use"
+        """One more piece is in use
+
+        Args:
+            kind: as in `Entry`
+            name: likewise
+            n_bytes: likewise
+        """
         self.entries.append(Entry(kind, name, n_bytes))
 
     def clear(self)->None:
@@ -85,7 +105,16 @@ def alloc(
     what:str,    # for the message
     device:int,  # CUDA index
 )->int:          # its address
-    "A plain device allocation. Raises `OutOfVRAM` with both numbers when the device refuses."
+    """A plain device allocation. Raises `OutOfVRAM` with both numbers when the device refuses.
+
+    Args:
+        n_bytes: at least one
+        what: for the message
+        device: CUDA index
+
+    Returns:
+        its address
+    """
     from cupy.cuda import runtime
     try: return runtime.malloc(n_bytes)
     except runtime.CUDARuntimeError as e:
@@ -94,7 +123,22 @@ def alloc(
         raise OutOfVRAM(f'{what} needs {mib(n_bytes)} of VRAM, GPU {device} has {mib(free)} free') from e
 
 class Arena:
-    "One allocation in VRAM, handed out from the bottom up"
+    """One allocation in VRAM, handed out from the bottom up
+
+    Args:
+        n_bytes: size
+        kind: of its entries in the ledger
+        ledger: that is told what is taken
+        device: CUDA index
+
+    Attributes:
+        kind: of its entries in the ledger
+        ledger: that is told what is taken
+        device: CUDA index
+        n_bytes: its size
+        used: of which so many are handed out
+        ptr: its address; 0 once it is freed
+    """
     kind: str        # of its entries in the ledger
     ledger: Ledger   # that is told what is taken
     device: int      # CUDA index
@@ -116,7 +160,14 @@ class Arena:
         dtype:Any,
         name:str,              # for the ledger
     )->Any:                    # a CuPy array
-        "An array at the next free place"
+        """An array at the next free place
+
+        Args:
+            name: for the ledger
+
+        Returns:
+            a CuPy array
+        """
         n = prod(shape) * np.dtype(dtype).itemsize
         if self.used + n > self.n_bytes:
             raise OutOfVRAM(f'{name}: {mib(n)} asked of the {self.kind} arena, {mib(self.n_bytes - self.used)} left')
@@ -139,7 +190,16 @@ def device_array(
     owner:Any,             # what keeps the memory alive, with a `device`
     n_bytes:int,           # its size
 )->Any:                    # a CuPy array
-    "A CuPy array over an arena's memory"
+    """A CuPy array over an arena's memory
+
+    Args:
+        ptr: where it begins
+        owner: what keeps the memory alive, with a `device`
+        n_bytes: its size
+
+    Returns:
+        a CuPy array
+    """
     import cupy as cp
     memory = cp.cuda.UnownedMemory(ptr, max(n_bytes, 1), owner, owner.device)    # without a device CuPy would ask the driver, which is busy
     return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(memory, 0))
@@ -162,7 +222,19 @@ class Shape:
         return Shape((length(rows, self.shape[0]), *((length(cols, self.shape[1]),) if self.ndim == 2 else ())), self.dtype)
 
 class Scratch:
-    "A stack of temporary arrays, over `ptr` or counting only"
+    """A stack of temporary arrays, over `ptr` or counting only
+
+    Args:
+        self, ptr, n_bytes, owner: owner: the arena that `ptr` lies in
+
+    Attributes:
+        ptr: where it begins; 0: nothing is there, it only counts
+        n_bytes: its size
+        used: bytes of the arrays that are taken now
+        peak: the most that ever were
+        owner: the arena that `ptr` lies in
+        arrays: what was taken, to be taken again
+    """
     ptr: int        # where it begins; 0: nothing is there, it only counts
     n_bytes: int    # its size
     used: int       # bytes of the arrays that are taken now
@@ -194,7 +266,11 @@ class Scratch:
 def is_resident(
     ptrs:Iterable[int], # device addresses
 )->bool:
-    "True when the driver says of every pointer that it is plain device memory without a host side"
+    """True when the driver says of every pointer that it is plain device memory without a host side
+
+    Args:
+        ptrs: device addresses
+    """
     from cupy.cuda import runtime
     attrs = [runtime.pointerGetAttributes(p) for p in ptrs]
     return bool(attrs) and all(a.type == runtime.memoryTypeDevice and not a.hostPointer for a in attrs)
@@ -208,7 +284,11 @@ def import_cupy()->None:
 def use_device(
     device:int, # CUDA index
 )->None:
-    "Make `device` the current one in this thread and create its context. Raises `DeviceError` that says what is wrong."
+    """Make `device` the current one in this thread and create its context. Raises `DeviceError` that says what is wrong.
+
+    Args:
+        device: CUDA index
+    """
     import_cupy()
     from cupy.cuda import runtime
     try: n = runtime.getDeviceCount()
@@ -223,7 +303,11 @@ def begin_context(
     device:int, # CUDA index
 )->None:
     """Have the driver create the context in a thread of its own: some tenths of a second, without Python's lock. `use_device` waits for it
-    and says what is wrong."""
+    and says what is wrong.
+
+    Args:
+        device: CUDA index
+    """
     import ctypes, threading
     def create():
         try: cuda = ctypes.CDLL('libcuda.so.1')

@@ -8,7 +8,7 @@ __all__ = ['Roles', 'FAMILIES', 'registry', 'COLOR', 'TensorSpec', 'specs', 'Arc
 
 # %% ../../nbs/3_families/11_arch.ipynb #c9565b19
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from types import SimpleNamespace
@@ -23,7 +23,13 @@ from ..errors import ModelError
 # %% ../../nbs/3_families/11_arch.ipynb #7e665575
 @dataclass(frozen=True)
 class TensorSpec:
-    "One tensor of a family, or one a layer"
+    """One tensor of a family, or one a layer
+
+    Attributes:
+        name: in the file; `{i}` stands for the layer
+        shape: NumPy order
+        optional: the model works without it
+    """
     name:str               # in the file; `{i}` stands for the layer
     shape:tuple[int, ...]  # NumPy order
     optional:bool=False    # the model works without it
@@ -43,13 +49,27 @@ def specs(
     optional:bool=False,        # do models work without them?
     **shapes:tuple[int, ...],   # role = shape
 )->dict[str, TensorSpec]:
-    "Role -> `TensorSpec`, the names made from the roles"
+    """Role -> `TensorSpec`, the names made from the roles
+
+    Args:
+        prefix: 'blk.{i}.' for the tensors of a layer
+        optional: do models work without them?
+        **shapes: role = shape
+    """
     def name(role): return role.removesuffix('_bias') + ('.bias' if role.endswith('_bias') else '.weight')
     return {role: TensorSpec(prefix + name(role), tuple(shape), optional) for role, shape in shapes.items()}
 
 # %% ../../nbs/3_families/11_arch.ipynb #4427f52a
 class Architecture:
-    "A model family. Subclasses set `name` and define `tensors` (per layer) and `layer`; `config` when the common keys are not all."
+    """A model family. Subclasses set `name` and define `tensors` (per layer) and `layer`; `config` when the common keys are not all.
+
+    Attributes:
+        name: `general.architecture` of its files
+        style: pairing of the rotary encoding
+        yarn_truncate: are the ends of YaRN's ramp whole pairs?
+        neutral: keys that change nothing in its models, beside those of `config.NEUTRAL`
+        ignored: ends of tensor names that carry nothing
+    """
     name: str = '' # `general.architecture` of its files
     style: str = 'neox' # pairing of the rotary encoding
     yarn_truncate: bool = True # are the ends of YaRN's ramp whole pairs?
@@ -82,7 +102,12 @@ Roles: TypeAlias = dict[str, TensorInfo | None]    # role -> the tensor that pla
 
 @dataclass(frozen=True)
 class Bound:
-    "Where a model's tensors are in a file"
+    """Where a model's tensors are in a file
+
+    Attributes:
+        model: outside of the layers
+        layers: of each layer
+    """
     model:Roles         # outside of the layers
     layers:list[Roles]  # of each layer
 
@@ -123,7 +148,13 @@ def bind(
     g:GGUF,             # an opened file
     config:ModelConfig, # of that file
 )->Bound:
-    "Find every tensor of the map in the file. Raises `ModelError` that names the tensor."
+    """Find every tensor of the map in the file. Raises `ModelError` that names the tensor.
+
+    Args:
+        arch: the family
+        g: an opened file
+        config: of that file
+    """
     table = arch.tensors(config)
     model = {role: _find(g, s) for role, s in table.items() if not s.per_layer}
     layers = [{role: _find(g, s, i) for role, s in table.items() if s.per_layer} for i in range(config.n_layer)]
@@ -144,7 +175,14 @@ _A = TypeVar('_A', bound=type[Architecture])
 def register(
     cls:_A, # a family
 )->_A:      # the same
-    "Class decorator: the family that opens files with `general.architecture` = `cls.name`"
+    """Class decorator: the family that opens files with `general.architecture` = `cls.name`
+
+    Args:
+        cls: a family
+
+    Returns:
+        the same
+    """
     registry[cls.name] = cls
     return cls
 
@@ -157,7 +195,11 @@ def open_model(
     g:GGUF, # an opened file
 )->tuple[Architecture, ModelConfig, Bound]:
     """The family of a file, its hyper-parameters and its tensors, which were checked. Raises `ModelError`, which lists the known
-    families for an unknown one."""
+    families for an unknown one.
+
+    Args:
+        g: an opened file
+    """
     name = g.metadata.get('general.architecture')
     if name == 'gptoss':
         raise ModelError("the architecture is 'gptoss', which is another program's own format (its experts have type id 4): "
@@ -174,50 +216,74 @@ def open_model(
 def resolve(
     g:GGUF, # an opened file
 )->tuple[Architecture, ModelConfig]:
-    "The same without the tensors"
+    """The same without the tensors
+
+    Args:
+        g: an opened file
+    """
     return open_model(g)[:2]
 
 # %% ../../nbs/3_families/11_arch.ipynb #be82c750
 @dataclass(frozen=True)
 class Value:
-    "The output of a traced operation"
+    """The output of a traced operation
+
+    Attributes:
+        step: whose output it is
+        shape: rows a token, width
+    """
     step:int              # whose output it is
     shape:tuple[int, ...] # rows a token, width
 
 @dataclass(frozen=True)
 class Step:
-    "One traced operation"
+    """One traced operation
+
+    Attributes:
+        op: its name
+        label: weights, sizes
+        inputs: steps whose outputs it reads
+        residual: the step that it adds, or None
+        shape: rows a token, width
+        what: whatever else it was given, by name
+    """
     op:str                  # its name
     label:str               # weights, sizes
     inputs:tuple[int, ...]  # steps whose outputs it reads
     residual:int | None     # the step that it adds, or None
     shape:tuple[int, ...]   # rows a token, width
+    what:dict[str, Any] = field(default_factory=dict, compare=False) # whatever else it was given, by name
 
 class Trace:
     "Operations that record themselves"
     config: ModelConfig
     steps: list[Step]
     def __init__(self, config:ModelConfig)->None: self.config, self.steps = config, []
-    def add(self, op:str, inputs:Sequence[Value], shape:tuple[int, ...], label:str='', residual:Value | None=None)->Value:
+    def add(self, op:str, inputs:Sequence[Value], shape:tuple[int, ...], label:str='', residual:Value | None=None,
+        **what:Any)->Value:
         "One more step; its output"
-        self.steps.append(Step(op, label, tuple(v.step for v in inputs), None if residual is None else residual.step, shape))
+        self.steps.append(Step(op, label, tuple(v.step for v in inputs), None if residual is None else residual.step, shape, what))
         return Value(len(self.steps) - 1, shape)
     def start(self)->Value: return self.add('x', (), (1, self.config.n_embd))
-    def rms_norm(self, x:Value, w:Any, eps:float)->Value: return self.add('rms_norm', [x], x.shape, w.role)
-    def head_norm(self, q:Value, w:Any, n_head:int, eps:float)->Value: return self.add('head_norm', [q], q.shape, w.role)
+    def rms_norm(self, x:Value, w:Any, eps:float)->Value: return self.add('rms_norm', [x], x.shape, w.role, w=w, eps=eps)
+    def head_norm(self, q:Value, w:Any, n_head:int, eps:float)->Value:
+        return self.add('head_norm', [q], q.shape, w.role, w=w, n_head=n_head, eps=eps)
     def linear(self, x:Value, W:Any, bias:Any=None, residual:Value | None=None)->Value:
-        return self.add('linear', [x], (1, W.shape[0]), W.role + (' + bias' if bias is not None else ''), residual)
-    def split(self, y:Value, sizes:Sequence[int])->list[Value]: return [self.add('split', [y], (1, n)) for n in sizes]
-    def rope(self, q:Value, n_head:int)->Value: return self.add('rope', [q], q.shape, f'{n_head} heads')
+        return self.add('linear', [x], (1, W.shape[0]), W.role + (' + bias' if bias is not None else ''), residual, W=W, bias=bias)
+    def split(self, y:Value, sizes:Sequence[int])->list[Value]:
+        return [self.add('split', [y], (1, n), first=sum(sizes[:i])) for i, n in enumerate(sizes)]
+    def rope(self, q:Value, n_head:int)->Value: return self.add('rope', [q], q.shape, f'{n_head} heads', n_head=n_head)
     def attention(self, q:Value, k:Value, v:Value, i:int, sinks:Any=None)->Value:
         w = self.config.windows[i]
         return self.add('attention', [q, k, v], q.shape,
-            (f'window {w}' if w else 'all positions') + (', sinks' if sinks is not None else ''))
+            (f'window {w}' if w else 'all positions') + (', sinks' if sinks is not None else ''), sinks=sinks)
     def swiglu(self, gate:Value, up:Value)->Value: return self.add('swiglu', [gate, up], up.shape)
     def clamped_swiglu(self, gate:Value, up:Value)->Value: return self.add('clamped_swiglu', [gate, up], up.shape)
-    def route(self, logits:Value, k:int)->Value: return self.add('route', [logits], (1, k), f'best {k} of {logits.shape[1]}')
+    def route(self, logits:Value, k:int)->Value:
+        return self.add('route', [logits], (1, k), f'best {k} of {logits.shape[1]}', k=k)
     def expert_linear(self, x:Value, W:Any, bias:Any, route:Value)->Value:
-        return self.add('expert_linear', [x, route], (route.shape[1], W.shape[1]), W.role + (' + bias' if bias is not None else ''))
+        return self.add('expert_linear', [x, route], (route.shape[1], W.shape[1]), W.role + (' + bias' if bias is not None else ''),
+            W=W, bias=bias)
     def expert_sum(self, y:Value, route:Value, residual:Value)->Value:
         return self.add('expert_sum', [y, route], residual.shape, '', residual)
 
@@ -227,7 +293,14 @@ def trace(
     i:int=0,                   # layer
     absent:Collection[str]=(), # roles of optional tensors that are not there
 )->list[Step]:
-    "The graph of a layer"
+    """The graph of a layer
+
+    Args:
+        arch: the family
+        config: of a model
+        i: layer
+        absent: roles of optional tensors that are not there
+    """
     w = SimpleNamespace(**{r: None if r in absent else SimpleNamespace(role=r, shape=s.shape)
         for r, s in arch.layer_tensors(config).items()})
     ops = Trace(config)
@@ -261,7 +334,13 @@ def draw(
     title:str='',          # above it
     ax:Any=None,           # matplotlib axes
 )->None:
-    "Draw a layer"
+    """Draw a layer
+
+    Args:
+        steps: from `trace`
+        title: above it
+        ax: matplotlib axes
+    """
     from matplotlib import pyplot as plt
     at = _places(steps)
     wide, deep = max(abs(x) for x, _ in at.values()) + .5, max(d for _, d in at.values())

@@ -26,13 +26,27 @@ required: Any = object() # "this key has no default"
 def short(
     v:object, # a metadata value
 )->str:
-    "A metadata value, cut to what fits into a message; what is not printable is escaped"
+    """A metadata value, cut to what fits into a message; what is not printable is escaped
+
+    Args:
+        v: a metadata value
+    """
     if isinstance(v, np.ndarray): v = v[:8].tolist()
     text = repr(v)
     return text if len(text) <= 60 else text[:57] + '…'
 
 class Hyper:
-    "The keys of one architecture in a file's metadata, typed and range-checked. Each method raises `ModelError` that names the key."
+    """The keys of one architecture in a file's metadata, typed and range-checked. Each method raises `ModelError` that names the key.
+
+    Args:
+        metadata: key -> value
+        arch: prefix of the keys
+
+    Attributes:
+        metadata: key -> value
+        arch: prefix of the keys
+        known: keys that were asked for
+    """
     metadata: Mapping[str, Any]   # key -> value
     arch: str                     # prefix of the keys
     known: set[str]               # keys that were asked for
@@ -51,7 +65,17 @@ class Hyper:
         rule:str,                       # the same in words
         layers:builtins.int=0,          # an array of so many equal numbers is read as one of them
     )->Any:
-        "A value"
+        """A value
+
+        Args:
+            key: without the prefix
+            kinds: what the value may be
+            what: the same in words
+            default: when it is absent, or `required`
+            good: is it in the range?
+            rule: the same in words
+            layers: an array of so many equal numbers is read as one of them
+        """
         name = f'{self.arch}.{key}'
         self.known.add(name)
         v = self.metadata.get(name)
@@ -77,7 +101,15 @@ class Hyper:
         hi:builtins.int=1 << 20,        # the largest
         layers:builtins.int=0,          # an array of so many equal numbers is read as one of them
     )->builtins.int:
-        "A whole number"
+        """A whole number
+
+        Args:
+            key: without the prefix
+            default: when it is absent
+            lo: the smallest that is allowed
+            hi: the largest
+            layers: an array of so many equal numbers is read as one of them
+        """
         return self.get(key, int, 'an integer', default, lambda v: lo <= v <= hi, f'in {lo}..{hi}', layers)
 
     def float(self,
@@ -86,7 +118,14 @@ class Hyper:
         lo:builtins.float=0.,             # the smallest that is allowed
         hi:builtins.float=1e12,           # the largest
     )->builtins.float:
-        "A number"
+        """A number
+
+        Args:
+            key: without the prefix
+            default: when it is absent
+            lo: the smallest that is allowed
+            hi: the largest
+        """
         return self.get(key, float, 'a floating-point number', default, lambda v: lo <= v <= hi, f'in {lo:g}..{hi:g}')
 
     def choice(self,
@@ -94,13 +133,32 @@ class Hyper:
         default:str,            # when it is absent
         allowed:Sequence[str],  # words
     )->str:
-        "One of some words"
+        """One of some words
+
+        Args:
+            key: without the prefix
+            default: when it is absent
+            allowed: words
+        """
         return self.get(key, str, 'a word', default, lambda v: v in allowed, 'one of ' + ', '.join(allowed))
 
 # %% ../../nbs/3_families/10_config.ipynb #7118b1be
 @dataclass(frozen=True)
 class RopeConfig:
-    "Rotary position encoding of one model"
+    """Rotary position encoding of one model
+
+    Attributes:
+        n_rot: leading numbers of each head that are turned; the rest pass through
+        theta: base of the speeds
+        style: 'neox': pairs (i, i + n_rot/2); 'norm': pairs (2i, 2i+1)
+        scaling: 'none' | 'linear' | 'yarn'
+        factor: by how much the context was stretched
+        original_context: length it was stretched from (yarn)
+        beta_fast: turns over the original context above which a pair keeps its speed
+        beta_slow: turns below which it is slowed down by the whole factor
+        yarn_truncate: the ends of the ramp are whole pairs; a property of the family
+        attn_factor: extra factor of cos and sin
+    """
     n_rot:int                # leading numbers of each head that are turned; the rest pass through
     theta:float=10000.       # base of the speeds
     style:str='neox'         # 'neox': pairs (i, i + n_rot/2); 'norm': pairs (2i, 2i+1)
@@ -122,7 +180,14 @@ class RopeConfig:
     def inv_freq(self,
         freq_factors:np.ndarray | None=None, # (n_rot/2,) divisors from the file, if it has them
     )->np.ndarray:                           # float32 (n_rot/2,): radians a position, for each pair
-        "The speed of every pair"
+        """The speed of every pair
+
+        Args:
+            freq_factors: (n_rot/2,) divisors from the file, if it has them
+
+        Returns:
+            float32 (n_rot/2,): radians a position, for each pair
+        """
         i = np.arange(self.n_rot//2)
         speed = self.theta ** (-2*i/self.n_rot)
         if freq_factors is not None: speed = speed / freq_factors
@@ -149,7 +214,14 @@ def read_rope(
     style:str='neox',    # which numbers make a pair; a property of the family, no key says it
     yarn_truncate:bool=True, # round the ends of YaRN's ramp; likewise
 )->RopeConfig:
-    "Rotary encoding from the keys below `{arch}.rope`"
+    """Rotary encoding from the keys below `{arch}.rope`
+
+    Args:
+        h: the file's keys
+        n_rot: when the file has no `rope.dimension_count`
+        style: which numbers make a pair; a property of the family, no key says it
+        yarn_truncate: round the ends of YaRN's ramp; likewise
+    """
     factor = h.float('rope.scaling.factor', h.float('rope.scale_linear', 1., 0.), 0., 1e6) or 1. # 0 means "no scaling"
     scaling = h.choice('rope.scaling.type', 'linear', ('none', 'linear', 'yarn'))
     if factor < .01: raise ModelError(f'{h.arch}.rope.scaling.factor is {factor:g}; it must be 0, for none, or at least 0.01')
@@ -169,7 +241,13 @@ def check_yarn(
     rope:RopeConfig, # what was read of them
     whole:float,     # `yarn_attn_factor` of the file
 )->None:
-    "Keys without which YaRN cannot be computed, or with which nobody knows how"
+    """Keys without which YaRN cannot be computed, or with which nobody knows how
+
+    Args:
+        h: the file's keys
+        rope: what was read of them
+        whole: `yarn_attn_factor` of the file
+    """
     name = f'{h.arch}.rope.scaling'
     if not rope.original_context: raise ModelError(f'{name}.original_context_length is missing: YaRN needs it')
     if rope.beta_slow > rope.beta_fast:
@@ -184,7 +262,25 @@ def check_yarn(
 # %% ../../nbs/3_families/10_config.ipynb #506c95a0
 @dataclass(frozen=True)
 class ModelConfig:
-    "The numbers of a model. A family's `Architecture.config` makes one from a file."
+    """The numbers of a model. A family's `Architecture.config` makes one from a file.
+
+    Attributes:
+        arch: 'qwen2', 'phi3', 'gpt-oss', …
+        name: what the file calls itself
+        n_embd: width of the residual stream
+        n_head: query heads
+        n_head_kv: key and value heads
+        head_dim: numbers a head
+        n_ff: width of the feed-forward part
+        n_vocab: rows of the embedding; the tokenizer may know fewer
+        context_length: what the model was trained for
+        windows: a number per layer: how many positions it sees; 0 = all
+        n_expert: experts a layer; 0: none, a plain feed-forward part
+        n_expert_used: of which each token takes so many
+        n_ff_exp: width of one expert
+        attn_scale: factor of the scores; 0: 1/sqrt(head_dim)
+        quant_kind: 'Q4_K_M', 'Q4_0', 'MXFP4', …
+    """
     arch:str              # 'qwen2', 'phi3', 'gpt-oss', …
     name:str              # what the file calls itself
     n_layer:int
@@ -243,7 +339,12 @@ def is_neutral(
     v:Any,                  # of the file
     allowed:Sequence[Any],  # from `NEUTRAL`
 )->bool:
-    "Is it one of the values? An array: all its numbers. `True` is not 1 here."
+    """Is it one of the values? An array: all its numbers. `True` is not 1 here.
+
+    Args:
+        v: of the file
+        allowed: from `NEUTRAL`
+    """
     if allowed is ANY: return True
     values = np.asarray(v).ravel().tolist()
     return all(any(isinstance(x, bool) == isinstance(a, bool) and x == a for a in allowed) for x in values)
@@ -252,7 +353,12 @@ def refuse_unknown(
     h:Hyper,                            # that has been asked for all that is used
     neutral:dict[str, Any] | None=None, # of the family, beside `NEUTRAL`
 )->None:
-    "Raises `ModelError` that names a key of the architecture that is not used and may change the results"
+    """Raises `ModelError` that names a key of the architecture that is not used and may change the results
+
+    Args:
+        h: that has been asked for all that is used
+        neutral: of the family, beside `NEUTRAL`
+    """
     neutral = NEUTRAL | (neutral or {})
     for name in h.metadata:
         if name in h.known or not name.startswith(h.arch + '.'): continue
@@ -276,7 +382,18 @@ def read_config(
     **more:Any,           # further fields of `ModelConfig`
 )->ModelConfig:
     """A `ModelConfig` from the keys that all families share. Asked last: a key that neither it nor the family has read is refused.
-    Raises `ModelError` that names the key."""
+    Raises `ModelError` that names the key.
+
+    Args:
+        g: an opened file
+        h: its keys
+        style: pairing of the rotary encoding
+        window: sliding window …
+        windowed: … and the layers that have it
+        yarn_truncate: round the ends of YaRN's ramp
+        neutral: keys that the family knows to change nothing, beside `NEUTRAL`
+        **more: further fields of `ModelConfig`
+    """
     n_layer, n_embd = h.int('block_count', hi=1024), h.int('embedding_length')
     n_head = h.int('attention.head_count', hi=4096, layers=n_layer)
     n_head_kv, head_dim = (h.int('attention.head_count_kv', n_head, hi=n_head, layers=n_layer),
@@ -300,7 +417,11 @@ def read_config(
 def model_name(
     h:Hyper, # its keys
 )->str:
-    "What the file calls itself, in one line of at most 80 characters; the architecture where it has no name"
+    """What the file calls itself, in one line of at most 80 characters; the architecture where it has no name
+
+    Args:
+        h: its keys
+    """
     name = h.metadata.get('general.name')
     return ' '.join(name[:200].split())[:80] or h.arch if isinstance(name, str) else h.arch
 
@@ -308,7 +429,12 @@ def vocab_rows(
     g:GGUF,  # an opened file
     h:Hyper, # its keys
 )->int:
-    "Rows of the embedding; checked against what the metadata says of the vocabulary"
+    """Rows of the embedding; checked against what the metadata says of the vocabulary
+
+    Args:
+        g: an opened file
+        h: its keys
+    """
     t = g.tensors.get('token_embd.weight')
     if t is None or len(t.shape) != 2: raise ModelError('token_embd.weight is missing or no matrix: this is no complete language model')
     n = t.shape[0]
@@ -327,7 +453,11 @@ FILE_TYPE: dict[int, str] = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 7: 'Q8_0'
 def quant_kind(
     g:GGUF, # an opened file
 )->str:
-    "The usual name of the file's mix of types. Without a known `general.file_type`: the type that takes most bytes."
+    """The usual name of the file's mix of types. Without a known `general.file_type`: the type that takes most bytes.
+
+    Args:
+        g: an opened file
+    """
     kind = g.metadata.get('general.file_type')
     if isinstance(kind, int) and kind in FILE_TYPE: return FILE_TYPE[kind]
     n = Counter()

@@ -16,7 +16,11 @@ from ..errors import ModelError
 # %% ../../nbs/3_families/16_llama.ipynb #b0803ac6
 @register
 class Llama(Architecture):
-    "Llama 2 and 3, Mistral, SmolLM, TinyLlama, …"
+    """Llama 2 and 3, Mistral, SmolLM, TinyLlama, …
+
+    Attributes:
+        neutral: both: neighbours are pairs
+    """
     name = 'llama'
     style = 'norm'
     neutral: dict[str, Any] = {'tensor_data_layout': ('reference', 'Meta AI original pth')} # both: neighbours are pairs

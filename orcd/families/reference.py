@@ -28,7 +28,16 @@ def rms_norm(
     w:np.ndarray,   # (n,)
     eps:float,      # so that nothing is divided by zero
 )->np.ndarray:      # the same shape
-    "Divide by the root mean square, multiply by `w`"
+    """Divide by the root mean square, multiply by `w`
+
+    Args:
+        x: float32 (..., n)
+        w: (n,)
+        eps: so that nothing is divided by zero
+
+    Returns:
+        the same shape
+    """
     return x * (1/np.sqrt(np.mean(x*x, axis=-1, keepdims=True) + np.float32(eps))) * w
 
 # %% ../../nbs/3_families/13_reference.ipynb #ce1d03bc
@@ -37,7 +46,16 @@ def angles(
     pos:np.ndarray,          # (T,) positions
     mscale:float=1.,         # factor of both
 )->tuple[np.ndarray, np.ndarray]:   # cos and sin, float32 (T, 1, n_rot/2): the same for all heads
-    "What `rotate` wants for these positions"
+    """What `rotate` wants for these positions
+
+    Args:
+        inv_freq: (n_rot/2,) radians a position
+        pos: (T,) positions
+        mscale: factor of both
+
+    Returns:
+        cos and sin, float32 (T, 1, n_rot/2): the same for all heads
+    """
     a = pos.astype(np.float32)[:, None, None] * inv_freq
     return np.cos(a)*np.float32(mscale), np.sin(a)*np.float32(mscale)
 
@@ -47,7 +65,17 @@ def rotate(
     sin:np.ndarray,  # likewise
     style:str,       # 'neox' | 'norm'
 )->np.ndarray:       # the same shape
-    "Rotary encoding. Returns a new array."
+    """Rotary encoding. Returns a new array.
+
+    Args:
+        x: (T, heads, head_dim)
+        cos: from `angles`
+        sin: likewise
+        style: 'neox' | 'norm'
+
+    Returns:
+        the same shape
+    """
     n = cos.shape[-1]
     a, b = (slice(0, n), slice(n, 2*n)) if style == 'neox' else (slice(0, 2*n, 2), slice(1, 2*n, 2))
     out = x.copy()
@@ -62,7 +90,17 @@ def visible(
     n:int,           # keys at positions first … first+n-1
     window:int=0,    # how many positions a query sees, itself included; 0: all
 )->np.ndarray:       # bool (T, n)
-    "Which key may which query see?"
+    """Which key may which query see?
+
+    Args:
+        pos: (T,) positions of the queries
+        first: position of the first key
+        n: keys at positions first … first+n-1
+        window: how many positions a query sees, itself included; 0: all
+
+    Returns:
+        bool (T, n)
+    """
     key = np.arange(first, first + n)
     seen = key <= pos[:, None]
     return seen & (key > pos[:, None] - window) if window else seen
@@ -71,7 +109,15 @@ def softmax(
     z:np.ndarray,                # (..., n) scores; -inf where nothing may be seen
     sink:np.ndarray | None=None, # broadcastable to (..., 1): one more score, without a column
 )->np.ndarray:                   # the same shape
-    "Softmax over the last axis"
+    """Softmax over the last axis
+
+    Args:
+        z: (..., n) scores; -inf where nothing may be seen
+        sink: broadcastable to (..., 1): one more score, without a column
+
+    Returns:
+        the same shape
+    """
     m = z.max(-1, keepdims=True)
     if sink is not None: m = np.maximum(m, sink)
     e = np.exp(z - m)
@@ -89,7 +135,21 @@ def attend(
     sinks:np.ndarray | None=None,  # (n_head,)
     scale:float | None=None,       # of the scores, 1/sqrt(head_dim) by default
 )->np.ndarray:                     # float32 (T, n_head*head_dim)
-    "Causal attention with grouped queries"
+    """Causal attention with grouped queries
+
+    Args:
+        q: float32 (T, n_head, head_dim), turned
+        K: float32 (n_head_kv, S, head_dim): keys of the positions first … first+S-1
+        V: their values
+        pos: (T,) positions of the queries
+        first: position of the first key
+        window: 0: all
+        sinks: (n_head,)
+        scale: of the scores, 1/sqrt(head_dim) by default
+
+    Returns:
+        float32 (T, n_head*head_dim)
+    """
     (T, H, D), (G, S, _) = q.shape, K.shape
     q = q.reshape(T, G, H//G, D).transpose(1, 2, 0, 3).reshape(G, -1, D) * np.float32(scale or D**-.5)
     z = (q @ K.transpose(0, 2, 1)).reshape(G, H//G, T, S)
@@ -111,7 +171,12 @@ def clamped_swiglu(g:np.ndarray, u:np.ndarray)->np.ndarray:
 
 # %% ../../nbs/3_families/13_reference.ipynb #1a0f1433
 class Route(NamedTuple):
-    "Which experts each token takes"
+    """Which experts each token takes
+
+    Attributes:
+        ids: int32 (T, k), best first
+        weights: float32 (T, k), sum 1
+    """
     ids:np.ndarray     # int32 (T, k), best first
     weights:np.ndarray # float32 (T, k), sum 1
 
@@ -119,7 +184,12 @@ def route(
     logits:np.ndarray, # float32 (T, n_expert)
     k:int,             # experts a token
 )->Route:
-    "The `k` best experts of each row and the softmax over their scores"
+    """The `k` best experts of each row and the softmax over their scores
+
+    Args:
+        logits: float32 (T, n_expert)
+        k: experts a token
+    """
     ids = np.argsort(-logits, axis=1, kind='stable')[:, :k]
     return Route(ids.astype(np.int32), softmax(np.take_along_axis(logits, ids, 1)))
 
@@ -135,7 +205,15 @@ class Budget:
         return True
 
 class Weight:
-    "A matrix (out, in), or a stack of them with one for each expert: quantised, decoded when needed, kept while the budget lasts"
+    """A matrix (out, in), or a stack of them with one for each expert: quantised, decoded when needed, kept while the budget lasts
+
+    Attributes:
+        file: where it lies
+        name: of the tensor
+        type: of its blocks
+        shape: (out, in), or (experts, out, in)
+        kept: expert -> its matrix
+    """
     file: GGUF                   # where it lies
     name: str                    # of the tensor
     type: GGMLType               # of its blocks
@@ -167,7 +245,11 @@ class Weight:
 
 # %% ../../nbs/3_families/13_reference.ipynb #8646f100
 class Cache:
-    "Keys and values of one layer"
+    """Keys and values of one layer
+
+    Attributes:
+        k: (n_head_kv, room, head_dim)
+    """
     k: np.ndarray    # (n_head_kv, room, head_dim)
     v: np.ndarray
     def __init__(self, n_head_kv:int, head_dim:int)->None: self.k, self.v = (np.empty((n_head_kv, 0, head_dim), np.float32) for _ in 'kv')
@@ -177,7 +259,13 @@ class Cache:
         k:np.ndarray,  # (T, n_head_kv, head_dim)
         v:np.ndarray,  # likewise
     )->tuple[np.ndarray, np.ndarray]:
-        "Write rows pos … pos+T-1; returns keys and values of all positions up to the last, (n_head_kv, pos+T, head_dim)"
+        """Write rows pos … pos+T-1; returns keys and values of all positions up to the last, (n_head_kv, pos+T, head_dim)
+
+        Args:
+            pos: position of the first new row
+            k: (T, n_head_kv, head_dim)
+            v: likewise
+        """
         end = pos + len(k)
         if end > self.k.shape[1]: self.k, self.v = (self._grown(a, max(end, 2*a.shape[1], 64)) for a in (self.k, self.v))
         self.k[:, pos:end], self.v[:, pos:end] = k.swapaxes(0, 1), v.swapaxes(0, 1)
@@ -196,14 +284,30 @@ def product(
     x:np.ndarray, # float32 (T, n)
     W:np.ndarray, # float32 (out, n)
 )->np.ndarray:    # float32 (T, out)
-    "x @ W.T"
+    """x @ W.T
+
+    Args:
+        x: float32 (T, n)
+        W: float32 (out, n)
+
+    Returns:
+        float32 (T, out)
+    """
     if len(x) > 1 or W.size <= PIECE: return x @ W.T
     rows = max(1, PIECE//W.shape[1])
     return np.concatenate([x @ W[i:i + rows].T for i in range(0, len(W), rows)], axis=1)
 
 # %% ../../nbs/3_families/13_reference.ipynb #7e6215fa
 class NumpyOps:
-    "The operations of a layer on NumPy arrays. `at(pos, T)` says where in the context the rows are."
+    """The operations of a layer on NumPy arrays. `at(pos, T)` says where in the context the rows are.
+
+    Attributes:
+        config: of the model
+        inv_freq: (n_rot/2,) radians a position
+        cache: a layer each
+        pos: (T,) positions of the rows
+        angles: their cos and sin
+    """
     config: ModelConfig                       # of the model
     inv_freq: np.ndarray                      # (n_rot/2,) radians a position
     cache: list[Cache]                        # a layer each
@@ -259,7 +363,18 @@ class NumpyOps:
 
 # %% ../../nbs/3_families/13_reference.ipynb #bea764a4
 class ReferenceModel:
-    "Weights of an opened file, and the forward pass over them"
+    """Weights of an opened file, and the forward pass over them
+
+    Args:
+        g: an open file
+        config: None: the file's own
+        keep_bytes: float32 weights to keep
+
+    Attributes:
+        family: whose layer is run
+        w: role -> weight, outside the layers
+        layers: the same of every layer
+    """
     family: Architecture             # whose layer is run
     config: ModelConfig
     w: SimpleNamespace               # role -> weight, outside the layers
@@ -289,7 +404,15 @@ class ReferenceModel:
         # called with the residual stream (T, n_embd) after the embedding and after every layer
         tap:Callable[[np.ndarray], object] | None=None,
     )->np.ndarray:           # float32 (T, n_embd)
-        "The residual stream of some positions after the last layer. The earlier positions must be in the cache."
+        """The residual stream of some positions after the last layer. The earlier positions must be in the cache.
+
+        Args:
+            ids: int array (T,)
+            pos: position of the first
+
+        Returns:
+            float32 (T, n_embd)
+        """
         x = self.w.token_embd.rows(ids)
         self.ops.at(pos, len(ids))
         if tap: tap(x)
@@ -304,7 +427,24 @@ class ReferenceModel:
 
 # %% ../../nbs/3_families/13_reference.ipynb #40727f3c
 class ReferenceEngine:
-    "A model on NumPy, with the interface of `CudaEngine`. A context manager."
+    """A model on NumPy, with the interface of `CudaEngine`. A context manager.
+
+    Args:
+        g: an open file
+        n_ctx: positions a job may use; by default what the model was trained for
+        config: other hyper-parameters than the file's, to compare
+        keep_bytes: float32 weights to keep; the rest stays quantised and is slow
+
+    Attributes:
+        resident: do the weights lie in VRAM?
+        vram: there is no ledger of it
+        chunk: tokens of a prompt that are run at once
+        model: a `ReferenceModel`; None once the engine is closed
+        n_ctx: positions a job may use
+        n_valid: ids from here on are padding and are never drawn
+        pos: positions in the cache
+        current: logits behind the last token, float32 (n_vocab,)
+    """
     kind: str = 'reference'
     resident: bool = False              # do the weights lie in VRAM?
     vram: None = None                   # there is no ledger of it
@@ -352,7 +492,12 @@ class ReferenceEngine:
         ids:Sequence[int] | np.ndarray,            # token ids of the prompt
         cancelled:Callable[[], bool] | None=None,  # called before each chunk; true: stop with `Cancelled`
     )->None:
-        "Forget everything, run the prompt, keep the logits of its last position"
+        """Forget everything, run the prompt, keep the logits of its last position
+
+        Args:
+            ids: token ids of the prompt
+            cancelled: called before each chunk; true: stop with `Cancelled`
+        """
         last = None
         for x in self._pass(ids, cancelled=cancelled): last = x[-1:]
         if last is not None: self.current = self.model.head(last)[0]
@@ -368,7 +513,16 @@ class ReferenceEngine:
         n:int,                                     # at most so many tokens
         cancelled:Callable[[], bool] | None=None,  # called before each token
     )->Generator[tuple[int, float], None, None]:   # (id, log probability) of each
-        "Draw tokens, each from what the one before led to. Ends early when the context is full. Raises `Cancelled`."
+        """Draw tokens, each from what the one before led to. Ends early when the context is full. Raises `Cancelled`.
+
+        Args:
+            params: how to draw them
+            n: at most so many tokens
+            cancelled: called before each token
+
+        Returns:
+            (id, log probability) of each
+        """
         if self.current is None: raise RequestError('there is nothing to continue: call prefill first')
         sampler = Sampler(self.config.n_vocab, self.n_valid)
         sampler.reset(params)

@@ -38,7 +38,13 @@ LAYOUT: dict[str, tuple[int, int, np.dtype]] = dict(                     # name 
 
 # %% ../../nbs/1_files/01_blocks.ipynb #a9ff56fc
 class GGMLType(IntEnum):
-    "The tensor types that we read; the value is the id in the file"
+    """The tensor types that we read; the value is the id in the file
+
+    Attributes:
+        block_size: weights a block
+        dtype: the block, structured
+        type_size: bytes a block
+    """
     F32 = 0
     F16 = 1
     Q4_0 = 2
@@ -68,7 +74,11 @@ class GGMLType(IntEnum):
     def row_bytes(self,
         n:int, # weights a row
     )->int:
-        "Bytes of a row of `n` weights. Blocks never cross rows, so `n` must be a whole number of blocks."
+        """Bytes of a row of `n` weights. Blocks never cross rows, so `n` must be a whole number of blocks.
+
+        Args:
+            n: weights a row
+        """
         if n < 0 or n % self.block_size:
             raise GGUFError(f'a row of {n} weights is no whole number of {self.name} blocks of {self.block_size}')
         return n//self.block_size*self.type_size
@@ -83,7 +93,11 @@ _other = {4: "Q4_2, or another program's own MXFP4", 5: 'Q4_3', 9: 'Q8_1', 10: '
 def ggml_type(
     t:GGMLType | int | str, # a `GGMLType`, its id or its name
 )->GGMLType:
-    "Look a type up. Raises `GGUFError` that lists the known ones."
+    """Look a type up. Raises `GGUFError` that lists the known ones.
+
+    Args:
+        t: a `GGMLType`, its id or its name
+    """
     is_id = isinstance(t, Integral) and not isinstance(t, bool)
     try:
         if is_id: return GGMLType(cast(int, t))
@@ -112,13 +126,27 @@ def _bf16(b): return (b['x'].astype(np.uint32) << 16).view(np.float32)[:, None]
 def nibbles(
     qs:np.ndarray, # uint8 (..., n)
 )->np.ndarray:     # uint8 (..., 2n): all low halves, then all high halves
-    "Unpack two 4-bit integers a byte"
+    """Unpack two 4-bit integers a byte
+
+    Args:
+        qs: uint8 (..., n)
+
+    Returns:
+        uint8 (..., 2n): all low halves, then all high halves
+    """
     return np.concatenate([qs & 15, qs >> 4], axis=-1)
 
 def fifth_bit(
     qh:np.ndarray, # uint8 (..., n), a little-endian bit mask
 )->np.ndarray:     # uint8 (..., 8n): 16 where the bit is set
-    "Unpack the fifth bits of 5-bit integers"
+    """Unpack the fifth bits of 5-bit integers
+
+    Args:
+        qh: uint8 (..., n), a little-endian bit mask
+
+    Returns:
+        uint8 (..., 8n): 16 where the bit is set
+    """
     return np.unpackbits(qh, axis=-1, bitorder='little') << 4
 
 def _f32(x:np.ndarray)->np.ndarray: return x.astype(np.float32)[:, None]
@@ -145,7 +173,14 @@ E2M1: np.ndarray = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8,
 def half_scale(
     e:np.ndarray, # uint8, the exponent byte
 )->np.ndarray:    # float32, 2^(e-128)
-    "The scale of an MXFP4 block, made of bits: `(e-1) << 23` is a normal float32 from e=2 on"
+    """The scale of an MXFP4 block, made of bits: `(e-1) << 23` is a normal float32 from e=2 on
+
+    Args:
+        e: uint8, the exponent byte
+
+    Returns:
+        float32, 2^(e-128)
+    """
     e = e.astype(np.uint32)
     return np.where(e < 2, np.uint32(0x200000) << np.minimum(e, 1), (e - 1) << 23).astype(np.uint32).view(np.float32)
 
@@ -156,7 +191,14 @@ def _mxfp4(b): return E2M1[nibbles(b['qs'])] * half_scale(b['e'])[:, None]
 def scales_mins(
     scales:np.ndarray, # uint8 (n, 12)
 )->tuple[np.ndarray, np.ndarray]: # two uint8 arrays (n, 8): scales and minima of the sub-blocks, 0..63
-    "Unpack the 6-bit scales and minima of Q4_K and Q5_K"
+    """Unpack the 6-bit scales and minima of Q4_K and Q5_K
+
+    Args:
+        scales: uint8 (n, 12)
+
+    Returns:
+        two uint8 arrays (n, 8): scales and minima of the sub-blocks, 0..63
+    """
     a, b, c = scales[:, 0:4], scales[:, 4:8], scales[:, 8:12]
     s = np.concatenate([a & 63, (c & 15) | (a >> 6) << 4], axis=1)
     m = np.concatenate([b & 63, (c >> 4) | (b >> 6) << 4], axis=1)
@@ -197,7 +239,16 @@ def dequantize(
     type:GGMLType | int | str, # a `GGMLType`, its id or its name
     out:np.ndarray | None=None # float32 array for the result, C-contiguous
 )->np.ndarray:                 # float32 (rows, n)
-    "Decode quantised rows. Bit-equal to ggml's reference on the CPU."
+    """Decode quantised rows. Bit-equal to ggml's reference on the CPU.
+
+    Args:
+        blocks: uint8 (rows, bytes per row), or (..., bytes per row)
+        type: a `GGMLType`, its id or its name
+        out: float32 array for the result, C-contiguous
+
+    Returns:
+        float32 (rows, n)
+    """
     t, blocks = ggml_type(type), as_array(blocks)
     if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] % t.type_size:
         raise GGUFError(f'{t} blocks are rows of uint8, a multiple of {t.type_size} bytes each, got {blocks.dtype} {blocks.shape}')

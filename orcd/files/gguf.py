@@ -92,7 +92,14 @@ def read_at(
     n:int,     # bytes
     path:str,  # for messages
 )->bytes:
-    "Exactly `n` bytes at `pos`. Raises `GGUFError` when the file has become shorter, or cannot be read."
+    """Exactly `n` bytes at `pos`. Raises `GGUFError` when the file has become shorter, or cannot be read.
+
+    Args:
+        fd: of an open file
+        pos: first byte
+        n: bytes
+        path: for messages
+    """
     parts: list[bytes] = []
     there = 0
     while there < n or not parts:
@@ -121,7 +128,11 @@ def _text(c:_Cursor, what:str, limit:int)->str:
 def short(
     s:object, # anything
 )->str:
-    "One line of at most 80 printable characters"
+    """One line of at most 80 printable characters
+
+    Args:
+        s: anything
+    """
     text = str(s)
     text = text if len(text) <= 80 else text[:79] + '…'
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
@@ -192,7 +203,14 @@ Kind: TypeAlias = tuple[GGUFType | None, GGUFType | None, int | None]   # type o
 Pairs: TypeAlias = tuple[list[tuple[str, ...]], int]                    # strings that were cut, bytes of the longest one before
 
 class Metadata(Mapping[str, Any]):
-    "The key-value pairs of a GGUF file. Arrays of numbers become NumPy arrays, arrays of strings lists."
+    """The key-value pairs of a GGUF file. Arrays of numbers become NumPy arrays, arrays of strings lists.
+
+    Args:
+        values: key -> value, or where it lies
+        types: key -> what `kind` returns
+        read: (first byte, bytes)
+        path: for messages
+    """
     def __init__(self,
         values:dict[str, Any],             # key -> value, or where it lies
         types:dict[str, Kind],             # key -> what `kind` returns
@@ -215,7 +233,14 @@ class Metadata(Mapping[str, Any]):
     def pairs(self,
         key:str, # of an array of strings
     )->Pairs:    # (list of tuples, bytes of the longest string)
-        "Strings cut at their first space, as merges are kept; one without a space stays whole, in a tuple of one. Not remembered."
+        """Strings cut at their first space, as merges are kept; one without a space stays whole, in a tuple of one. Not remembered.
+
+        Args:
+            key: of an array of strings
+
+        Returns:
+            (list of tuples, bytes of the longest string)
+        """
         v = self._find(key)
         if self.kind(key)[1] != GGUFType.STRING: raise GGUFError(f'{short(key)} is no array of strings', self._path)
         if isinstance(v, _Lazy) and v.n and v.n >= 1000:
@@ -226,7 +251,14 @@ class Metadata(Mapping[str, Any]):
     def kind(self,
         key:str, # of any value
     )->Kind:     # (`GGUFType`, type of the elements or None, number of elements or None); (None, None, None) when absent
-        "The type of a value, without decoding it"
+        """The type of a value, without decoding it
+
+        Args:
+            key: of any value
+
+        Returns:
+            (`GGUFType`, type of the elements or None, number of elements or None); (None, None, None) when absent
+        """
         return self._types.get(key, (None, None, None)) if key in self else (None, None, None)
 
     def __repr__(self)->str: return f'Metadata({len(self)} keys: {", ".join(list(self)[:4])}, …)'
@@ -263,7 +295,11 @@ def _joined(data:bytes, n:int)->tuple[np.ndarray, np.ndarray] | None:
 def cut_pairs(
     strings:list[str],
 )->Pairs:    # (list of tuples, bytes of the longest string)
-    "Strings cut at their first space; one without a space stays whole, in a tuple of one"
+    """Strings cut at their first space; one without a space stays whole, in a tuple of one
+
+    Returns:
+        (list of tuples, bytes of the longest string)
+    """
     return [tuple(s.split(' ', 1)) for s in strings], max(map(len, map(str.encode, strings)), default=0)
 
 def _cut(joined:np.ndarray, errors:str='strict')->list[str]: return joined.tobytes().decode(errors=errors).split('\0')[1:]
@@ -356,7 +392,12 @@ def _metadata(c:_Cursor, n:int)->tuple[dict[str, Any], dict[str, Kind]]:
 # %% ../../nbs/1_files/02_gguf.ipynb #92946f85
 @dataclass(frozen=True)
 class TensorInfo:
-    "An entry of the tensor table"
+    """An entry of the tensor table
+
+    Attributes:
+        dims: as in the file, fastest first
+        offset: of the first byte, from the start of the file
+    """
     name:str
     type:GGMLType
     dims:tuple[int, ...]     # as in the file, fastest first
@@ -396,7 +437,11 @@ def _tensor(c:_Cursor, i:int, alignment:int)->TensorInfo:
 
 # %% ../../nbs/1_files/02_gguf.ipynb #ebbff7a9
 class Tensors(dict[str, TensorInfo]):
-    "Name -> `TensorInfo`; a name that is not there is a `MissingError`"
+    """Name -> `TensorInfo`; a name that is not there is a `MissingError`
+
+    Attributes:
+        path: of the file, for messages
+    """
     path: str | None   # of the file, for messages
 
     def __init__(self, tensors:dict[str, TensorInfo], path:str | None=None)->None:
@@ -513,7 +558,14 @@ def _describe(g)->str:
 def types_table(
     g:Any, # a `GGUF`, see below
 )->dict[GGMLType, tuple[int, int, int]]: # type -> (tensors, weights, bytes), largest first
-    "What a file consists of"
+    """What a file consists of
+
+    Args:
+        g: a `GGUF`, see below
+
+    Returns:
+        type -> (tensors, weights, bytes), largest first
+    """
     rows: dict[GGMLType, tuple[int, int, int]] = {}
     for t in g.tensors.values():
         n, w, b = rows.get(t.type, (0, 0, 0))
@@ -531,7 +583,20 @@ def _html(g)->str:
 PIECE = 4 << 20 # bytes that are decoded at a time
 
 class GGUF:
-    "A GGUF file: `metadata`, `tensors`, and the bytes of each tensor. A context manager; the header alone is read when it is opened."
+    """A GGUF file: `metadata`, `tensors`, and the bytes of each tensor. A context manager; the header alone is read when it is opened.
+
+    Args:
+        path: of the file; `~` works
+
+    Attributes:
+        path: of the file
+        metadata: key -> value
+        tensors: name -> `TensorInfo`
+        file_size: bytes
+        alignment: tensors begin at multiples of it
+        data_offset: where the first tensor may begin
+        has_data: False: the file is a header alone
+    """
     path: str            # of the file
     metadata: Metadata   # key -> value
     tensors: Tensors     # name -> `TensorInfo`
@@ -569,7 +634,16 @@ class GGUF:
         first:int=0,          # row
         n:int | None=None,    # rows; by default all from there on
     )->np.ndarray:            # uint8 (n, bytes per row), read-only
-        "A copy of the raw bytes of a tensor, or of some of its rows. Raises `GGUFError` when the file is no longer what it was."
+        """A copy of the raw bytes of a tensor, or of some of its rows. Raises `GGUFError` when the file is no longer what it was.
+
+        Args:
+            name: of a tensor
+            first: row
+            n: rows; by default all from there on
+
+        Returns:
+            uint8 (n, bytes per row), read-only
+        """
         t = self._tensor(name)
         try: first, n = index(first), t.rows - index(first) if n is None else index(n)
         except TypeError: raise GGUFError(f'rows are whole numbers, not {first!r:.40} and {n!r:.40}', self.path) from None
@@ -582,7 +656,14 @@ class GGUF:
         name:str,       # of a tensor
     )->np.ndarray:      # uint8 (rows, bytes per row), read-only
         """The raw bytes of a tensor: a view on the mapping, no copy. A file that others may cut off is for `read`: no process survives
-        the touch of a page that is gone."""
+        the touch of a page that is gone.
+
+        Args:
+            name: of a tensor
+
+        Returns:
+            uint8 (rows, bytes per row), read-only
+        """
         t = self._tensor(name)
         self._check_file()
         try: self._map = self._map or mmap.mmap(self.fileno(), self.file_size, access=mmap.ACCESS_READ)
@@ -592,7 +673,14 @@ class GGUF:
     def dequantize(self,
         name:str,       # of a tensor
     )->np.ndarray:      # float32, shape as in `tensors[name].shape`
-        "The weights of a tensor as numbers"
+        """The weights of a tensor as numbers
+
+        Args:
+            name: of a tensor
+
+        Returns:
+            float32, shape as in `tensors[name].shape`
+        """
         t = self._tensor(name)
         out, step = np.empty((t.rows, t.dims[0]), np.float32), max(1, PIECE//t.row_bytes)
         for i in range(0, t.rows, step):
@@ -603,7 +691,11 @@ class GGUF:
     def check_data(self,
         what:str=': there is nothing to load, download it again',   # the end of the message
     )->None:
-        "Raise `GGUFError` when the file is a header alone"
+        """Raise `GGUFError` when the file is a header alone
+
+        Args:
+            what: the end of the message
+        """
         if not self.has_data: raise GGUFError(f'the file is a header without tensor data{what}', self.path)
 
     def check_unchanged(self)->None:

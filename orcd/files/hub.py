@@ -19,7 +19,13 @@ from ..errors import HubError, ModelError, RequestError
 # %% ../../nbs/1_files/04_hub.ipynb #07a07711
 @dataclass(frozen=True)
 class Remote:
-    "One file on the hub"
+    """One file on the hub
+
+    Attributes:
+        size: bytes; None: the hub is asked
+        sha256: likewise
+        tag: what the hub calls this version of the file
+    """
     repo:str
     file:str
     revision:str='main'
@@ -45,7 +51,11 @@ _path = re.compile(rf'({_word}/{_word})/((?:\w[\w.\-]{{0,95}}/)*\w[\w.\-]{{0,199
 def remote(
     name:str, # a short name or `owner/repo/file.gguf`
 )->Remote:
-    "What a name stands for; `HubError` lists the short names when it stands for nothing"
+    """What a name stands for; `HubError` lists the short names when it stands for nothing
+
+    Args:
+        name: a short name or `owner/repo/file.gguf`
+    """
     if name in MODELS: return MODELS[name]
     m = _path.fullmatch(name)
     if m: return Remote(m[1], m[2])
@@ -67,13 +77,21 @@ def models_dir()->Path:
 def place(
     r:Remote, # a file on the hub
 )->Path:
-    "Where it is kept here"
+    """Where it is kept here
+
+    Args:
+        r: a file on the hub
+    """
     return models_dir()/r.repo.replace('/', '--')/r.revision[:12]/r.file
 
 def find(
     name:str, # as for `pull`
 )->Path:
-    "The pulled file of that name; `ModelError` says how to get it"
+    """The pulled file of that name; `ModelError` says how to get it
+
+    Args:
+        name: as for `pull`
+    """
     try: r = remote(name)
     except HubError: raise ModelError(f'there is no file {name!r} and no model of that name; names: demo, {", ".join(MODELS)}') from None
     try: path = place(r)
@@ -95,7 +113,11 @@ def is_there(
 def find_model(
     name:str | os.PathLike[str], # 'demo', a path (`~` works), or the name of a pulled model
 )->Path:
-    "The file that is meant; `ModelError` says what is wrong with the name"
+    """The file that is meant; `ModelError` says what is wrong with the name
+
+    Args:
+        name: 'demo', a path (`~` works), or the name of a pulled model
+    """
     if not isinstance(name, (str, os.PathLike)):
         message = f'a model is a path or a name, not {type(name).__name__}'
         raise RequestError(message, [dict(field='path', constraint='type(path)', message=message)])
@@ -110,7 +132,12 @@ def sha256(
     path:str | os.PathLike[str],                    # a file
     progress:Callable[[int], object] | None=None,   # called with the size of each block read
 )->str:
-    "SHA-256 of a file, in hexadecimal"
+    """SHA-256 of a file, in hexadecimal
+
+    Args:
+        path: a file
+        progress: called with the size of each block read
+    """
     h = hashlib.sha256()
     with open(path, 'rb') as f:
         while block := f.read(1 << 22):
@@ -123,7 +150,13 @@ def check(
     r:Remote,                                       # what was wanted
     progress:Callable[[int], object] | None=None,   # as for `sha256`
 )->None:
-    "Raise `HubError` when size or checksum differ; the file is deleted then, for resuming it would keep the error"
+    """Raise `HubError` when size or checksum differ; the file is deleted then, for resuming it would keep the error
+
+    Args:
+        path: what was downloaded
+        r: what was wanted
+        progress: as for `sha256`
+    """
     size = os.path.getsize(path)
     wrong = f'{size} bytes instead of {r.size}' if r.size not in (None, size) else None
     if not wrong and r.sha256:
@@ -279,7 +312,17 @@ def pull(
     endpoint:str | None=None,  # another hub than huggingface.co
     verify:bool=True,   # False: take a file too whose SHA-256 the hub does not state
 )->Path:                # the file
-    "Fetch a model from the hub unless it is here; resumes, checks size and SHA-256. Raises `HubError`."
+    """Fetch a model from the hub unless it is here; resumes, checks size and SHA-256. Raises `HubError`.
+
+    Args:
+        name: a short name or `owner/repo/file.gguf`
+        progress: show bars on a terminal, and say whom we wait for
+        endpoint: another hub than huggingface.co
+        verify: False: take a file too whose SHA-256 the hub does not state
+
+    Returns:
+        the file
+    """
     wanted = remote(name)
     target = place(wanted)
     if os.path.isfile(target): return target

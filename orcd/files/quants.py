@@ -40,14 +40,28 @@ def _inverse(d):
 def pack_nibbles(
     q:np.ndarray, # uint8 (..., 2n), values below 16
 )->np.ndarray:    # uint8 (..., n)
-    "The inverse of `nibbles`: first half of `q` into low halves, second half into high halves"
+    """The inverse of `nibbles`: first half of `q` into low halves, second half into high halves
+
+    Args:
+        q: uint8 (..., 2n), values below 16
+
+    Returns:
+        uint8 (..., n)
+    """
     n = q.shape[-1]//2
     return q[..., :n] | q[..., n:] << 4
 
 def pack_fifth_bit(
     q:np.ndarray, # uint8 (..., 8n), values below 32
 )->np.ndarray:    # uint8 (..., n)
-    "Bit 4 of every value as a little-endian mask"
+    """Bit 4 of every value as a little-endian mask
+
+    Args:
+        q: uint8 (..., 8n), values below 32
+
+    Returns:
+        uint8 (..., n)
+    """
     return np.packbits(q >> 4, axis=-1, bitorder='little')
 
 # %% ../../nbs/1_files/03_quants.ipynb #68ec76fc
@@ -207,7 +221,15 @@ def pack_scales_mins(
     k:np.ndarray, # uint8 (n, 8), scales below 64
     l:np.ndarray, # uint8 (n, 8), minima below 64
 )->np.ndarray:    # uint8 (n, 12)
-    "The inverse of `scales_mins`"
+    """The inverse of `scales_mins`
+
+    Args:
+        k: uint8 (n, 8), scales below 64
+        l: uint8 (n, 8), minima below 64
+
+    Returns:
+        uint8 (n, 12)
+    """
     a, b = k[:, :4] | k[:, 4:] >> 4 << 6, l[:, :4] | l[:, 4:] >> 4 << 6
     return np.concatenate([a, b, k[:, 4:] & 15 | (l[:, 4:] & 15) << 4], axis=1)
 
@@ -281,7 +303,15 @@ def quantize(
     x:Any,                     # float array (rows, n), or (..., n)
     type:GGMLType | int | str, # a `GGMLType`, its id or its name
 )->np.ndarray:                 # uint8 (rows, bytes per row)
-    "Encode weights as blocks. `n` must be a whole number of blocks."
+    """Encode weights as blocks. `n` must be a whole number of blocks.
+
+    Args:
+        x: float array (rows, n), or (..., n)
+        type: a `GGMLType`, its id or its name
+
+    Returns:
+        uint8 (rows, bytes per row)
+    """
     t, x = ggml_type(type), as_array(x)
     if x.ndim < 1: raise GGUFError('quantize wants rows of weights, got a scalar')
     if not np.can_cast(x.dtype, np.float32, 'same_kind'): raise GGUFError(f'weights are real numbers, not {x.dtype}')

@@ -17,7 +17,14 @@ _head = re.compile(r'\A%%cuda[ \t]+(\w+/\w+)[^\n]*\n')
 def cuda_source(
     source:str, # a cell's source
 )->tuple:       # (name, C++ source) of a `%%cuda` cell, else (None, None)
-    "Split a `%%cuda FOLDER/NAME` cell; directive lines (`#| gpu`) become empty lines, so that line numbers still match the cell"
+    """Split a `%%cuda FOLDER/NAME` cell; directive lines (`#| gpu`) become empty lines, so that line numbers still match the cell
+
+    Args:
+        source: a cell's source
+
+    Returns:
+        (name, C++ source) of a `%%cuda` cell, else (None, None)
+    """
     m = _head.match(source)
     if not m: return None, None
     body = '\n'.join('' if l.startswith('#|') else l for l in source[m.end():].split('\n'))

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['CUDA_DIR', 'CUDA_FOLDERS', 'OPTIONS', 'MAX_ENTRY', 'MAX_ARGS', 'FLOAT', 'TILE', 'read_source', 'with_includes',
-           'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'target', 'cubin', 'device_arch', 'context_of',
-           'set_context', 'driver_call', 'Kernel', 'kernel', 'Recording', 'type_defines', 'load_all', 'wait_for',
-           'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
+           'Compiled', 'parse_resources', 'compile_text', 'cache_dir', 'target', 'cubin', 'address', 'Args',
+           'device_arch', 'context_of', 'set_context', 'driver_call', 'launch_all', 'Kernel', 'kernel', 'Launch',
+           'launcher', 'type_defines', 'load_all', 'wait_for', 'check', 'stride', 'vector', 'padded_bytes', 'QTensor']
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #59e5ad29
 import ctypes, hashlib, os, re, stat, struct, sys, tempfile, threading, zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial, wraps
+from inspect import signature
 from math import prod
 from pathlib import Path
 
@@ -34,7 +35,11 @@ _include = re.compile(r'^\s*#include\s+"(?:\w+/)?(\w+)\.cu"', re.M)
 def read_source(
     name:str, # a cell's name without its folder, `gemv` for orcd/kernels/cuda/entry/gemv.cu
 )->str:
-    "The C++ source of a `%%cuda` cell"
+    """The C++ source of a `%%cuda` cell
+
+    Args:
+        name: a cell's name without its folder, `gemv` for orcd/kernels/cuda/entry/gemv.cu
+    """
     for folder in CUDA_FOLDERS:
         if (path := CUDA_DIR/folder/f'{name}.cu').exists(): return path.read_text()
     raise KernelError(f'no kernel source {name}.cu; known: {", ".join(sorted(p.stem for p in CUDA_DIR.glob("*/*.cu")))}')
@@ -43,7 +48,14 @@ def read_source(
 def with_includes(
     source:str, # C++ text
 )->dict:        # file name -> text of every file of ours that it includes, directly or not
-    "Collect the sources that `source` includes"
+    """Collect the sources that `source` includes
+
+    Args:
+        source: C++ text
+
+    Returns:
+        file name -> text of every file of ours that it includes, directly or not
+    """
     found, todo = {}, [source]
     while todo:
         for m in _include.finditer(todo.pop()):
@@ -73,7 +85,13 @@ def _ok(result):
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #3d144d10
 @dataclass
 class Compiled:
-    "Machine code of one `.cu` file"
+    """Machine code of one `.cu` file
+
+    Attributes:
+        arch: e.g. sm_90
+        log: what the compiler said
+        resources: kernel -> {registers, shared, stack, spills} (bytes but for registers)
+    """
     name:str
     arch:str          # e.g. sm_90
     cubin:bytes
@@ -101,7 +119,14 @@ def compile_text(
     arch:str='sm_90',      # target
     defines:tuple=(),      # e.g. ('TILE=64',)
 )->Compiled:
-    "Compile C++ text with NVRTC. Raises `KernelError` with the compiler's messages."
+    """Compile C++ text with NVRTC. Raises `KernelError` with the compiler's messages.
+
+    Args:
+        name: shown in messages
+        source: C++
+        arch: target
+        defines: e.g. ('TILE=64',)
+    """
     nvrtc, version, headers = _nvrtc()
     inc = with_includes(source)
     prog = _ok(nvrtc.nvrtcCreateProgram(source.encode(), f'{name}.cu'.encode(), len(inc), [t.encode() for t in inc.values()], [f.encode() for f in inc]))
@@ -183,7 +208,12 @@ def target(
     source:str, # C++ text
     arch:str,   # e.g. sm_90
 )->str:
-    "What to compile for: sm_90a for a file with instructions that Hopper alone has"
+    """What to compile for: sm_90a for a file with instructions that Hopper alone has
+
+    Args:
+        source: C++ text
+        arch: e.g. sm_90
+    """
     return 'sm_90a' if arch == 'sm_90' and 'math/wgmma.cu' in with_includes(source) else arch
 
 @lru_cache(None)
@@ -192,7 +222,12 @@ def cubin(
     arch:str,         # e.g. sm_90
     defines:tuple=(),
 )->bytes:
-    "Machine code of a `.cu` file, from the cache when it is there"
+    """Machine code of a `.cu` file, from the cache when it is there
+
+    Args:
+        name: a cell's name
+        arch: e.g. sm_90
+    """
     source = read_source(name)
     path = _cache_path(name, source, arch, defines)
     data = path and _cached(path)
@@ -202,6 +237,60 @@ def cubin(
     return data
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #0138b6b3
+MAX_ARGS = 4096 # bytes of a kernel's arguments
+_codes = dict(ptr='P', i32='i', i64='q', f32='f')
+_address = {type(None): lambda a: 0} # of what an argument may be, by its type
+
+def address(
+    a, # array, `QTensor` or None
+)->int:
+    """Where it lies in VRAM, 0 for None
+
+    Args:
+        a: array, `QTensor` or None
+    """
+    kind = type(a)
+    if kind not in _address: _address[kind] = (lambda a: a.ptr) if hasattr(kind, 'ptr') else (lambda a: a.data.ptr)
+    return _address[kind](a)
+
+class Args:
+    """A kernel's struct of arguments: `Args('AddArgs', a='ptr', n='i32', rows='i64 3')`; `ptr`, `i32`, `i64` or `f32`, with a number several of it
+
+    Args:
+        name: of the struct in CUDA
+    """
+    def __init__(self,
+        name:str, # of the struct in CUDA
+        **fields:str,
+    ):
+        self.name, kinds = name, [(n, *kind.split()) for n, kind in fields.items()]
+        self.fields = {n: (kind, int(count[0]) if count else None) for n, kind, *count in kinds}
+        types = dict(ptr=np.uint64, i32=np.int32, i64=np.int64, f32=np.float32)
+        self.dtype = np.dtype([(n, types[kind], *([(count,)] if count else [])) for n, (kind, count) in self.fields.items()], align=True)
+        self.code = struct.Struct('@' + ''.join((str(count) if count else '') + _codes[kind] for kind, count in self.fields.values()) + '0q')
+        self.pointers = tuple(self.dtype.fields[n][1] + 8*i for n, (kind, count) in self.fields.items() if kind == 'ptr' for i in range(count or 1))
+        if self.code.size > MAX_ARGS: raise KernelError(f'{name} takes {self.code.size} bytes, a kernel may have {MAX_ARGS}')
+
+    def pack(self,
+        values:dict, # field -> array, `QTensor`, None or number; of several a list, which may be shorter
+    )->bytes:
+        """The struct as the kernel reads it
+
+        Args:
+            values: field -> array, `QTensor`, None or number; of several a list, which may be shorter
+        """
+        if values.keys() != self.fields.keys():
+            raise KernelError(f'{self.name}: missing {sorted(self.fields.keys() - values.keys())}, unknown {sorted(values.keys() - self.fields.keys())}')
+        flat = []
+        for name, (kind, count) in self.fields.items():
+            some = values[name] if count else (values[name],)
+            if count and len(some) > count: raise KernelError(f'{self.name}.{name} has room for {count}, got {len(some)}')
+            flat += map(address, some) if kind == 'ptr' else some
+            if count: flat += [0]*(count - len(some))
+        try: return self.code.pack(*flat)
+        except struct.error as e: raise KernelError(f'{self.name}: {e}: {({n: v for n, v in values.items() if self.fields[n][0] != "ptr"})}') from None
+
+# %% ../../nbs/4_kernels/18_nvrtc.ipynb #e010175d
 _modules, _locks = {}, {}
 
 def device_arch(device=None):
@@ -219,7 +308,11 @@ def _driver(result):
 def context_of(
     device:int, # CUDA index
 ):
-    "Make a device the current one in this thread. Returns its context for `set_context`."
+    """Make a device the current one in this thread. Returns its context for `set_context`.
+
+    Args:
+        device: CUDA index
+    """
     from cupy.cuda import Device, runtime
     from cuda.bindings import driver as cu
     Device(device).use()
@@ -229,7 +322,11 @@ def context_of(
 def set_context(
     context, # from `context_of`
 ):
-    "Make a context the current one in this thread. The driver may be busy for long, and CuPy's way to do it waits with Python's lock held; the bindings let go of it."
+    """Make a context the current one in this thread. The driver may be busy for long, and CuPy's way to do it waits with Python's lock held; the bindings let go of it.
+
+    Args:
+        context: from `context_of`
+    """
     from cuda.bindings import driver as cu
     _driver(cu.cuCtxSetCurrent(context))
 
@@ -239,16 +336,28 @@ def driver_call(
     *types,   # its arguments', of `ctypes`
 ):
     """A function of the driver that is called with Python's lock held: to let go of it and get it back takes longer than a call that only queues something.
-    Nothing in the driver waits for Python's lock, so it ends: where a stream's queue of a thousand is full, when the GPU has done something."""
+    Nothing in the driver waits for Python's lock, so it ends: where a stream's queue of a thousand is full, when the GPU has done something.
+
+    Args:
+        name: of a function of the driver
+        *types: its arguments', of `ctypes`
+    """
     f = getattr(ctypes.PyDLL('libcuda.so.1'), name)
     f.argtypes = types
     def call(*args):
         if error := f(*args): _driver((error,))
     return call
 
-def _launch(launches):
+def launch_all(
+    calls, # (configuration, handle, address of the pointer to the arguments) of each launch
+):
+    """Put launches on their stream
+
+    Args:
+        calls: (configuration, handle, address of the pointer to the arguments) of each launch
+    """
     launch = driver_call('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)
-    for config, handle, at in launches: launch(config.getPtr(), int(handle), at, None)
+    for config, handle, at in calls: launch(config.getPtr(), int(handle), at, None)
 
 def _load_functions(module):
     "The driver would put that off until each function is launched first"
@@ -270,49 +379,22 @@ def _module(name, device, defines=()):
                 _modules[key] = m
     return _modules[key]
 
-MAX_ARGS = 512 # of eight bytes: what a kernel may have
-# How arguments are packed, by their type: a code of `struct` for eight bytes, and what makes the value, if it is not the argument itself
-_how = {np.int32: ('i4x', None), np.float32: ('f4x', None), np.int64: ('q', None), type(None): ('Q', lambda a: 0)}
-
-def _refuse(a): raise KernelError(f'kernel argument {a!r}: pass a NumPy scalar, so that its width is known')
-
-def _learn(kind):
-    "The same of a type that is met for the first time"
-    if issubclass(kind, np.void): how = None, np.void.tobytes # a structure of any size
-    elif issubclass(kind, np.generic): how = 'Q', lambda a: int.from_bytes(a.tobytes(), 'little')
-    elif issubclass(kind, (int, float)): how = 'Q', _refuse
-    elif hasattr(kind, 'ptr'): how = 'Q', lambda a: a.ptr # a `QTensor`
-    else: how = 'Q', lambda a: a.data.ptr
-    return _how.setdefault(kind, how)
-
-def _packed(args):
-    "Launch arguments as the driver reads them, eight bytes each; the last one may be a structure of any size"
-    codes, values = ['<'], []
-    for a in args:
-        kind = type(a)
-        code, value = _how.get(kind) or _learn(kind)
-        if value: a = value(a)
-        if not code:
-            if len(values) + 1 < len(args): raise KernelError('a structure has to be the last argument')
-            code = f'{len(a)}s'
-        codes.append(code); values.append(a)
-    return struct.pack(''.join(codes), *values)
-
 class _Room(threading.local):
     "Where the driver finds the arguments of a thread's launch: it copies them"
     def __init__(self):
-        self.words, self.table = _table(MAX_ARGS)
+        self.words = np.zeros(MAX_ARGS//8, np.uint64)
+        self.table = np.array([self.words.ctypes.data], np.uint64) # a pointer to each argument: there is one
         self.bytes, self.at = memoryview(self.words).cast('B'), self.table.ctypes.data
 
-def _table(n):
-    "Memory for `n` arguments, and the addresses in it"
-    words = np.zeros(n, np.uint64)
-    return words, words.ctypes.data + 8*np.arange(n, dtype=np.uint64)
-
-_room, _recordings = _Room(), {}
+_room = _Room()
 
 class Kernel:
-    "A CUDA function on one device: `k(grid, block, args, shared_mem=0, stream=None)`"
+    """A CUDA function on one device that takes one struct
+
+    Args:
+        fn: CuPy's `Function`
+        device: CUDA device that it is loaded on
+    """
     def __init__(self,
         fn,     # CuPy's `Function`
         device, # CUDA device that it is loaded on
@@ -322,20 +404,30 @@ class Kernel:
         self.fn, self.handle, self._shared = fn, cu.CUfunction(fn.ptr), 48 << 10
         self.early = int(device_arch(device)[3:]) >= 90 and runtime.driverGetVersion() >= 12030 # older drivers do not capture such launches in a graph
 
-    def __call__(self, grid, block, args, shared_mem=0, stream=None,
-        early=False, # start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
+    def config(self, grid, block, shared_mem, stream,
+        early=False,  # start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
     ):
+        """What the driver wants to know of a launch besides its arguments
+
+        Args:
+            early: start while the kernel before still runs (programmatic dependent launch): the kernel itself waits for its end
+        """
         if shared_mem > self._shared:
             from cupy.cuda import driver
             driver.funcSetAttribute(self.fn.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_mem)
             self._shared = shared_mem
+        return _config(grid, block, shared_mem, stream.ptr, early and self.early)[0]
+
+    def __call__(self, grid, block,
+        args:bytes, # the struct, from `Args.pack`
+        shared_mem=0, stream=None, early=False,
+    ):
         if stream is None:
             import cupy
             stream = cupy.cuda.get_current_stream()
-        config, data = _config(grid, block, shared_mem, stream.ptr, early and self.early)[0], _packed(args)
-        if stream.ptr in _recordings: _recordings[stream.ptr].append((config, self.handle, data))
-        _room.bytes[:len(data)] = data
-        _launch([(config, self.handle, _room.at)])
+        config = self.config(grid, block, shared_mem, stream, early)
+        _room.bytes[:len(args)] = args
+        launch_all([(config, self.handle, _room.at)])
 
 @lru_cache(1024)
 def _config(grid, block, shared_mem, stream, early):
@@ -358,49 +450,63 @@ def kernel(
     defines:tuple=(), # e.g. `type_defines(type)`
     device:int=None, # CUDA device, the current one by default
 )->Kernel:
-    "A kernel, compiled and loaded on first use"
+    """A kernel, compiled and loaded on first use
+
+    Args:
+        module: the cell's name
+        name: the function in it
+        defines: e.g. `type_defines(type)`
+        device: CUDA device, the current one by default
+    """
     if device is None:
         import cupy
         device = cupy.cuda.runtime.getDevice()
     return _kernel(module, name, device, defines)
 
-# %% ../../nbs/4_kernels/18_nvrtc.ipynb #e489c4b6
-class Recording:
-    "Keeps what is launched on a stream within a `with` block, to launch it again with other arrays"
-    def __init__(self,
-        stream, # CuPy stream
-        arrays, # uint64 (n, 2): address and bytes of the arrays that are to be replaced
-    ):
-        self.stream, self.arrays = stream, arrays
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """What to launch: a kernel, its grid and its arguments by name. A call puts it on a stream.
 
-    def __enter__(self):
-        _recordings[self.stream.ptr] = self.launches = []
-        return self
+    Attributes:
+        file: the cell's name
+        name: the function in it
+        block: threads
+        values: field -> array, `QTensor`, None or number
+        shared: bytes of dynamic shared memory
+        early: see `Kernel`
+    """
+    file:str           # the cell's name
+    name:str           # the function in it
+    grid:tuple
+    block:int          # threads
+    args:Args
+    values:dict        # field -> array, `QTensor`, None or number
+    defines:tuple = ()
+    shared:int = 0     # bytes of dynamic shared memory
+    early:bool = False # see `Kernel`
 
-    def __exit__(self, *error):
-        del _recordings[self.stream.ptr]
-        if any(error): return
-        self.words = np.frombuffer(b''.join(data for *_, data in self.launches), np.uint64)
-        self.room, table = self.table = _table(len(self.words)) # `table` is read by the driver: it has to live as long
-        at = np.cumsum([0] + [len(data) for *_, data in self.launches])
-        self.launches = [(config, handle, table.ctypes.data + int(a)) for (config, handle, _), a in zip(self.launches, at)]
-        self.by = np.zeros(len(self.arrays) + 1, np.uint64) # by how much each array's address differs
-        order = np.argsort(self.arrays[:, 0])
-        i = order[np.maximum(np.searchsorted(self.arrays[order, 0], self.words, 'right'), 1) - 1]
-        self.of = np.where(self.words - self.arrays[i, 0] < self.arrays[i, 1], i, len(self.arrays)) # the array that an argument lies in; one more for none
+    def __call__(self, stream=None):
+        kernel(self.file, self.name, self.defines)(self.grid, (self.block,), self.args.pack(self.values), self.shared, stream, self.early)
 
-    def moved(self,
-        arrays, # uint64 (n, 2): those to take, of the same sizes
-    ):          # uint64: the arguments
-        "Arguments of the launches, with the addresses of other arrays"
-        if (arrays[:, 1] != self.arrays[:, 1]).any(): raise KernelError('arrays of other sizes cannot take the place of those that were recorded')
-        self.by[:-1] = arrays[:, 0] - self.arrays[:, 0]
-        return self.words + self.by[self.of]
+def launcher(
+    plan=None,        # function that returns a `Launch`, or several in their order
+    returns:str=None, # the argument that a call returns, such as 'out'
+):
+    """A function that launches what `plan` says, on `stream`; `.plan` is that which says it
 
-    def repeat(self, arrays):
-        "Launch again; see `moved`"
-        self.room[:] = self.moved(arrays)
-        _launch(self.launches)
+    Args:
+        plan: function that returns a `Launch`, or several in their order
+        returns: the argument that a call returns, such as 'out'
+    """
+    if plan is None: return partial(launcher, returns=returns)
+    at = returns and list(signature(plan).parameters).index(returns)
+    @wraps(plan)
+    def launch(*args, stream=None, **kw):
+        found = plan(*args, **kw)
+        for l in [found] if isinstance(found, Launch) else found: l(stream)
+        if returns: return kw[returns] if returns in kw else args[at]
+    launch.plan = plan
+    return launch
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #b4c0b5e8
 def type_defines(type:GGMLType)->tuple:
@@ -412,7 +518,16 @@ def load_all(
     device:int, # CUDA index
     context=None, # from `context_of`, if known: to ask the driver would wait for what it does
 )->dict:        # a future for each, see `wait_for`
-    "Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own."
+    """Load several files on a device, side by side: NVRTC and the driver work without Python's lock. Four threads load what is in the cache; each other file gets its own.
+
+    Args:
+        files: (cell's name, defines) of each
+        device: CUDA index
+        context: from `context_of`, if known: to ask the driver would wait for what it does
+
+    Returns:
+        a future for each, see `wait_for`
+    """
     there = Future()
     there.set_result(None)
     jobs, wanted = dict.fromkeys(files, there), [f for f in files if (f[0], device, f[1]) not in _modules]
@@ -433,7 +548,11 @@ def load_all(
 def wait_for(
     jobs, # futures from `load_all`
 ):
-    "Return when these files are loaded. Raises what went wrong with one."
+    """Return when these files are loaded. Raises what went wrong with one.
+
+    Args:
+        jobs: futures from `load_all`
+    """
     for later in [j.result() for j in jobs]: later and later.result()
 
 # %% ../../nbs/4_kernels/18_nvrtc.ipynb #cf7acfe0
@@ -450,7 +569,15 @@ def stride(
     n:int,
     dtype=FLOAT,
 )->int:         # elements from one row to the next
-    "Check a matrix that a kernel reads or writes: dtype, shape, neighbouring columns. Raises `KernelError`."
+    """Check a matrix that a kernel reads or writes: dtype, shape, neighbouring columns. Raises `KernelError`.
+
+    Args:
+        name: how the error calls it
+        a: CuPy array (rows, n), or (n,) for one row
+
+    Returns:
+        elements from one row to the next
+    """
     if a.dtype != dtype: raise KernelError(f'{name} is {a.dtype}, expected {np.dtype(dtype)}')
     shape = (1, *a.shape) if a.ndim == 1 else a.shape
     if shape != (rows, n): raise KernelError(f'{name} has shape {tuple(a.shape)}, expected {(rows, n)}')
@@ -467,7 +594,13 @@ def vector(
     dtype=FLOAT,
     more:bool=False, # may it be longer?
 ):
-    "Check a contiguous array of `n` elements (or None) and return it"
+    """Check a contiguous array of `n` elements (or None) and return it
+
+    Args:
+        name: how the error calls it
+        a: CuPy array or None
+        more: may it be longer?
+    """
     if a is not None and (a.dtype != dtype or (a.size < n if more else a.size != n) or not a.flags.c_contiguous):
         raise KernelError(f'{name} is {a.dtype} {tuple(a.shape)}, expected {n}{" or more" if more else ""} contiguous {np.dtype(dtype)}')
     return a
@@ -479,7 +612,11 @@ def padded_bytes(
     shape, # NumPy order: (rows, columns), or a stack of such
     type,
 )->int:
-    "Bytes that a tensor takes in VRAM: quantised rows in whole tiles"
+    """Bytes that a tensor takes in VRAM: quantised rows in whole tiles
+
+    Args:
+        shape: NumPy order: (rows, columns), or a stack of such
+    """
     t = GGMLType(type)
     *stack, rows, n = (1, *shape) # a vector is a matrix of one row
     if t.block_size > 1: rows = -(-rows//TILE)*TILE
@@ -487,7 +624,11 @@ def padded_bytes(
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    "A tensor in VRAM: `shape` in NumPy order, `data` a 1-D uint8 CuPy array of its bytes, sorted as the next notebook says"
+    """A tensor in VRAM: `shape` in NumPy order, `data` a 1-D uint8 CuPy array of its bytes, sorted as the next notebook says
+
+    Attributes:
+        row_max_exponent: uint8, the exponent of each row's largest scale, for the products that need it
+    """
     type:GGMLType
     shape:tuple
     data:object

@@ -139,7 +139,16 @@ def resolve_settings(
     env:Mapping,   # the environment
     ini:Mapping,   # the section [worker] of settings.ini
 )->dict[str, Any]: # name with underscores -> value
-    "One value for every setting; `UsageError` names the flag"
+    """One value for every setting; `UsageError` names the flag
+
+    Args:
+        given: flag -> text, None where not given
+        env: the environment
+        ini: the section [worker] of settings.ini
+
+    Returns:
+        name with underscores -> value
+    """
     unknown = set(ini) - {f.name for f in FLAGS} - {'device'}
     known = ', '.join(f.name for f in FLAGS)
     if unknown: raise UsageError(f'--settings: unknown name {sorted(unknown)[0]!r} in the section [worker]; known: {known}')
@@ -159,7 +168,12 @@ def read_text(
     flag:str,       # which names it
     encoding:str,
 )->str:
-    "What a regular file holds; anything else (a FIFO would block, a device may have no end) is a `UsageError`"
+    """What a regular file holds; anything else (a FIFO would block, a device may have no end) is a `UsageError`
+
+    Args:
+        path: of a small file
+        flag: which names it
+    """
     try:
         with open(path, 'rb', opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode): raise UsageError(f'{flag}: {path} is not a regular file')
@@ -172,7 +186,11 @@ def read_text(
 def read_settings(
     path:str | None=None, # --settings; else ./settings.ini when it is there
 )->dict:
-    "The section [worker] of a settings file. Other sections are an error, but a ./settings.ini without this one is not ours"
+    """The section [worker] of a settings file. Other sections are an error, but a ./settings.ini without this one is not ours
+
+    Args:
+        path: --settings; else ./settings.ini when it is there
+    """
     from configparser import ConfigParser, Error
     named = path is not None
     if not named and not os.path.lexists('settings.ini'): return {}
@@ -188,7 +206,11 @@ def read_settings(
 def is_loopback(
     host:str, # address or name
 )->bool:
-    "Can only this machine reach it?"
+    """Can only this machine reach it?
+
+    Args:
+        host: address or name
+    """
     from ipaddress import ip_address
     try: return ip_address(host).is_loopback
     except ValueError: return host == 'localhost'
@@ -198,7 +220,11 @@ MIN_TOKEN = 16 # characters
 def read_token(
     path:str, # --token-file
 )->str:
-    "The token in a file: one line of printable ASCII"
+    """The token in a file: one line of printable ASCII
+
+    Args:
+        path: --token-file
+    """
     t = read_text(path, '--token-file', 'ascii').strip()
     if not t or not t.isprintable() or ' ' in t:
         raise UsageError(f'--token-file: {path} must hold one line of printable ASCII without spaces')
@@ -213,7 +239,14 @@ def guard(
     insecure:bool, # --insecure
     unnamed=(),    # flags whose values come from a ./settings.ini that nobody named
 ):
-    "Refuse to be open to the world by accident"
+    """Refuse to be open to the world by accident
+
+    Args:
+        host: --host
+        token: None: no token
+        insecure: --insecure
+        unnamed: flags whose values come from a ./settings.ini that nobody named
+    """
     if is_loopback(host): return
     if not (token or insecure):
         raise UsageError(f'--host: {host} can be reached from other machines; give --token-file, or --insecure if that is meant')
@@ -261,7 +294,12 @@ def worker_settings(
     given:Mapping,             # flag -> text
     settings:str | None=None,  # --settings
 )->dict[str, Any]:
-    "Flags, environment and file -> fields of `worker.Settings`; `UsageError` before anything is imported or started"
+    """Flags, environment and file -> fields of `worker.Settings`; `UsageError` before anything is imported or started
+
+    Args:
+        given: flag -> text
+        settings: --settings
+    """
     ini = read_settings(settings)
     s = resolve_settings(given, os.environ, ini)
     unnamed = set()
@@ -277,7 +315,12 @@ def warm_start(
     file:Path, # the model
     device,    # index of a GPU, or 'reference'
 ):
-    "What makes a worker ready sooner: the driver works while Python imports, and Python leaves out what it can"
+    """What makes a worker ready sooner: the driver works while Python imports, and Python leaves out what it can
+
+    Args:
+        file: the model
+        device: index of a GPU, or 'reference'
+    """
     start.process_wide('imports')
     if device == 'reference' or not file.is_file(): return
     start.process_wide('cuda')
@@ -335,7 +378,12 @@ def as_text(
     t:str,    # from the command line or stdin
     what:str, # names it
 )->str:
-    "The same text; bytes that the terminal's encoding could not read are read as UTF-8, or it is a `UsageError`"
+    """The same text; bytes that the terminal's encoding could not read are read as UTF-8, or it is a `UsageError`
+
+    Args:
+        t: from the command line or stdin
+        what: names it
+    """
     try: return t.encode('utf-8', 'surrogateescape').decode()
     except UnicodeError: raise UsageError(f'{what}: not UTF-8 text') from None
 
@@ -384,7 +432,15 @@ def fitting(
     messages:list,  # of a conversation, perhaps with a system message before it
     room:int,       # tokens that the answer may want
 )->tuple:           # (messages, how many of the oldest turns are missing)
-    "A conversation without its oldest turns, as far as its prompt would be too long"
+    """A conversation without its oldest turns, as far as its prompt would be too long
+
+    Args:
+        messages: of a conversation, perhaps with a system message before it
+        room: tokens that the answer may want
+
+    Returns:
+        (messages, how many of the oldest turns are missing)
+    """
     from orcd.text.chat import drop_oldest
     kept = drop_oldest(messages, lambda some: _fits(model, some, room))
     return kept, sum(m['role'] == 'user' for m in messages) - sum(m['role'] == 'user' for m in kept)
@@ -513,7 +569,12 @@ def floor(
     n:int,           # positions in the cache, on average
     seconds:float,   # of a token
 )->str:
-    "What reading the weights and the cache once would take on this card, measured now; nothing for the reference engine"
+    """What reading the weights and the cache once would take on this card, measured now; nothing for the reference engine
+
+    Args:
+        n: positions in the cache, on average
+        seconds: of a token
+    """
     if engine.kind != 'cuda': return ''
     from cupy.cuda import runtime
     from orcd.kernels.gemv import read_bandwidth
@@ -544,7 +605,11 @@ def cuda_problem():
 def spawn(*flags,
     seen=None, # called with each event of the log until it is ready
 ):
-    "Start a worker process that ends when this one does; returns (process, uri), or (process, error message) with the process ended"
+    """Start a worker process that ends when this one does; returns (process, uri), or (process, error message) with the process ended
+
+    Args:
+        seen: called with each event of the log until it is ready
+    """
     import json, subprocess
     command = [sys.executable, '-m', 'orcd.serve.cli', 'serve', '--port', '0', '--host', '127.0.0.1', '--log-format', 'json', *flags]
     p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors='backslashreplace', preexec_fn=_tied())
@@ -575,7 +640,14 @@ def _tied():
 def end(
     p,           # a worker process
 )->int:          # its exit code
-    "End a worker in order; one that takes longer than a minute is killed"
+    """End a worker in order; one that takes longer than a minute is killed
+
+    Args:
+        p: a worker process
+
+    Returns:
+        its exit code
+    """
     import subprocess
     p.terminate()
     try: return p.wait(60)
@@ -590,7 +662,12 @@ def ask(
     uri:str,      # of a worker
     **body,       # of the request
 ):
-    "POST /execute; the events as they come"
+    """POST /execute; the events as they come
+
+    Args:
+        uri: of a worker
+        **body: of the request
+    """
     import http.client, json
     from urllib.parse import urlsplit
     from orcd.serve.protocol import read_events
@@ -727,7 +804,14 @@ def _refused(e):
 def run(
     args=None, # without the program's name; default: the command line
 )->int:        # exit code
-    "Run a command; errors become one line"
+    """Run a command; errors become one line
+
+    Args:
+        args: without the program's name; default: the command line
+
+    Returns:
+        exit code
+    """
     if args is None: args = sys.argv[1:]
     try:
         code = app(args=args or ['--help'], standalone_mode=False, prog_name='orcd') or 0
@@ -756,7 +840,11 @@ def run(
 def main(
     args=None, # without the program's name; default: the command line
 ):
-    "What the entry point `orcd` runs"
+    """What the entry point `orcd` runs
+
+    Args:
+        args: without the program's name; default: the command line
+    """
     args = sys.argv[1:] if args is None else args
     start.begin(args)
     start.process_wide('command')

@@ -20,7 +20,11 @@ from .protocol import ApiError, Request, frame, public_error, token_frame
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #e3555b56
 class Outbox:
-    "What a job says, from the engine thread to one consumer in the event loop"
+    """What a job says, from the engine thread to one consumer in the event loop
+
+    Args:
+        loop: the consumer's
+    """
     def __init__(self,
         loop:asyncio.AbstractEventLoop, # the consumer's
     )->None:
@@ -29,7 +33,11 @@ class Outbox:
     def put(self,
         item:str | tuple[str, dict], # a str is the text of a token, a pair (type, dict) any other event
     )->None:
-        "From any thread; returns at once"
+        """From any thread; returns at once
+
+        Args:
+            item: a str is the text of a token, a pair (type, dict) any other event
+        """
         self.items.append(item)
         if self.waiting:
             self.waiting = False
@@ -39,7 +47,11 @@ class Outbox:
     async def take(self,
         timeout:float, # seconds to wait for something
     )->list:
-        "Everything that is there, in order; an empty list when nothing came in time"
+        """Everything that is there, in order; an empty list when nothing came in time
+
+        Args:
+            timeout: seconds to wait for something
+        """
         self.awake.clear()
         self.waiting = True                  # before the look at `items`: whoever appends after that look sees it
         if not self.items:
@@ -58,7 +70,15 @@ STOPPED = dict(
     shutdown=('CANCELLED', LEAVING), timeout=('INFERENCE_TIMEOUT', 'the job took longer than the worker allows'))
 
 class Job:
-    "One request on its way through the worker"
+    """One request on its way through the worker
+
+    Args:
+        request: checked
+        correlation_id: goes into `started` and every log line
+        outbox: where the events go
+        model: the model's name, for `started`
+        tokens_in: length of the prompt, when known
+    """
     def __init__(self,
         request:Request,            # checked
         correlation_id:str,         # goes into `started` and every log line
@@ -137,7 +157,14 @@ def run_job(
     model,   # has `generate`, as `orcd.engine.generation.Model`
     job:Job,
 )->dict[str, Any]: # fields of its event `end`
-    "Run a job to its end; raises what ends it otherwise"
+    """Run a job to its end; raises what ends it otherwise
+
+    Args:
+        model: has `generate`, as `orcd.engine.generation.Model`
+
+    Returns:
+        fields of its event `end`
+    """
     request = job.request
     job.start()
     if job.must_stop(): raise Cancelled()
@@ -153,7 +180,11 @@ def how_it_ended(
     error:BaseException, # raised by `run_job`
     job:Job,
 )->ApiError:
-    "What its client is told; the log is told more"
+    """What its client is told; the log is told more
+
+    Args:
+        error: raised by `run_job`
+    """
     problem = job.problem if isinstance(error, Cancelled) else public_error(error)
     cancelled = problem.code == 'CANCELLED'
     if not cancelled: log.error('error', code=problem.code, message=str(error), exc_info=error if problem.code == 'INTERNAL' else None)
@@ -164,13 +195,21 @@ def how_it_ended(
 def memory_used(
     model, # a loaded model
 )->dict[str, int]:
-    "What of `/health` changes from job to job"
+    """What of `/health` changes from job to job
+
+    Args:
+        model: a loaded model
+    """
     return dict(vram_bytes_used=model.engine.info().get('vram_bytes_used') or 0)
 
 def facts(
     model, # a loaded model
 )->dict[str, Any]:
-    "What `/health` says about a model. Read once in the engine thread, for only this thread may ask the GPU."
+    """What `/health` says about a model. Read once in the engine thread, for only this thread may ask the GPU.
+
+    Args:
+        model: a loaded model
+    """
     info, tokenizer, config = model.engine.info(), model.tokenizer, model.config
     return dict(model=config.name, resident=bool(info.get('resident')), quant_kind=config.quant_kind, tokenizer_kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size, context_length=model.engine.n_ctx, sm=info.get('sm'), gpu_name=info.get('name'),
@@ -178,7 +217,14 @@ def facts(
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #fc8e4349
 class Jobs:
-    "The jobs of a worker and the thread that runs them"
+    """The jobs of a worker and the thread that runs them
+
+    Args:
+        load: returns a model; called in the engine thread
+        queue_depth: how many jobs may wait
+        timeout: seconds a job may run
+        on_fatal: called (in any thread) when the process must be replaced
+    """
     def __init__(self,
         load:Callable[[], Any],    # returns a model; called in the engine thread
         queue_depth:int=0,         # how many jobs may wait
@@ -207,7 +253,11 @@ class Jobs:
     def refusal(self,
         job_id:str | None, # of a job that may come
     )->ApiError | None:
-        "Why such a job would not be accepted now; None when it would"
+        """Why such a job would not be accepted now; None when it would
+
+        Args:
+            job_id: of a job that may come
+        """
         if closed := self.closed(): return closed
         if job_id in self.active: return ApiError('INVALID_REQUEST', 'a job with this job_id is active', status=409)
         if len(self.active) > self.depth: return ApiError('WORKER_BUSY', 'the worker is busy with another job')
@@ -215,7 +265,11 @@ class Jobs:
     def submit(self,
         job:Job, # a new one
     )->None:
-        "Accept a job or say why not (`ApiError`)"
+        """Accept a job or say why not (`ApiError`)
+
+        Args:
+            job: a new one
+        """
         with self.cond:
             if refusal := self.refusal(job.id): raise refusal
             self.active[job.id] = job
@@ -227,7 +281,13 @@ class Jobs:
         why:str='cancelled',   # a key of `STOPPED`
         job:Job | None=None,   # only this very job, not a later one of the same id
     )->bool:
-        "Stop an active job before its next token; True when it was active. A waiting job ends at once."
+        """Stop an active job before its next token; True when it was active. A waiting job ends at once.
+
+        Args:
+            job_id: which
+            why: a key of `STOPPED`
+            job: only this very job, not a later one of the same id
+        """
         with self.cond:
             found = self.active.get(job_id)
             if found is None or (job is not None and found is not job): return False
@@ -269,7 +329,11 @@ class Jobs:
     def die(self,
         error:BaseException, # why
     )->None:
-        "From any thread: the process has to be replaced"
+        """From any thread: the process has to be replaced
+
+        Args:
+            error: why
+        """
         with self.cond:
             if self.fatal: return               # once is enough
             self.fatal, self.healthy = error, False

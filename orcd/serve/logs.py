@@ -26,7 +26,11 @@ def write_all(
     fd:int,      # a descriptor; one in non-blocking mode is waited for
     data:bytes,
 )->bytes:
-    "`os.write` until all is written. Returns what nobody takes: the disk is full, the reader gone"
+    """`os.write` until all is written. Returns what nobody takes: the disk is full, the reader gone
+
+    Args:
+        fd: a descriptor; one in non-blocking mode is waited for
+    """
     while data:
         try: data = data[os.write(fd, data):]
         except BlockingIOError: time.sleep(.01)
@@ -34,7 +38,12 @@ def write_all(
     return data
 
 class LineWriter:
-    "Write text to a file descriptor from a thread of its own; never blocks the caller"
+    """Write text to a file descriptor from a thread of its own; never blocks the caller
+
+    Args:
+        fd: where to; 2 is stderr
+        size: lines that may wait
+    """
     def __init__(self,
         fd:int=2,        # where to; 2 is stderr
         size:int=4096,   # lines that may wait
@@ -86,7 +95,11 @@ def _exception(logger, method, e):
 def in_order(
     e:dict, # an event
 )->dict:
-    "The same event with the well-known keys first"
+    """The same event with the well-known keys first
+
+    Args:
+        e: an event
+    """
     return {k: e[k] for k in _first if k in e} | {k: v for k, v in e.items() if k not in _first}
 
 def as_json(logger, method, e):
@@ -100,7 +113,12 @@ def bar(
     percent:float, # 0..100
     width:int=30,  # characters
 )->str:
-    "A progress bar made of characters"
+    """A progress bar made of characters
+
+    Args:
+        percent: 0..100
+        width: characters
+    """
     n = int(width * percent / 100)
     return '█' * n + '░' * (width - n) + f' {percent:3.0f} %'
 
@@ -132,7 +150,13 @@ def configure(
     write=None,       # called with each line; default: a `LineWriter` on stderr
     **common,         # keys of every line: worker_id, model_ref, gpu_device
 ):
-    "Set up logging of this process; returns the writer, whose `flush` the end of the process calls"
+    """Set up logging of this process; returns the writer, whose `flush` the end of the process calls
+
+    Args:
+        fmt: 'json' or 'pretty'
+        write: called with each line; default: a `LineWriter` on stderr
+        **common: keys of every line: worker_id, model_ref, gpu_device
+    """
     write = write or LineWriter()
     def stamp(logger, method, e): return dict(timestamp=now(), **common) | e
     def emit(logger, method, text):
@@ -149,7 +173,13 @@ def configure(
 
 # %% ../../nbs/6_serve/36_logs.ipynb #54063d74
 class LoadProgress:
-    "Called with (bytes done, bytes in all); logs `model_load_start` and then each step once"
+    """Called with (bytes done, bytes in all); logs `model_load_start` and then each step once
+
+    Args:
+        step: percent between two lines
+        check: called first each time; may raise to end the load
+        **start: fields of `model_load_start`
+    """
     def __init__(self,
         step:int=25,   # percent between two lines
         check=None,    # called first each time; may raise to end the load

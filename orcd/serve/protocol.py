@@ -24,7 +24,15 @@ from ..text.sampling import RULES, STOP, Rule, StopRule, check_params, has_half_
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #b86115b6
 class ApiError(OrcdError):
-    "A request that gets an error for an answer"
+    """A request that gets an error for an answer
+
+    Args:
+        code: a key of `CODES`
+        message: one sentence for a person
+        status: HTTP status, when it is not the usual one of the code (404, 413, …)
+        errors: broken rules, as `rule` makes them
+        lasting: trying again does not help, whatever the code says
+    """
     def __init__(self,
         code:str,              # a key of `CODES`
         message:str,           # one sentence for a person
@@ -49,7 +57,14 @@ class ApiError(OrcdError):
 def public_error(
     error:BaseException, # whatever went wrong
 )->ApiError:              # what a client may know of it
-    "Our own errors speak for themselves; of anything else a client learns nothing (no path, no trace, no prompt)"
+    """Our own errors speak for themselves; of anything else a client learns nothing (no path, no trace, no prompt)
+
+    Args:
+        error: whatever went wrong
+
+    Returns:
+        what a client may know of it
+    """
     if isinstance(error, ApiError): return error
     if not isinstance(error, OrcdError) or error.code == 'INTERNAL':
         return ApiError('INTERNAL', 'internal error; the log of the worker has the details')
@@ -60,7 +75,12 @@ def error_body(
     p:ApiError,           # the error
     correlation_id:str,  # of the request
 )->dict:
-    "The JSON body of an error before the stream has begun"
+    """The JSON body of an error before the stream has begun
+
+    Args:
+        p: the error
+        correlation_id: of the request
+    """
     body = p.fields | dict(correlation_id=correlation_id)
     return body | dict(errors=p.errors) if p.errors else body
 
@@ -105,7 +125,11 @@ _decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_int, parse_floa
 def parse_json(
     body:bytes, # a request's body
 )->dict:
-    "The one JSON object in `body`; anything else raises `ApiError` with what is wrong and, when known, where"
+    """The one JSON object in `body`; anything else raises `ApiError` with what is wrong and, when known, where
+
+    Args:
+        body: a request's body
+    """
     try:
         text = body.decode('utf-8')
         _check_shape(body)
@@ -119,7 +143,14 @@ def parse_json(
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #f1e1d501
 class Text(NamedTuple):
-    "What a string may be"
+    """What a string may be
+
+    Attributes:
+        low: characters at least
+        high: characters at most
+        meaning: for people
+        default: there is none
+    """
     low: int              # characters at least
     high: int             # characters at most
     meaning: str          # for people
@@ -145,7 +176,14 @@ class Text(NamedTuple):
         return isinstance(s, str) and self.low <= len(s) <= self.high and not has_half_pair(s)
 
 class Conversation(NamedTuple):
-    "What a list of messages may be; the shape of a message is `orcd.text.chat`'s to judge"
+    """What a list of messages may be; the shape of a message is `orcd.text.chat`'s to judge
+
+    Attributes:
+        most: messages
+        characters: of all contents together, at least one
+        meaning: for people
+        default: there is none
+    """
     most: int             # messages
     characters: int       # of all contents together, at least one
     meaning: str          # for people
@@ -187,14 +225,22 @@ FIELDS: dict[str, Text | Conversation | Rule | StopRule] = {'job_id': JOB_ID, 'p
 def fields(
     max_tokens_out:int=MAX_TOKENS, # `--max-tokens-out`
 )->dict[str, Any]:
-    "The table as one worker applies it: it may take fewer tokens"
+    """The table as one worker applies it: it may take fewer tokens
+
+    Args:
+        max_tokens_out: `--max-tokens-out`
+    """
     most = min(max_tokens_out, MAX_TOKENS)
     return FIELDS | dict(max_tokens=RULES['max_tokens']._replace(high=most, default=most))
 
 def as_markdown(
     table:dict=FIELDS, # of `fields`
 )->str:
-    "The table for people"
+    """The table for people
+
+    Args:
+        table: of `fields`
+    """
     def default(x): return '' if x is None else f'`{list(x) if isinstance(x, tuple) else x}`'
     rows = [f'| `{f}` | {r.words} | {default(r.default)} | {r.meaning} |' for f, r in table.items()]
     return '\n'.join(['| field | rule | default | meaning |', '|---|---|---|---|', *rows])
@@ -205,7 +251,11 @@ _secret = {'prompt', 'messages', 'stop'}   # text of a person
 def shown(
     value, # anything that came out of JSON
 )->str:
-    "A value as a short string for an error message, pure ASCII"
+    """A value as a short string for an error message, pure ASCII
+
+    Args:
+        value: anything that came out of JSON
+    """
     if isinstance(value, str): s = json.dumps(value[:101])[1:-1]
     else: s = ''.join(islice(json.JSONEncoder().iterencode(value), 101))     # a value may be a megabyte
     return s if len(s) <= 100 else s[:100] + '...'
@@ -216,7 +266,14 @@ def rule(
     message:str,     # the rule in words
     value=None,      # what was sent
 )->dict:
-    "One broken rule as it is reported"
+    """One broken rule as it is reported
+
+    Args:
+        field: which field
+        constraint: the rule in short, like `range(1..=2048)`
+        message: the rule in words
+        value: what was sent
+    """
     e = dict(field=field, constraint=constraint, message=message)
     return e if field in _secret or value is None else e | dict(value=shown(value))
 
@@ -224,7 +281,11 @@ def rule(
 def check_id(
     job_id:object, # what was sent
 )->list[dict[str, str]]:
-    "The rule it breaks, if it does"
+    """The rule it breaks, if it does
+
+    Args:
+        job_id: what was sent
+    """
     return [] if JOB_ID.allows(job_id) else [rule('job_id', JOB_ID.constraint, f'{JOB_ID.words} is required', job_id)]
 
 def _check_text(d):
@@ -237,7 +298,11 @@ def _check_text(d):
 # %% ../../nbs/6_serve/35_protocol.ipynb #3979105d
 @dataclass(frozen=True)
 class Request:
-    "A checked `/execute` body"
+    """A checked `/execute` body
+
+    Attributes:
+        params: max_tokens, temperature, …, seed: arguments of `model.generate`
+    """
     job_id:str
     # str, or the list of messages; the worker puts what `model.encode` makes of it in its place
     prompt:object
@@ -249,7 +314,13 @@ def parse_request(
     max_tokens_out:int=MAX_TOKENS,             # `--max-tokens-out`
     tokens:Callable[[str], int] | None=None,   # of a stop string
 )->Request:
-    "Check everything, then build the request; `ApiError` lists every broken rule"
+    """Check everything, then build the request; `ApiError` lists every broken rule
+
+    Args:
+        d: what `parse_json` returned
+        max_tokens_out: `--max-tokens-out`
+        tokens: of a stop string
+    """
     most = fields(max_tokens_out)['max_tokens'].high
     d = {k: v for k, v in d.items() if v is not None}
     errors = [*check_id(d.get('job_id')), *_check_text(d), *check_params(d, max_tokens=most, count_tokens=tokens)]
@@ -263,7 +334,11 @@ def _object(required=(), **properties): return dict(type='object', required=list
 def execute_schema(
     max_tokens_out:int=MAX_TOKENS, # `--max-tokens-out`
 )->dict[str, Any]:
-    "The body of `/execute` as JSON Schema"
+    """The body of `/execute` as JSON Schema
+
+    Args:
+        max_tokens_out: `--max-tokens-out`
+    """
     table = fields(max_tokens_out)
     table['top_k'] = table['top_k']._replace(high=10 ** (MAX_DIGITS - 1))
     text, absent = ('prompt', 'messages'), dict(type='null')
@@ -288,7 +363,11 @@ def _escape(m): return f'\\u{ord(m[0]):04x}'
 def to_json(
     x, # anything JSON can hold
 )->str:
-    "Compact JSON on one line, for every definition of a line; always valid UTF-8"
+    """Compact JSON on one line, for every definition of a line; always valid UTF-8
+
+    Args:
+        x: anything JSON can hold
+    """
     s = _encode(x)
     return s if s.isascii() and '\x7f' not in s else UNSAFE.sub(_escape, s.encode('utf-8', 'backslashreplace').decode())
 
@@ -296,7 +375,12 @@ def frame(
     type:str, # started, token, end or error
     **data,   # the other fields
 )->bytes:
-    "One event"
+    """One event
+
+    Args:
+        type: started, token, end or error
+        **data: the other fields
+    """
     return f'event: {type}\ndata: {to_json(dict(type=type) | data)}\n\n'.encode()
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #049c843d
@@ -306,7 +390,12 @@ def token_frame(
     text:str, # whole, valid UTF-8
     i:int,    # index of the event
 )->bytes:
-    "`frame('token', t=text, i=i)`, but in half a microsecond"
+    """`frame('token', t=text, i=i)`, but in half a microsecond
+
+    Args:
+        text: whole, valid UTF-8
+        i: index of the event
+    """
     t = _quote(text)
     if not t.isascii() or '\x7f' in t: t = to_json(text)
     return f'event: token\ndata: {{"type":"token","t":{t},"i":{i}}}\n\n'.encode()
@@ -315,7 +404,11 @@ def token_frame(
 def read_events(
     lines, # iterable of bytes, line by line (an HTTP response)
 ):
-    "The events of a stream as dictionaries; comments are skipped"
+    """The events of a stream as dictionaries; comments are skipped
+
+    Args:
+        lines: iterable of bytes, line by line (an HTTP response)
+    """
     for line in lines:
         if line.startswith(b'data: '): yield json.loads(line[6:])
 
@@ -325,20 +418,33 @@ _uuid = re.compile(r'[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}')
 def is_uuid(
     text:str, # anything
 )->bool:
-    "Has it the shape of a UUID?"
+    """Has it the shape of a UUID?
+
+    Args:
+        text: anything
+    """
     return _uuid.fullmatch(text) is not None
 
 def correlation_id(
     header:str | None=None, # X-Correlation-ID
 )->str:
-    "The client's id when it has the shape of a UUID, else a new one"
+    """The client's id when it has the shape of a UUID, else a new one
+
+    Args:
+        header: X-Correlation-ID
+    """
     return header if header and is_uuid(header) else str(uuid.uuid4())
 
 def remaining_ms(
     header:str | None,       # X-Deadline
     now:float | None=None,   # seconds since 1970
 )->int | None:
-    "Milliseconds left until the deadline (negative: it has passed); None when there is none or it cannot be read"
+    """Milliseconds left until the deadline (negative: it has passed); None when there is none or it cannot be read
+
+    Args:
+        header: X-Deadline
+        now: seconds since 1970
+    """
     if header is None: return None
     try:
         if header.isdecimal() and len(header) < 18: at = int(header) / 1000
@@ -350,7 +456,12 @@ def means_us(
     host:str,  # a Host header, '' when there was none
     names=(),  # names of this machine, in lower case
 )->bool:
-    "Can nobody else have made this name point to us?"
+    """Can nobody else have made this name point to us?
+
+    Args:
+        host: a Host header, '' when there was none
+        names: names of this machine, in lower case
+    """
     host = host.lower()
     name = (host[1:].partition(']') if host.startswith('[') else host.partition(':'))[0].removesuffix('.')
     if '.' not in name and ':' not in name or name.endswith('.localhost') or name in names: return True

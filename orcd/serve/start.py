@@ -51,7 +51,11 @@ class Signals:
     def tell(self,
         hear:Callable[[str], object],  # called with the name of each signal, in a thread of its own
     )->None:
-        "Who is told from now on; as long as that is nobody, a signal ends the process at once, with exit code 0"
+        """Who is told from now on; as long as that is nobody, a signal ends the process at once, with exit code 0
+
+        Args:
+            hear: called with the name of each signal, in a thread of its own
+        """
         self.hear = hear
 
     def _listen(self, read:int)->None:
@@ -80,7 +84,11 @@ PATIENCE = sys.getswitchinterval()   # seconds after which a thread gives way, a
 def process_wide(
     stage:str, # 'first', 'worker', 'imports', 'cuda', 'loaded' or 'command'; each may come more than once
 )->None:
-    "All that is changed for the whole process, and why"
+    """All that is changed for the whole process, and why
+
+    Args:
+        stage: 'first', 'worker', 'imports', 'cuda', 'loaded' or 'command'; each may come more than once
+    """
     global signals
     if stage == 'first':      # of every command, before anything heavy is imported
         enough_files()        # else it would fail later, who knows where
@@ -118,7 +126,11 @@ def _ctrl_c_is(handler)->bool:
 def begin(
     args:list, # of the command line
 )->None:
-    "The very first thing; more than once is once"
+    """The very first thing; more than once is once
+
+    Args:
+        args: of the command line
+    """
     process_wide('first')
     if args[:1] == ['serve']: process_wide('worker')
 

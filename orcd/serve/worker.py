@@ -42,7 +42,28 @@ from .protocol import (CANCEL, ERROR, EVENT, FIELDS, HEARTBEAT, MAX_BODY, MAX_TO
 # %% ../../nbs/6_serve/38_worker.ipynb #0d06203d
 @dataclass(frozen=True)
 class Settings:
-    "Everything a worker wants to know before it starts"
+    """Everything a worker wants to know before it starts
+
+    Attributes:
+        model: path of the GGUF file
+        gpu_device: index of the GPU, or 'reference' for the NumPy engine
+        port: 0: a free one, see the `ready` line
+        model_ref: a name for logs and /health
+        max_tokens_in: longest prompt in tokens
+        kv_cache_size_mb: None: what fits
+        context_length: None: what the model was trained for and what fits
+        token: a bearer token that every route but /health wants
+        heartbeat_s: a comment line when nothing was sent for so long
+        stall_s: a client that does not read for so long is gone
+        read_s: for a request's header, and for its body
+        drain_s: for the running job after SIGTERM
+        hang_s: an engine that does not answer a cancel for so long hangs
+        stop_s: for all that is left to do once no job runs and the process shall end; then it ends anyway
+        fatal_s: /health says 503 for so long before the process ends
+        pace_s: shortest time between two writes of one stream
+        callback_s: for one try of the callback
+        max_connections: beside a few more for probes
+    """
     model:str = ''                    # path of the GGUF file
     gpu_device:int | str = 0             # index of the GPU, or 'reference' for the NumPy engine
     host:str = '127.0.0.1'
@@ -73,7 +94,14 @@ class Settings:
 
 # %% ../../nbs/6_serve/38_worker.ipynb #b30c394e
 class EventStream(Response):
-    "The answer to `/execute`: the events of one job"
+    """The answer to `/execute`: the events of one job
+
+    Args:
+        jobs: the worker's
+        job: accepted by `jobs.submit`
+        settings: time limits
+        transport: of the connection, where there is one
+    """
     def __init__(self,
         jobs:Jobs,            # the worker's
         job:Job,              # accepted by `jobs.submit`
@@ -119,7 +147,12 @@ class EventStream(Response):
         now:float,    # monotonic time
         frozen:float, # seconds, lately, in which this process did not run
     )->None:
-        "Called now and then: a client that is gone or does not read loses its job and its connection. Frozen time does not count."
+        """Called now and then: a client that is gone or does not read loses its job and its connection. Frozen time does not count.
+
+        Args:
+            now: monotonic time
+            frozen: seconds, lately, in which this process did not run
+        """
         if self.sending_since is not None: self.sending_since += frozen
         stalled = self.sending_since is not None and now - self.sending_since > self.settings.stall_s
         if not stalled and not self.hung_up(): return
@@ -138,7 +171,11 @@ class EventStream(Response):
 async def in_thread(
     work:Callable[[], Any], # runs there
 )->Any:
-    "What `work()` returns or raises, from a daemon thread of its own"
+    """What `work()` returns or raises, from a daemon thread of its own
+
+    Args:
+        work: runs there
+    """
     loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
     def settle(result, error):
         if done.done(): return                                  # nobody waits any more
@@ -158,7 +195,12 @@ async def read_body(
     http:HTTPRequest, # whose body
     limit_s:float,    # seconds for all of it
 )->bytes:
-    "The body, at most 1 MiB of it and not for ever"
+    """The body, at most 1 MiB of it and not for ever
+
+    Args:
+        http: whose body
+        limit_s: seconds for all of it
+    """
     kind = http.headers.get('content-type', '').split(';')[0].strip().lower()
     if kind != 'application/json': raise ApiError('INVALID_REQUEST', 'Content-Type must be application/json', status=415)
     body = bytearray()
@@ -176,7 +218,11 @@ SMALL = 4096    # bytes of JSON, that are read in less time than a thread needs 
 def is_text_path(
     scope:Scope, # of a request
 )->bool:
-    "Is the path text, once its percent signs are read?"
+    """Is the path text, once its percent signs are read?
+
+    Args:
+        scope: of a request
+    """
     try: return unquote_to_bytes(scope.get('raw_path') or b'').decode() is not None
     except UnicodeDecodeError: return False
 
@@ -189,14 +235,23 @@ def json_response(
     status:int=200,
     headers:dict[str, str] | None=None,
 )->Response:
-    "A body as this worker writes JSON"
+    """A body as this worker writes JSON
+
+    Args:
+        body: of strings, numbers and the like
+    """
     return Response(to_json(body), status, headers, media_type='application/json')
 
 # %% ../../nbs/6_serve/38_worker.ipynb #bc3f82b1
 CAPABILITIES = ['text-gen']
 
 class Worker:
-    "The state behind the routes"
+    """The state behind the routes
+
+    Args:
+        settings: see above
+        jobs: the engine's side
+    """
     def __init__(self,
         settings:Settings, # see above
         jobs:Jobs,         # the engine's side
@@ -265,7 +320,11 @@ class Worker:
     def check(self,
         body:bytes, # of a request
     )->Request:
-        "The checked request, ready for the engine"
+        """The checked request, ready for the engine
+
+        Args:
+            body: of a request
+        """
         d, most, model = parse_json(body), self.settings.max_tokens_out, self.jobs.model
         job_id = d.get('job_id')
         refusal = self.jobs.refusal(job_id if isinstance(job_id, str) else None)
@@ -285,7 +344,11 @@ class Worker:
     def fit(self,
         free:int, # file descriptors that are left
     )->int:
-        "Have as many connections as descriptors allow; returns how many may be accepted at once"
+        """Have as many connections as descriptors allow; returns how many may be accepted at once
+
+        Args:
+            free: file descriptors that are left
+        """
         self.max_connections, self.spare, at_once = share_descriptors(free, self.settings.max_connections)
         return at_once
 
@@ -303,7 +366,12 @@ class Worker:
         now:float,    # monotonic time
         frozen:float, # seconds, lately, in which this process did not run
     )->None:
-        "Every stream looks after its client; a job that does not end although it was stopped is abandoned"
+        """Every stream looks after its client; a job that does not end although it was stopped is abandoned
+
+        Args:
+            now: monotonic time
+            frozen: seconds, lately, in which this process did not run
+        """
         self.streams = {x for x in self.streams if not x.done}
         for x in self.streams: x.look(now, frozen)
         for job in list(self.jobs.active.values()):
@@ -318,7 +386,12 @@ def error_response(
     error:BaseException, # whatever went wrong
     cid:str,             # correlation id
 )->Response:
-    "The JSON answer to an error before the stream"
+    """The JSON answer to an error before the stream
+
+    Args:
+        error: whatever went wrong
+        cid: correlation id
+    """
     p = public_error(error)
     if p.code == 'INTERNAL': log.error('error', code='INTERNAL', message=str(error), correlation_id=cid, exc_info=error)
     return json_response(error_body(p, cid), p.status, HEADERS.get(p.status))
@@ -363,7 +436,11 @@ register_url_convertor('anything', _Anything())
 def make_app(
     worker:Worker, # the state behind the routes
 )->FastAPI:
-    "The routes"
+    """The routes
+
+    Args:
+        worker: the state behind the routes
+    """
     app = FastAPI(title='orcd', version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     stream = {200: dict(description='the events', content={'text/event-stream': dict(schema=EVENT)})}
     errors = 400, 401, 403, 408, 413, 415, 500, 503
@@ -398,7 +475,13 @@ def _header(scope, name):
     return found[0] if len(found) == 1 else None
 
 class RequestMiddleware:
-    "Correlation id, token, errors and access log around an ASGI application"
+    """Correlation id, token, errors and access log around an ASGI application
+
+    Args:
+        app: the routes
+        settings: for its token
+        names: of this machine, when only it can reach us
+    """
     def __init__(self,
         app:ASGIApp,                       # the routes
         settings:Settings,                 # for its token
@@ -447,7 +530,11 @@ class RequestMiddleware:
 def raw_response(
     problem:ApiError, # what is wrong
 )->bytes:
-    "A whole HTTP response as bytes, for when there is no request to answer"
+    """A whole HTTP response as bytes, for when there is no request to answer
+
+    Args:
+        problem: what is wrong
+    """
     cid = correlation_id()
     body = to_json(error_body(problem, cid)).encode()
     head = {'Content-Type': 'application/json', 'Content-Length': len(body), 'X-Correlation-ID': cid}
@@ -470,7 +557,12 @@ def own_names(
     sock:socket.socket, # bound
     host:str,           # --host
 )->set[str] | None:
-    "Names under which this machine may be asked, in lower case; None when others can reach the socket"
+    """Names under which this machine may be asked, in lower case; None when others can reach the socket
+
+    Args:
+        sock: bound
+        host: --host
+    """
     if not ipaddress.ip_address(sock.getsockname()[0].partition('%')[0]).is_loopback: return None
     name = socket.gethostname().lower()
     return {host.lower(), name, f"{name.partition('.')[0]}.local"}
@@ -480,7 +572,12 @@ def drop_silent(
     connections:Iterable['Connection'], # some of them
     n:int=1,                            # how many
 )->int:
-    "Cut the connections that have been silent longest; returns how many there were"
+    """Cut the connections that have been silent longest; returns how many there were
+
+    Args:
+        connections: some of them
+        n: how many
+    """
     silent = sorted((c for c in connections if c.silent and not c.transport.is_closing()), key=lambda c: c.idle_since)[:n]
     for c in silent: c.transport.abort()
     return len(silent)
@@ -490,7 +587,13 @@ def make_room(
     connections:set['Connection'], # all that are open
     new:'Connection',              # the latest of them
 )->bool:
-    "May the new one stay?"
+    """May the new one stay?
+
+    Args:
+        worker: its limits
+        connections: all that are open
+        new: the latest of them
+    """
     n = sum(not c.transport.is_closing() for c in connections)
     return n <= worker.max_connections or drop_silent(connections - {new}) > 0 or n <= worker.max_connections + worker.spare
 
@@ -498,14 +601,27 @@ def share_descriptors(
     free:int, # file descriptors that are left
     most:int, # connections that are wanted
 )->tuple[int, int, int]: # (connections, spare ones, connections accepted at once)
-    "How many connections may be open, so that all together leave some descriptors for files"
+    """How many connections may be open, so that all together leave some descriptors for files
+
+    Args:
+        free: file descriptors that are left
+        most: connections that are wanted
+
+    Returns:
+        (connections, spare ones, connections accepted at once)
+    """
     free -= 16
     at_once, spare = (max(1, min(x, free // 4)) for x in (64, 16))
     return max(1, min(most, free - at_once - spare)), spare, at_once
 
 # %% ../../nbs/6_serve/38_worker.ipynb #08f168a6
 class Connection(H11Protocol):
-    "One client's connection: bounded in number, in time without a request, and in time after the last byte"
+    """One client's connection: bounded in number, in time without a request, and in time after the last byte
+
+    Args:
+        worker: whose it is
+        config: as uvicorn gives it
+    """
     def __init__(self,
         worker:Worker,         # whose it is
         config:uvicorn.Config, # as uvicorn gives it
@@ -578,7 +694,13 @@ class Connection(H11Protocol):
 WAITING = 512   # connections that wait to be accepted
 
 class Server(uvicorn.Server):
-    "uvicorn without its signal handlers: ours let the running job end first"
+    """uvicorn without its signal handlers: ours let the running job end first
+
+    Args:
+        worker: whose connections it makes
+        app: the routes
+        sock: bound
+    """
     def __init__(self,
         worker:Worker,      # whose connections it makes
         app:ASGIApp,        # the routes
@@ -630,7 +752,12 @@ def bind(
     host:str, # address or name
     port:int, # 0: any free one
 )->socket.socket:
-    "A bound socket that does not listen yet; `StartError` names the flag that is wrong"
+    """A bound socket that does not listen yet; `StartError` names the flag that is wrong
+
+    Args:
+        host: address or name
+        port: 0: any free one
+    """
     try: family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as e:
         raise StartError(f"--host: {host[:100]!r} is no address: {getattr(e, 'strerror', None) or 'not a name'}") from None
@@ -652,7 +779,11 @@ def _at(host, port): return f'[{host}]:{port}' if ':' in host else f'{host}:{por
 def uri(
     sock:socket.socket, # bound
 )->str:
-    "http://host:port; a wildcard address becomes this machine's name"
+    """http://host:port; a wildcard address becomes this machine's name
+
+    Args:
+        sock: bound
+    """
     host, port = sock.getsockname()[:2]
     if ipaddress.ip_address(host.partition('%')[0]).is_unspecified: host = socket.gethostname()
     return f'http://{_at(host, port)}'
@@ -662,7 +793,11 @@ def log_failure(
     settings:Settings,
     error:BaseException, # why the start failed
 )->None:
-    "The one `error` line of a start that failed"
+    """The one `error` line of a start that failed
+
+    Args:
+        error: why the start failed
+    """
     more = {k: getattr(error, k) for k in ('required_bytes', 'available_bytes', 'max_context') if hasattr(error, k)}
     expected = isinstance(error, (OrcdError, OSError, MemoryError))     # the machine's fault, or the file's
     code = error.code if isinstance(error, OrcdError) else 'MODEL_LOAD_FAILED' if expected else 'INTERNAL'
@@ -673,7 +808,11 @@ def load_model(
     settings:Settings,
     progress:LoadProgress, # called with (bytes done, bytes in all)
 )->Any:
-    "`orcd.load` with the worker's settings"
+    """`orcd.load` with the worker's settings
+
+    Args:
+        progress: called with (bytes done, bytes in all)
+    """
     from orcd.engine.generation import device_name, load
     return load(settings.model, device=device_name(settings.gpu_device), context_length=settings.context_length,
         kv_cache_mb=settings.kv_cache_size_mb, chunk_bytes=settings.chunk_bytes, progress=progress, text=True)
@@ -683,7 +822,12 @@ def load_and_tell(
     load:Callable[[Settings, LoadProgress], Any],  # such as `load_model`
     check:Callable[[], None],                      # called at every step; may raise to end the load
 )->Any:
-    "A model; its load is in the log"
+    """A model; its load is in the log
+
+    Args:
+        load: such as `load_model`
+        check: called at every step; may raise to end the load
+    """
     progress, began = LoadProgress(check=check, path=settings.model), time.monotonic()
     check()
     model = load(settings, progress)
@@ -700,7 +844,13 @@ def load_and_tell(
 
 # %% ../../nbs/6_serve/38_worker.ipynb #35def8f3
 class Call:
-    "One POST on its way, which may be given up"
+    """One POST on its way, which may be given up
+
+    Args:
+        url: http or https
+        body: JSON
+        timeout: seconds for each step
+    """
     def __init__(self,
         url:str,         # http or https
         body:bytes,      # JSON
@@ -758,7 +908,13 @@ async def post(
     body:bytes,     # JSON
     limit_s:float,  # seconds for all of it
 )->None:
-    "POST; any answer but a 2xx and any trouble raises"
+    """POST; any answer but a 2xx and any trouble raises
+
+    Args:
+        url: http or https
+        body: JSON
+        limit_s: seconds for all of it
+    """
     call = Call(url, body, limit_s)
     try:
         async with asyncio.timeout(limit_s): status = await in_thread(call)
@@ -771,7 +927,12 @@ async def announce(
     where:str,         # URI of the worker
     used:int,          # bytes of VRAM
 )->None:
-    "Tell `--callback-url` that we are here; after three tries without success an `OrcdError` says why"
+    """Tell `--callback-url` that we are here; after three tries without success an `OrcdError` says why
+
+    Args:
+        where: URI of the worker
+        used: bytes of VRAM
+    """
     s, cuda, error = settings, settings.gpu_device != 'reference', ''
     body = to_json(dict(worker_id=s.worker_id, model_ref=s.model_ref, vram_bytes=used, memory_bytes=used,
         memory_architecture='vram-only' if cuda else 'host', worker_type='bespoke-cuda' if cuda else 'reference',
@@ -786,7 +947,14 @@ async def announce(
 STEP = .05 # s
 
 class Process:
-    "One worker process from `startup` to its exit code"
+    """One worker process from `startup` to its exit code
+
+    Args:
+        settings: what to serve and where
+        loop: in which `run` will run
+        signals: that are heard
+        flush: called before the process ends out of order
+    """
     def __init__(self,
         settings:Settings,                  # what to serve and where
         loop:asyncio.AbstractEventLoop,     # in which `run` will run
@@ -972,7 +1140,13 @@ def serve(
     load:Callable[[Settings, LoadProgress], Any]=load_model, # tests give their own
     signals:Signals | None=None, # of this process, if it listens already
 )->int:
-    "Run a worker until it is told to stop; returns the exit code"
+    """Run a worker until it is told to stop; returns the exit code
+
+    Args:
+        settings: what to serve and where
+        load: tests give their own
+        signals: of this process, if it listens already
+    """
     process_wide('imports')
     settings = replace(settings, worker_id=settings.worker_id or str(uuid.uuid4()),
         model_ref=settings.model_ref or Path(settings.model).name)

@@ -58,7 +58,12 @@ def _start(end:_Socket)->Popen[bytes]:
 MAX_INPUT, _MAX_ANSWER = 1 << 23, 1 << 24      # bytes of a request, and of an answer: 4 Mi characters in UTF-8
 
 class Renderer:
-    "A child process that renders chat templates"
+    """A child process that renders chat templates
+
+    Attributes:
+        ready: it has said so
+        socket: our end
+    """
     ready: bool              # it has said so
     socket: _Socket          # our end
     process: Popen[bytes]
@@ -102,7 +107,14 @@ class Renderer:
     def ask(self,
         request:bytes,    # what `sandbox.answer` takes
     ) -> tuple[str, str]: # what it returns: (letter, text)
-        "Send one request and wait for the answer; an EOFError says that there will be none"
+        """Send one request and wait for the answer; an EOFError says that there will be none
+
+        Args:
+            request: what `sandbox.answer` takes
+
+        Returns:
+            what it returns: (letter, text)
+        """
         data = memoryview(struct.pack('>I', len(request)) + request)
         try:
             self.ready = self.ready or bool(self._answer(START_SECONDS))
@@ -114,7 +126,14 @@ class Renderer:
     def close(self,
         patience:float=0,   # seconds in which it may end by itself
     ) -> int:               # exit code; a negative one is a signal's
-        "End the process"
+        """End the process
+
+        Args:
+            patience: seconds in which it may end by itself
+
+        Returns:
+            exit code; a negative one is a signal's
+        """
         self.socket.close()
         try: return self.process.wait(patience)
         except TimeoutExpired: self.process.kill()
@@ -122,7 +141,17 @@ class Renderer:
 
 # %% ../../nbs/2_text/08_chat.ipynb #cce7edfb
 class Pool:
-    "Children that wait for work"
+    """Children that wait for work
+
+    Args:
+        size: processes at the most
+
+    Attributes:
+        size: processes at the most; 0: no more
+        free: that wait
+        busy: that work
+        change: there is one more, or one less
+    """
     size: int                        # processes at the most; 0: no more
     free: list[Renderer]             # that wait
     busy: list[Renderer]             # that work
@@ -226,7 +255,17 @@ MAX_SOURCE = 1 << 18      # characters of a template
 _keys = count()
 
 class ChatTemplate:
-    "A compiled chat template"
+    """A compiled chat template
+
+    Args:
+        source: Jinja source, from `tokenizer.chat_template`
+        variables: what it may use besides `messages`: bos_token, eos_token, …
+
+    Attributes:
+        source: as it is in the file
+        variables: what it may use besides `messages`
+        key: by which a child knows it
+    """
     source: str                  # as it is in the file
     variables: dict[str, Any]    # what it may use besides `messages`
     key: int                     # by which a child knows it
@@ -251,7 +290,14 @@ class ChatTemplate:
         now:datetime | None=None,             # what `strftime_now` tells; None: the clock
         **variables:Any,                      # tools, reasoning_effort, … as the template understands them
     ) -> str:
-        "The prompt, exactly as the template writes it"
+        """The prompt, exactly as the template writes it
+
+        Args:
+            messages: list of {'role', 'content', …}
+            add_generation_prompt: end with the opening of the assistant's turn
+            now: what `strftime_now` tells; None: the clock
+            **variables: tools, reasoning_effort, … as the template understands them
+        """
         given = {'tools': None, 'documents': None, **self.variables, **variables, 'messages': messages,
             'add_generation_prompt': add_generation_prompt}
         try: body = json.dumps(dict(variables=given, now=(now or datetime.now()).isoformat()))[1:-1]
@@ -269,7 +315,11 @@ Messages: TypeAlias = list[dict[str, Any]]   # that were checked
 def check_messages(
     messages:Any,   # a list of {'role', 'content', …}
 ) -> Messages:
-    "A clean copy of `messages`, or RequestError that says which one is wrong"
+    """A clean copy of `messages`, or RequestError that says which one is wrong
+
+    Args:
+        messages: a list of {'role', 'content', …}
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise RequestError('messages must be a non-empty list of {"role", "content"}')
     return [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
@@ -304,14 +354,23 @@ def _part(p, where:str)->dict[str, str]:
 def text_of(
     content:str | Iterable[Mapping[str, str]], # of a message that was checked
 ) -> str:
-    "The text of a message's content, whatever its form"
+    """The text of a message's content, whatever its form
+
+    Args:
+        content: of a message that was checked
+    """
     return content if isinstance(content, str) else ''.join(p['text'] for p in content)
 
 def shape(
     messages:Messages,       # as from `check_messages`
     parts:Collection[str],   # roles whose content is to be a list of parts; of the others it is a string
 ) -> Messages:
-    "`messages` with contents in the form that a template understands"
+    """`messages` with contents in the form that a template understands
+
+    Args:
+        messages: as from `check_messages`
+        parts: roles whose content is to be a list of parts; of the others it is a string
+    """
     def form(m):
         if m['role'] not in parts: return text_of(m['content'])
         return m['content'] if isinstance(m['content'], list) else [dict(type='text', text=m['content'])]
@@ -323,7 +382,17 @@ def arriving(
     parts:Collection[str],   # as in `shape`
     **variables:Any,         # for the template
 ) -> set[int]:               # indices of messages
-    "Whose texts come out of the template? Made-up words stand for them."
+    """Whose texts come out of the template? Made-up words stand for them.
+
+    Args:
+        template: that is tried
+        messages: as from `check_messages`
+        parts: as in `shape`
+        **variables: for the template
+
+    Returns:
+        indices of messages
+    """
     mark = [f'orcdprobe{i}x' if text_of(m['content']) else '' for i, m in enumerate(messages)]
     out = template.render(shape([m | dict(content=word) for m, word in zip(messages, mark)], parts), **variables).lower()
     out = re.sub('([\'"])text\\1: *([\'"])orcdprobe', '', out)       # a list of parts that was printed as it is has not arrived
@@ -339,7 +408,12 @@ def _heard(template:ChatTemplate, roles:Sequence[str], parts:Collection[str])->s
     return {roles[i] for i in got}
 
 class Form(NamedTuple):
-    "What a template understands"
+    """What a template understands
+
+    Attributes:
+        parts: roles whose content it wants as parts
+        system: is there a place for a system message?
+    """
     parts:frozenset[str]=frozenset()   # roles whose content it wants as parts
     system:bool=True                   # is there a place for a system message?
 
@@ -348,7 +422,14 @@ _ways = frozenset(), frozenset({'user', 'tool'}), frozenset(ROLES)      # roles 
 def find_form(
     template:ChatTemplate,   # that is tried
 ) -> Form:                   # or a ChatTemplateError: what users say arrives in no form
-    "Try a template out"
+    """Try a template out
+
+    Args:
+        template: that is tried
+
+    Returns:
+        or a ChatTemplateError: what users say arrives in no form
+    """
     for roles in (('user', 'assistant', 'user'), ('user',)):
         heard: dict[frozenset[str], set[str]] = {}
         for way in _ways:
@@ -372,7 +453,14 @@ def merge_dropped(
     form:Form=Form(),        # as from `find_form`
     **variables:Any,         # for the template
 ) -> Messages:
-    "`messages`, with system messages that `template` ignores or refuses moved into the user turn that follows"
+    """`messages`, with system messages that `template` ignores or refuses moved into the user turn that follows
+
+    Args:
+        template: that they are for
+        messages: as from `check_messages`
+        form: as from `find_form`
+        **variables: for the template
+    """
     refusal, system = None, [i for i, m in enumerate(messages) if m['role'] in _SYSTEM]
     if system and not form.system: messages, system = _fold(messages, system), []
     if all(m['role'] in ('user', 'assistant') for m in messages): return messages
@@ -414,7 +502,11 @@ def _cut(sorted_texts:Sequence[str], ends:Iterable[str])->Iterator[int]:
 def texts(
     value:Any, # of JSON
 )->Iterator[str]:
-    "All strings in a value of lists and dicts, keys too"
+    """All strings in a value of lists and dicts, keys too
+
+    Args:
+        value: of JSON
+    """
     todo = [value]
     while todo:
         v = todo.pop()
@@ -423,7 +515,12 @@ def texts(
         elif isinstance(v, (list, tuple)): todo += v
 
 class Hider:
-    "Hides control tokens that are written in messages"
+    """Hides control tokens that are written in messages
+
+    Args:
+        controls: texts of the control tokens
+        avoid: text whose characters are taken: the template
+    """
     def __init__(self,
         controls:Iterable[str],   # texts of the control tokens
         avoid:str='',             # text whose characters are taken: the template
@@ -472,7 +569,14 @@ _key = 'tokenizer.chat_template'
 def named_templates(
     metadata:Mapping[str, Any],   # of a GGUF file
 ) -> dict[str, Any]:              # name -> source, `default` for the one without a name
-    "The chat templates of a file"
+    """The chat templates of a file
+
+    Args:
+        metadata: of a GGUF file
+
+    Returns:
+        name -> source, `default` for the one without a name
+    """
     named = {k.removeprefix(_key + '.'): metadata[k] for k in metadata if k.startswith(_key + '.')}
     if _key in metadata: named['default'] = metadata[_key]
     return {name: source for name, source in named.items() if not (source is None or isinstance(source, str) and not source)}
@@ -482,7 +586,13 @@ def choose_template(
     name:str | None=None,          # asked for by its name
     tools:Any=None,                # the tools of the request
 ) -> str:
-    "The name of the template to use"
+    """The name of the template to use
+
+    Args:
+        templates: as from `named_templates`, not empty
+        name: asked for by its name
+        tools: the tools of the request
+    """
     if name is None and tools and 'tool_use' in templates: name = 'tool_use'
     if name is None: name = next(iter(templates)) if len(templates) == 1 else 'default'
     if isinstance(name, str) and name in templates: return name
@@ -494,7 +604,12 @@ def drop_oldest(
     messages:Messages,                  # the last turn is the one to be answered
     fits:Callable[[Messages], bool],    # is there room for them?
 ) -> Messages:
-    "The most of `messages` that fits: without the oldest turns; at least the system messages at the start and the last turn"
+    """The most of `messages` that fits: without the oldest turns; at least the system messages at the start and the last turn
+
+    Args:
+        messages: the last turn is the one to be answered
+        fits: is there room for them?
+    """
     turns = [i for i, m in enumerate(messages) if m['role'] == 'user'] or [0]
     head = next((i for i, m in enumerate(messages) if m['role'] not in _SYSTEM), len(messages))
     def without(n:int)->Messages: return messages if n == 0 else messages[:head] + messages[turns[n]:]
@@ -505,7 +620,18 @@ _closing, _opening = {'<|end|>', '<|return|>', '<|call|>', '<|start|>', '<|chann
 _bare_header = re.compile(r'\s*(?:assistant)?\s*(?:t|to|to=.{0,200})?')     # what may stand before the first mark of a header
 
 class Harmony:
-    "Takes a gpt-oss reply apart. `push` returns text of the final channel as it comes."
+    """Takes a gpt-oss reply apart. `push` returns text of the final channel as it comes.
+
+    Args:
+        tokenizer: a `Tokenizer` whose vocabulary has the channel tokens
+        text: what the prompt has already written of the reply, behind "<|start|>assistant"
+
+    Attributes:
+        tool_calls: recipient and content of each
+        tokenizer: whose tokens it takes
+        where: 'header', 'tool' or a channel
+        header: what came of one so far
+    """
     tool_calls: list[dict[str, str]]   # recipient and content of each
     tokenizer: Any                     # whose tokens it takes
     where: str                         # 'header', 'tool' or a channel
@@ -575,7 +701,14 @@ class Harmony:
     def push(self,
         i:int,    # a token id
     ) -> str:     # new text of the answer
-        "Take the next token of the reply"
+        """Take the next token of the reply
+
+        Args:
+            i: a token id
+
+        Returns:
+            new text of the answer
+        """
         name = self._names.get(i)
         if self.where == 'header': return self._in_header(i, name)
         if name is None: return self._put(self._bytes.push(i))
@@ -592,7 +725,11 @@ class Harmony:
         return self._close()
 
 class PlainReply:
-    "The same interface for models that just answer"
+    """The same interface for models that just answer
+
+    Args:
+        stream: of a tokenizer
+    """
     analysis: str = ''
     commentary: str = ''
     tool_calls: Sequence[dict[str, str]] = ()

@@ -19,7 +19,16 @@ from ..errors import RequestError
 
 # %% ../../nbs/2_text/09_sampling.ipynb #07c5f3cc
 class Rule(NamedTuple):
-    "What a number may be"
+    """What a number may be
+
+    Attributes:
+        type: int or float
+        low: smallest value
+        high: largest value; None: no limit
+        default: None: a random seed
+        meaning: for people
+        open: is the smallest value itself forbidden?
+    """
     type: type               # int or float
     low: float               # smallest value
     high: float | None       # largest value; None: no limit
@@ -62,7 +71,14 @@ RULES: dict[str, Rule] = dict(
 )
 
 class StopRule(NamedTuple):
-    "What the strings may be at which a text ends"
+    """What the strings may be at which a text ends
+
+    Attributes:
+        most: strings
+        tokens: of each
+        characters: of each
+        meaning: for people
+    """
     most: int          # strings
     tokens: int        # of each
     characters: int    # of each
@@ -133,7 +149,16 @@ def check_params(
     max_tokens:float | None=RULES['max_tokens'].high, # the largest `max_tokens` allowed; None: no limit
     count_tokens:Callable[[str], int] | None=None,   # str -> number of tokens, to check the length of stop strings
 )->list[dict[str, str]]:                             # a dictionary (field, constraint, message, value) for every broken rule
-    "All the rules that `params` breaks; an empty list when it breaks none"
+    """All the rules that `params` breaks; an empty list when it breaks none
+
+    Args:
+        params: parameters of a request; None counts as absent, unknown names are ignored
+        max_tokens: the largest `max_tokens` allowed; None: no limit
+        count_tokens: str -> number of tokens, to check the length of stop strings
+
+    Returns:
+        a dictionary (field, constraint, message, value) for every broken rule
+    """
     found = [_check(f, params[f], max_tokens) for f in RULES if params.get(f) is not None]
     stop = [] if params.get('stop') is None else _check_stop(params['stop'], count_tokens)
     return [e for e in found if e] + stop
@@ -142,13 +167,29 @@ def check_params(
 def request_error(
     errors:list[dict[str, str]], # broken rules, at least one
 )->RequestError:                 # with `.errors`
-    "One exception that names every broken rule"
+    """One exception that names every broken rule
+
+    Args:
+        errors: broken rules, at least one
+
+    Returns:
+        with `.errors`
+    """
     return RequestError('; '.join(e['message'] + (f" (got {e['value']})" if 'value' in e else '') for e in errors), errors)
 
 # %% ../../nbs/2_text/09_sampling.ipynb #0222a12f
 @dataclass(frozen=True)
 class SamplingParams:
-    "How to draw tokens from logits"
+    """How to draw tokens from logits
+
+    Attributes:
+        temperature: 0: argmax
+        top_k: keep the k most likely tokens; 0: all
+        top_p: keep the most likely tokens until they hold this share; 1: all
+        min_p: keep tokens that are at least this fraction as likely as the first; 0: all
+        repetition_penalty: above 1: tokens generated before become less likely; 1: off
+        seed: 0..2^64-1
+    """
     temperature: float = 1.0          # 0: argmax
     top_k: int = 0                    # keep the k most likely tokens; 0: all
     top_p: float = 1.0                # keep the most likely tokens until they hold this share; 1: all
@@ -190,7 +231,15 @@ def philox4x32(
     counter:tuple[int, int, int, int], # four 32-bit words
     key:tuple[int, int],               # two 32-bit words
 )->tuple[int, int, int, int]:          # four 32-bit words
-    "Philox4x32 with 10 rounds"
+    """Philox4x32 with 10 rounds
+
+    Args:
+        counter: four 32-bit words
+        key: two 32-bit words
+
+    Returns:
+        four 32-bit words
+    """
     (c0, c1, c2, c3), (k0, k1), mask = counter, key, 0xffffffff
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -202,7 +251,15 @@ def philox_u64(
     seed:int, # 64 bits
     step:int, # index of the generated token, from 0
 )->int:       # 64 random bits
-    "The random number of one step of one seed"
+    """The random number of one step of one seed
+
+    Args:
+        seed: 64 bits
+        step: index of the generated token, from 0
+
+    Returns:
+        64 random bits
+    """
     lo, hi, *_ = philox4x32((step & 0xffffffff, step >> 32, 0, 0), (seed & 0xffffffff, seed >> 32))
     return lo | hi << 32
 
@@ -214,7 +271,14 @@ _log2e = np.float32(1.4426950408889634)
 def weights(
     z:np.ndarray, # float32, <= 0: distance to the largest
 )->np.ndarray:    # uint64, same shape
-    "floor(2^32 e^z), the same bits on every machine; 0 below -23"
+    """floor(2^32 e^z), the same bits on every machine; 0 below -23
+
+    Args:
+        z: float32, <= 0: distance to the largest
+
+    Returns:
+        uint64, same shape
+    """
     z = np.maximum(z, np.float32(-24))    # also -inf; everything below -23 becomes 0 at the end
     t = z * _log2e
     n = np.rint(t)
@@ -228,7 +292,16 @@ def prepare(
     p:SamplingParams,  # with temperature and penalty
     seen:Collection[int]=(), # ids generated before in this job
 )->np.ndarray:         # float32 (n_valid,), no NaN
-    "Temperature, then the repetition penalty; each operation rounded to float32"
+    """Temperature, then the repetition penalty; each operation rounded to float32
+
+    Args:
+        logits: float32 (n_valid,)
+        p: with temperature and penalty
+        seen: ids generated before in this job
+
+    Returns:
+        float32 (n_valid,), no NaN
+    """
     l = logits / p.T if p.T > 0 else logits.copy()
     if p.penalty != 1 and len(seen):
         s = np.fromiter(seen, np.int64, len(seen))
@@ -240,7 +313,15 @@ def kept_simply(
     l:np.ndarray, # float32, prepared logits
     p:SamplingParams, # with top_k, top_p, min_p
 )->np.ndarray:    # ids that may be drawn, ascending
-    "What the three filters keep, by sorting the whole vocabulary"
+    """What the three filters keep, by sorting the whole vocabulary
+
+    Args:
+        l: float32, prepared logits
+        p: with top_k, top_p, min_p
+
+    Returns:
+        ids that may be drawn, ascending
+    """
     order = np.argsort(-l, kind='stable')                          # stable: of equals the lowest id first
     m = l[order[0]]
     w = weights(np.where(l == m, np.float32(0), l - m))[order]     # l == m also where both are infinite
@@ -271,7 +352,15 @@ def kept(
     l:np.ndarray, # float32, prepared logits
     p:SamplingParams, # with top_k, top_p, min_p
 )->tuple[np.ndarray, np.ndarray]: # ids (ascending), their weights (uint64)
-    "What the three filters keep; the same set as `kept_simply`, faster"
+    """What the three filters keep; the same set as `kept_simply`, faster
+
+    Args:
+        l: float32, prepared logits
+        p: with top_k, top_p, min_p
+
+    Returns:
+        ids (ascending), their weights (uint64)
+    """
     m = l.max()
     z = np.where(l == m, np.float32(0), l - m)
     ids = np.nonzero(z >= -23)[0]
@@ -290,7 +379,18 @@ def kept(
 
 # %% ../../nbs/2_text/09_sampling.ipynb #52e4cf14
 class Sampler:
-    "Draws token after token of one job, remembering what it has drawn"
+    """Draws token after token of one job, remembering what it has drawn
+
+    Args:
+        n_vocab: length of a row of logits
+        n_valid: ids from here on are padding and are never drawn
+
+    Attributes:
+        n_vocab: length of a row of logits
+        n_valid: ids that may be drawn
+        params: of the job
+        seen: what was drawn
+    """
     n_vocab: int            # length of a row of logits
     n_valid: int            # ids that may be drawn
     params: SamplingParams  # of the job
@@ -311,7 +411,15 @@ class Sampler:
         logits:np.ndarray, # float32 (n_vocab,)
         step:int,          # index of the token in its job, from 0
     )->tuple[int, float]:  # id, its log probability in the model's own distribution
-        "The token of one step"
+        """The token of one step
+
+        Args:
+            logits: float32 (n_vocab,)
+            step: index of the token in its job, from 0
+
+        Returns:
+            id, its log probability in the model's own distribution
+        """
         x, p = np.asarray(logits, np.float32)[:self.n_valid], self.params
         with np.errstate(all='ignore'):
             l = prepare(x, p, self.seen)
@@ -328,7 +436,12 @@ def logprob(
     x:np.ndarray, # float32 (n_valid,), raw logits
     i:int,        # a token
 )->float:
-    "Natural logarithm of the softmax of `x` at `i`; NaN counts as -inf"
+    """Natural logarithm of the softmax of `x` at `i`; NaN counts as -inf
+
+    Args:
+        x: float32 (n_valid,), raw logits
+        i: a token
+    """
     m = np.fmax.reduce(x)    # fmax ignores NaN
     if np.isnan(m): return -math.log(len(x))
     with np.errstate(invalid='ignore'): d = np.where(x == m, np.float32(0), x - m)

@@ -53,7 +53,13 @@ def render(
     variables:Mapping[str, Any],   # what it may use: messages, tools, …
     now:datetime,                  # what `strftime_now` tells
 ) -> str:
-    "What the template writes"
+    """What the template writes
+
+    Args:
+        template: of `environment()`
+        variables: what it may use: messages, tools, …
+        now: what `strftime_now` tells
+    """
     pieces, n = [], 0
     context = template.new_context(dict(variables, strftime_now=now.strftime))
     for piece in template.root_render_func(context):
@@ -81,7 +87,16 @@ def answer(
     templates:dict[Any, Template],       # key -> compiled template, the oldest first
     request:bytes,                       # JSON
 ) -> tuple[str, bytes]:                  # (letter, UTF-8)
-    "Do what a request asks; never raises an `Exception`"
+    """Do what a request asks; never raises an `Exception`
+
+    Args:
+        env: `environment()`
+        templates: key -> compiled template, the oldest first
+        request: JSON
+
+    Returns:
+        (letter, UTF-8)
+    """
     try:
         q = json.loads(request)
         if 'source' in q:
@@ -101,7 +116,11 @@ _PDEATHSIG, _NO_NEW_PRIVS = 1, 38    # prctl(2)
 def confine(
     parent:int,   # process id of the parent
 )->None:
-    "Give up what a template must not have. There is no way back."
+    """Give up what a template must not have. There is no way back.
+
+    Args:
+        parent: process id of the parent
+    """
     for s in signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP: signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, lambda *_: os.getppid() == parent or os._exit(0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)     # what the parent ignores, a new program ignores too
@@ -143,7 +162,12 @@ def serve(
     parent:int,      # process id of the parent
     seconds:float,   # CPU time of one request
 )->NoReturn:
-    "Answer requests until the parent is gone or a limit is broken"
+    """Answer requests until the parent is gone or a limit is broken
+
+    Args:
+        parent: process id of the parent
+        seconds: CPU time of one request
+    """
     env = environment()
     templates: dict[Any, Template] = {}
     for source in REHEARSAL: answer(env, {}, json.dumps(dict(key=0, source=source, variables={}, now='2025-10-10')).encode())

@@ -19,7 +19,15 @@ def merge(
     text:str,                    # characters to start from
     score:Mapping[str, float],   # score of every token that merging may produce
 ) -> list[str]:                  # the symbols that are left
-    "Join the adjacent pair with the highest score, leftmost first, until none is left: O(n log n)"
+    """Join the adjacent pair with the highest score, leftmost first, until none is left: O(n log n)
+
+    Args:
+        text: characters to start from
+        score: score of every token that merging may produce
+
+    Returns:
+        the symbols that are left
+    """
     n = len(text)
     end = list(range(1, n+1))      # where the symbol at i ends; 0 when it is gone
     left = list(range(-1, n-1))    # where the one before it begins
@@ -47,7 +55,19 @@ SPACE = '▁'
 MAX_WORD, MAX_WORDS = 32, 1 << 13   # characters of a word that is remembered, and how many are
 
 class SPM:
-    "SentencePiece BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens."
+    """SentencePiece BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens.
+
+    Args:
+        tokens: text of every token
+        scores: of every token
+        types: token type of every token
+        space_prefix: put a space before text at the start and behind special tokens
+
+    Attributes:
+        tokens: text of every token
+        space_prefix: put a space before text at the start and behind special tokens
+        words: pieces of text that no merge crosses
+    """
     tokens: Sequence[str]      # text of every token
     space_prefix: bool         # put a space before text at the start and behind special tokens
     words: re.Pattern[str]     # pieces of text that no merge crosses
@@ -91,7 +111,12 @@ class SPM:
         text:str,           # ordinary text
         first:bool=True,    # it stands at the start or right behind a special token
     ) -> list[int]:
-        "Token ids of `text`"
+        """Token ids of `text`
+
+        Args:
+            text: ordinary text
+            first: it stands at the start or right behind a special token
+        """
         text = text.replace(' ', SPACE)
         if first and text and self.space_prefix: text = SPACE + text
         ids = [i for w in self.words.findall(text) for i in self.word_ids(w)]

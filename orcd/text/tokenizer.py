@@ -41,7 +41,11 @@ _to_byte = {ord(c): b for b, c in ALPHABET.items()}
 def symbol_bytes(
     symbol:str, # a token
 )->bytes:
-    "The bytes that a token of a byte-level vocabulary stands for"
+    """The bytes that a token of a byte-level vocabulary stands for
+
+    Args:
+        symbol: a token
+    """
     try: return symbol.translate(_to_byte).encode('latin-1')
     except UnicodeEncodeError: return symbol.encode(errors='surrogateescape')     # characters outside of the alphabet: an added token
 
@@ -57,7 +61,14 @@ def _cased(ending:str, digits:str)->str:
 
 @dataclass(frozen=True)
 class Pre:
-    "What happens to text before merges are applied"
+    """What happens to text before merges are applied
+
+    Attributes:
+        patterns: regular expressions that cut, one after the other
+        nfc: compose accents first: e + ´ becomes é
+        whole_words: a word that is a token is taken as it is, merges or not
+        bos: a text begins with BOS, if the file does not say otherwise
+    """
     patterns:tuple[str, ...] # regular expressions that cut, one after the other
     nfc:bool=False           # compose accents first: e + ´ becomes é
     whole_words:bool=False   # a word that is a token is taken as it is, merges or not
@@ -117,7 +128,14 @@ def bpe_model(
     longest:int | None=None,           # bytes of the longest merge, with a space between, if known
     **flags:Any,                       # as the library has them
 )->models.BPE:
-    "The library's model; `TokenizerError` names a merge that is wrong"
+    """The library's model; `TokenizerError` names a merge that is wrong
+
+    Args:
+        vocab: text -> id
+        merges: (left, right) in the order in which they were learnt
+        longest: bytes of the longest merge, with a space between, if known
+        **flags: as the library has them
+    """
     if len(merges) > MAX_MERGES: raise TokenizerError(f'{len(merges)} merges; {MAX_MERGES} are allowed')
     if longest is None: longest = _longest([' '.join(m) for m in merges])
     if longest > 1 + _longest(vocab): raise _wrong_merge(merges, vocab)    # the library would panic
@@ -132,7 +150,15 @@ def bpe_without(
     longest:int | None=None,           # as for `bpe_model`
     **flags:Any,                       # likewise
 )->models.BPE:
-    "`bpe_model` of what is left when the control tokens are gone"
+    """`bpe_model` of what is left when the control tokens are gone
+
+    Args:
+        vocab: text -> id; loses `control`
+        merges: as for `bpe_model`
+        control: texts that nothing may become
+        longest: as for `bpe_model`
+        **flags: likewise
+    """
     for t in control: vocab.pop(t, None)
     try: return bpe_model(vocab, merges, longest, **flags)
     except TokenizerError:
@@ -150,7 +176,21 @@ class Backend(Protocol):
         ...
 
 class ByteBPE:
-    "Byte-level BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens."
+    """Byte-level BPE: ids of ordinary text and bytes of a token. It knows nothing of special tokens.
+
+    Args:
+        tokens: text of every token
+        merges: (left, right) in the order in which they were learnt
+        pre: what happens before
+        control: ids that ordinary text must not become
+        longest: bytes of the longest merge, with a space between, if known
+
+    Attributes:
+        tokens: text of every token
+        missing: bytes that no token stands for
+        bpe: of the library
+        only_first: is the space in front for the beginning of a text alone?
+    """
     tokens: Sequence[str]      # text of every token
     missing: set[int]          # bytes that no token stands for
     bpe: tokenizers.Tokenizer  # of the library
@@ -186,7 +226,12 @@ def library_ids(
     t:tokenizers.Tokenizer, # of the library
     text:str,               # ordinary text
 )->list[int]:
-    "Ids of ordinary text from a tokenizer of the library"
+    """Ids of ordinary text from a tokenizer of the library
+
+    Args:
+        t: of the library
+        text: ordinary text
+    """
     with no_panic(RequestError, 'the text cannot be tokenised: the tokenizers library gave up on it'):
         if len(text) < 1000 or 'TOKENIZERS_PARALLELISM' not in os.environ: return t.encode(text, add_special_tokens=False).ids
         # lets go of Python's lock; would start threads, had nobody said whether it may
@@ -195,7 +240,13 @@ def library_ids(
 # %% ../../nbs/2_text/05_tokenizer.ipynb #1144be0a
 @dataclass(frozen=True)
 class Special:
-    "A token that is found by its text, before anything else"
+    """A token that is found by its text, before anything else
+
+    Attributes:
+        control: only found when asked for; otherwise its text is just text
+        lstrip: swallows white space before it
+        rstrip: … and behind it
+    """
     id:int
     text:str
     control:bool        # only found when asked for; otherwise its text is just text
@@ -207,7 +258,14 @@ _space = re.compile(r'[^\S\x1c-\x1f]*')
 
 class Finder:
     """Finds the longest special token at each place. It takes at most as many steps as the text and the longest token have characters,
-    multiplied."""
+    multiplied.
+
+    Args:
+        specials: tokens to look for
+
+    Attributes:
+        root: character -> what may follow; '' -> the token that ends here
+    """
     root: dict[str, Any]   # character -> what may follow; '' -> the token that ends here
 
     def __init__(self,
@@ -241,7 +299,12 @@ def split_special(
     text:str,      # anything
     finder:Finder, # of the tokens that count
 )->Iterator[str | Special]:
-    "Ordinary text and `Special` tokens in turn"
+    """Ordinary text and `Special` tokens in turn
+
+    Args:
+        text: anything
+        finder: of the tokens that count
+    """
     pos = 0
     while found := finder.next(text, pos):
         at, s = found
@@ -262,7 +325,13 @@ def check_specials(specials:Sequence[Special])->None:
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #baeb4718
 class Stream:
-    "Incremental decoding: the texts of all `push` and the `flush` together are `decode` of all ids"
+    """Incremental decoding: the texts of all `push` and the `flush` together are `decode` of all ids
+
+    Args:
+        tokenizer: a `Tokenizer`
+        skip_special: leave out control tokens
+        after: ids that stand before, when this is not the start of a text
+    """
     def __init__(self,
         tokenizer:Any,              # a `Tokenizer`
         skip_special:bool=False,    # leave out control tokens
@@ -277,7 +346,14 @@ class Stream:
     def push(self,
         i:int,   # the next token id
     ) -> str:    # whole characters, maybe none yet
-        "Text that token `i` completes"
+        """Text that token `i` completes
+
+        Args:
+            i: the next token id
+
+        Returns:
+            whole characters, maybe none yet
+        """
         b = self._tokenizer.token_bytes(i, self._skip_special)
         if b and self._strip:
             self._strip = False
@@ -301,7 +377,12 @@ def find_stops(
     names:Mapping[str, int],  # {text: id} of special tokens
     ids:Iterable[int]=(),     # what the metadata calls the end of a text or of a turn
 ) -> frozenset[int]:
-    "Ids that end a reply"
+    """Ids that end a reply
+
+    Args:
+        names: {text: id} of special tokens
+        ids: what the metadata calls the end of a text or of a turn
+    """
     stops, there = {i for t, i in names.items() if t in _ends} | set(ids), set(names)
     if any(marks <= there for marks in _only_a_message): stops -= {names['<|end|>']}
     elif {'<|end|>', '<|user|>', '<|assistant|>'} <= there: stops |= {names['<|assistant|>']}   # Phi-3: a new turn has begun
@@ -312,7 +393,12 @@ def mistyped_ends(
     texts:Iterable[str],                # of tokens that are said to be ordinary ones
     merges:Iterable[tuple[str, ...]],   # pairs
 )->set[str]:
-    "Those that end a reply by their name, and that no merge makes"
+    """Those that end a reply by their name, and that no merge makes
+
+    Args:
+        texts: of tokens that are said to be ordinary ones
+        merges: pairs
+    """
     found: set[str] = {t for t in texts if t in _ends}
     return found - {t for t in map(''.join, merges) if t in found} if found else found
 
@@ -320,14 +406,22 @@ def mistyped_ends(
 def as_ids(
     ids:Any, # a list, an array, an iterator
 )->list[int]:
-    "A list of token ids from whatever holds them"
+    """A list of token ids from whatever holds them
+
+    Args:
+        ids: a list, an array, an iterator
+    """
     try: return list(ids)
     except TypeError: raise RequestError(f'token ids come in a list, not as {type(ids).__name__}') from None
 
 def check_text(
     text:object,   # what shall be tokenised
 )->str:
-    "A string that can be tokenised; `RequestError` says why not"
+    """A string that can be tokenised; `RequestError` says why not
+
+    Args:
+        text: what shall be tokenised
+    """
     if not isinstance(text, str): raise RequestError(f'text must be a string, not {type(text).__name__}')
     if len(text) > MAX_TEXT: raise RequestError(f'the text has {len(text)} characters; {MAX_TEXT} at once are allowed: cut it')
     if bad := re.search('[\ud800-\udfff]', text):
@@ -341,7 +435,15 @@ def encode_parts(
     only_first:bool=False,             # a special token is no beginning
     back:Mapping[int, str] | None=None, # characters that stand for others, once the special tokens are found
 )->list[int]:
-    "Token ids of ordinary text and special tokens in turn"
+    """Token ids of ordinary text and special tokens in turn
+
+    Args:
+        text: anything
+        backend: for the ordinary text
+        finder: of the special tokens that count
+        only_first: a special token is no beginning
+        back: characters that stand for others, once the special tokens are found
+    """
     ids, first = [], True
     for part in split_special(text, finder):
         if isinstance(part, Special):
@@ -398,7 +500,11 @@ def _sources(named:dict[str, Any], special:Mapping[str, Special])->dict[str, Any
 def begun_reply(
     text:str,   # of the prompt, behind its last "<|start|>"
 )->str:
-    "What a prompt has already written of a reply"
+    """What a prompt has already written of a reply
+
+    Args:
+        text: of the prompt, behind its last "<|start|>"
+    """
     return re.sub(r'^\s*assistant\s*', '', text)
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #fbf01a55
@@ -472,7 +578,12 @@ def is_control(
     text:str,  # of a token
     said:bool, # is it one by its type?
 )->bool:
-    "Is a token a control token? What its type says, but role markers and ends are such, whatever the file says."
+    """Is a token a control token? What its type says, but role markers and ends are such, whatever the file says.
+
+    Args:
+        text: of a token
+        said: is it one by its type?
+    """
     return said or text in _ends or bool(re.fullmatch(r'<\|[^|]*\|>', text))
 
 def _specials(tokens:Sequence[str], types:np.ndarray, n_valid:int, rstrip:bool)->Iterator[Special]:
@@ -531,7 +642,15 @@ def check_gguf(
     m:Meta,                                     # metadata of a GGUF file
     json_path:str | os.PathLike[str] | None=None, # the tokenizer.json that is used instead, if there is one
 )->bool:                                        # False when it has no vocabulary
-    "What can be said of a tokenizer in a moment, before one is made: `TokenizerError` names what is missing or unknown"
+    """What can be said of a tokenizer in a moment, before one is made: `TokenizerError` names what is missing or unknown
+
+    Args:
+        m: metadata of a GGUF file
+        json_path: the tokenizer.json that is used instead, if there is one
+
+    Returns:
+        False when it has no vocabulary
+    """
     if _word(m, 'model') == 'no_vocab': return False
     _flag(m, 'add_bos_token', None)
     needed, model = ['tokens'], None if json_path else _model(m)
@@ -570,7 +689,12 @@ def read_file(
     path:str | os.PathLike[str],   # of the file
     limit:int,                     # bytes
 ) -> bytes:
-    "A regular file of at most `limit` bytes; `TokenizerError` says why not"
+    """A regular file of at most `limit` bytes; `TokenizerError` says why not
+
+    Args:
+        path: of the file
+        limit: bytes
+    """
     try:
         p = Path(path).expanduser()
         if not stat.S_ISREG(p.stat().st_mode): raise TokenizerError(f'{p.name} is not a regular file')
@@ -585,7 +709,12 @@ def read_json(
     path:str | os.PathLike[str],   # of the file
     limit:int=MAX_FILE,            # bytes
 ) -> dict[str, Any]:
-    "The object in a JSON file, with or without a byte order mark"
+    """The object in a JSON file, with or without a byte order mark
+
+    Args:
+        path: of the file
+        limit: bytes
+    """
     data, name = read_file(path, limit), Path(path).name
     try: d = json.loads(data)
     except (ValueError, RecursionError) as e: raise TokenizerError(f'{name} cannot be read: it is no JSON ({short(e)})') from None
@@ -645,7 +774,12 @@ def known_steps(
     d:Any,     # a part of the file
     kind:str,  # 'normalizer' or 'pre_tokenizer'
 ) -> list[dict[str, Any]]:
-    "The steps of a normaliser or pre-tokenizer; `TokenizerError` names what is not among those that take linear time"
+    """The steps of a normaliser or pre-tokenizer; `TokenizerError` names what is not among those that take linear time
+
+    Args:
+        d: a part of the file
+        kind: 'normalizer' or 'pre_tokenizer'
+    """
     found = [_known_step(s, kind) for s in _flat(d, kind)]
     if len(found) > MAX_STEPS: raise TokenizerError(f'its {kind} has {len(found)} steps; {MAX_STEPS} are allowed')
     return found
@@ -703,7 +837,19 @@ def _template_ids(p)->list[int]:
     return out
 
 class JsonBPE:
-    "A `tokenizer.json`, for ordinary text alone"
+    """A `tokenizer.json`, for ordinary text alone
+
+    Args:
+        path: of the file
+
+    Attributes:
+        name: of the file
+        specials: tokens that are found by their text
+        texts: id -> token
+        leading: ids that stand before every text
+        space_prefix: does a space come before text at the start?
+        only_first: … and there alone?
+    """
     name: str                 # of the file
     specials: list[Special]   # tokens that are found by their text
     texts: dict[int, str]     # id -> token
@@ -821,7 +967,14 @@ def _json_beside(g)->Path | None:
 def check(
     g:Any,   # an orcd.GGUF
 )->bool:     # False when it has no vocabulary
-    "`check_gguf` of a file"
+    """`check_gguf` of a file
+
+    Args:
+        g: an orcd.GGUF
+
+    Returns:
+        False when it has no vocabulary
+    """
     return check_gguf(g.metadata, _json_beside(g))
 
 def _compare(backend:JsonBPE, tokens:Sequence[str], n_valid:int)->None:
@@ -848,7 +1001,37 @@ def _both_parts(m:Meta, path:str | os.PathLike[str])->dict[str, Any]:
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #4b8bd9dd
 class Tokenizer:
-    "Text to token ids and back"
+    """Text to token ids and back
+
+    Args:
+        backend: the vocabulary
+        kind: what it was made from
+        specials: tokens that are found by their text
+        vocab_size: ids of the model, with padding
+        n_valid: ids without padding
+        stop_ids: ids that end a reply
+        bos_id: what begins a text
+        eos_id: what ends a text
+        add_bos: begin with `bos_id`
+        chat_template: source, or name -> source
+        variables: what templates may use
+
+    Attributes:
+        kind: 'gguf-bpe' or 'hf-json'
+        backend: the vocabulary
+        vocab_size: ids of the model
+        n_valid: ids from here on are padding
+        stop_ids: ids that end a reply
+        bos_id: what begins a text
+        eos_id: what ends a text
+        add_bos: does `encode` begin with it?
+        special: text -> token that is found by its text
+        special_by_id: the same by id
+        space_prefix: does the vocabulary put a space before a text?
+        only_first: … and nowhere else?
+        chat_templates: name -> source
+        chat_template: the default one's source
+    """
     kind: str                          # 'gguf-bpe' or 'hf-json'
     backend: Backend                   # the vocabulary
     vocab_size: int                    # ids of the model
@@ -893,7 +1076,12 @@ class Tokenizer:
         g:Any,                                         # an orcd.GGUF, or anything with `.metadata` and `.path`
         json_path:str | os.PathLike[str] | None=None,  # a tokenizer.json to use instead; None: one beside a gpt-oss file, if it is there
     )->Self | None:
-        "The tokenizer of a GGUF file; None when the file has no vocabulary"
+        """The tokenizer of a GGUF file; None when the file has no vocabulary
+
+        Args:
+            g: an orcd.GGUF, or anything with `.metadata` and `.path`
+            json_path: a tokenizer.json to use instead; None: one beside a gpt-oss file, if it is there
+        """
         if not hasattr(g, 'metadata'): raise TokenizerError(f'this takes an opened file, orcd.GGUF(path), not {type(g).__name__}')
         m, json_path = g.metadata, json_path or _json_beside(g)
         if not check_gguf(m, json_path): return None
@@ -903,7 +1091,11 @@ class Tokenizer:
     def from_json(cls,
         path:str | os.PathLike[str],   # a tokenizer.json; tokenizer_config.json and chat_template.jinja beside it are read too
     )->Self:
-        "The tokenizer of a Hugging Face `tokenizer.json`"
+        """The tokenizer of a Hugging Face `tokenizer.json`
+
+        Args:
+            path: a tokenizer.json; tokenizer_config.json and chat_template.jinja beside it are read too
+        """
         return cls(**_json_parts(path))
 
     def encode(self,
@@ -911,7 +1103,16 @@ class Tokenizer:
         add_special:bool=True,   # begin with BOS, if this model does and the text does not
         parse_special:bool=True, # read the text of control tokens as control tokens
     )->list[int]:                # token ids
-        "Token ids of `text`"
+        """Token ids of `text`
+
+        Args:
+            text: at most MAX_TEXT characters, no lone surrogates
+            add_special: begin with BOS, if this model does and the text does not
+            parse_special: read the text of control tokens as control tokens
+
+        Returns:
+            token ids
+        """
         ids = encode_parts(check_text(text), self.backend, self._find_all if parse_special else self._find_user, self.only_first)
         return self._begin(ids) if add_special else ids
 
@@ -919,7 +1120,12 @@ class Tokenizer:
         ids:Any,                 # token ids
         skip_special:bool=False, # leave out control tokens
     )->str:
-        "Text of `ids`; bytes that are not UTF-8 become U+FFFD"
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD
+
+        Args:
+            ids: token ids
+            skip_special: leave out control tokens
+        """
         s = self.stream(skip_special)
         return ''.join([s.push(i) for i in as_ids(ids)]) + s.flush()
 
@@ -927,14 +1133,24 @@ class Tokenizer:
         skip_special:bool=False, # leave out control tokens
         after:Any=(),            # ids that stand before, when this is not the start of a text
     )->Stream:
-        "Incremental decoding: `push(id)` and `flush()` give text, never half a character"
+        """Incremental decoding: `push(id)` and `flush()` give text, never half a character
+
+        Args:
+            skip_special: leave out control tokens
+            after: ids that stand before, when this is not the start of a text
+        """
         return Stream(self, skip_special, as_ids(after))
 
     def token_bytes(self,
         i:int,                   # token id
         skip_special:bool=False, # nothing for control tokens
     )->bytes:
-        "What token `i` stands for; padding stands for nothing"
+        """What token `i` stands for; padding stands for nothing
+
+        Args:
+            i: token id
+            skip_special: nothing for control tokens
+        """
         try: i = operator.index(i)
         except TypeError: raise RequestError(f'a token id is a whole number, not {type(i).__name__}') from None
         if not 0 <= i < self.vocab_size: raise RequestError(f'token id {i} is outside of the vocabulary (0 to {self.vocab_size - 1})')
@@ -947,7 +1163,13 @@ class Tokenizer:
         add_generation_prompt:bool=True,      # end with the opening of the assistant's turn
         **variables:Any,                      # for the template: tools, reasoning_effort, …; now; chat_template: the name of another one
     )->str:
-        "The prompt that the model's chat template makes of `messages`"
+        """The prompt that the model's chat template makes of `messages`
+
+        Args:
+            messages: list of {'role', 'content'}
+            add_generation_prompt: end with the opening of the assistant's turn
+            **variables: for the template: tools, reasoning_effort, …; now; chat_template: the name of another one
+        """
         template, shaped, _ = self._templates.prepare(messages, variables)
         return template.render(shaped, add_generation_prompt, **variables)
 
@@ -956,7 +1178,13 @@ class Tokenizer:
         add_generation_prompt:bool=True,      # end with the opening of the assistant's turn
         **variables:Any,                      # as for `chat`
     )->list[int]:
-        "Token ids of a chat; control tokens come from the template alone, never from inside a message"
+        """Token ids of a chat; control tokens come from the template alone, never from inside a message
+
+        Args:
+            messages: list of {'role', 'content'}
+            add_generation_prompt: end with the opening of the assistant's turn
+            **variables: as for `chat`
+        """
         template, shaped, hide = self._templates.prepare(messages, variables)
         hidden, variables, back = hide(shaped, variables)
         text = template.render(hidden, add_generation_prompt, **variables)
@@ -965,7 +1193,11 @@ class Tokenizer:
     def parse_reply(self,
         after:Any=(),   # ids of the prompt
     )->Harmony | PlainReply:
-        "Takes a reply to a chat, token by token: `push(id)` and `flush()` give text of the answer, `.analysis` is what was thought"
+        """Takes a reply to a chat, token by token: `push(id)` and `flush()` give text of the answer, `.analysis` is what was thought
+
+        Args:
+            after: ids of the prompt
+        """
         after = as_ids(after)
         return Harmony(self, self._header(after)) if self.harmony else PlainReply(self.stream(after=after))
 

@@ -24,7 +24,7 @@ def timed(owner, name):
     setattr(owner, name, g)
 
 
-PARTS = {engine: ('open_model', 'plan', 'kernel_files'), nvrtc: ('load_all', 'wait_for'),
+PARTS = {engine: ('open_model', 'plan', 'layers_of'), nvrtc: ('load_all', 'wait_for'),
     engine.CudaEngine: ('_arena', '_allocate', '_capture', '_warm_up'),
          loader.Loader: ('_pin', 'start', '_run', 'wait', '_unpin', 'close')}
 for owner, names in PARTS.items():

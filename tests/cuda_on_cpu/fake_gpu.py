@@ -57,10 +57,10 @@ class Device:
 
 @contextmanager
 def played(monkeypatch, sm='90', free=100 << 30):
-    "Yields what happens: `launches` (stream, kernel, grid, arguments), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
+    "Yields what happens: `launches` (stream, kernel, grid, struct of arguments), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
     from cuda.bindings import driver as cu
     from orcd.kernels import gemv, nvrtc, wgmma
-    from orcd.engine import loader
+    from orcd.engine import cuda_engine, loader, lower
     launches, asked, alive, pinned, names, lengths, at = [], set(), {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
     def malloc(n):
         if sum(alive.values()) + n > free: raise Error(2)
@@ -94,8 +94,9 @@ def played(monkeypatch, sm='90', free=100 << 30):
     new = lambda n, dtype: array((n,), dtype, NS(ptr=next(at)))
     vars(cupy).update(cuda=cuda, ndarray=array, ones=new, empty=new, float32=np.float32)
     def launch(config, f, arguments):
-        table = (ctypes.c_uint64*lengths[int(f)]).from_address(arguments)
-        launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), [ctypes.c_uint64.from_address(a).value for a in table]))
+        "`arguments`: where the driver finds a pointer to the one argument, the struct"
+        struct = ctypes.string_at(ctypes.c_uint64.from_address(arguments).value, lengths[int(f)])
+        launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), struct))
         return 0,
     def driver_call(name, *types):
         "What a loader queues, done at once; nothing is copied"
@@ -107,10 +108,14 @@ def played(monkeypatch, sm='90', free=100 << 30):
         def __call__(self, grid, block, args, *a, **kw):
             lengths[int(self.handle)] = len(args)
             return super().__call__(grid, block, args, *a, **kw)
+    class Program(lower.Program):
+        def __init__(self, launches, *a):
+            super().__init__(launches, *a)
+            lengths.update((int(handle), l.args.code.size) for (_, handle, _), l in zip(self.calls, launches))
     def module(name, device, defines=()):
         assert threading.get_ident() in entered, 'a thread without a context'
         return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
-    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (nvrtc, '_launch', lambda launches: [launch(*a) for a in launches]), (loader, 'driver_call', driver_call), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
+    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (nvrtc, 'launch_all', lambda calls: [launch(*a) for a in calls]), (lower, 'Program', Program), (cuda_engine, 'Program', Program), (loader, 'driver_call', driver_call), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
     for f in (nvrtc._kernel, nvrtc._config, gemv.device_limits, wgmma.is_hopper): f.cache_clear()
     with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
     for f in (nvrtc._kernel, nvrtc._config, gemv.device_limits, wgmma.is_hopper): f.cache_clear()

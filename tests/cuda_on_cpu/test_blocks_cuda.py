@@ -7,6 +7,7 @@ from orcd.kernels import weight_layout as planes
 from orcd.errors import KernelError
 from orcd.kernels.nvrtc import type_defines, padded_bytes, read_source
 from orcd.kernels.weight_layout import random_blocks, to_planes
+from launched import take_launches
 
 # As much of CUDA as blocks.cu and repack.cu need
 SHIM = r'''
@@ -52,8 +53,9 @@ CALLS = r'''
 #define CALL(name, T) extern "C" void decode_##name(const u8* w, float* y, int rows, int n) { \
     for (int r = 0; r < rows; r++) for (int i = 0; i < n; i++) y[(long)r * n + i] = dequant_one<T>(w, r, n, i); }
 EACH_TYPE(CALL)
-#define SORT(name, T) extern "C" void sort_##name(const BatchedLaunch<Run>* runs, int blocks) { \
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x++) repack<T>(*runs); }
+#define SORT(name, T) extern "C" int run_repack_##name(int blocks, int, int, const void* runs) { \
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x++) repack_##name(*(const BatchedLaunch<Run>*)runs); \
+    return 0; }
 EACH_QUANT(SORT)
 '''
 MUTATIONS = dict(   # name -> (what the source says, what a mistake would say)
@@ -122,15 +124,11 @@ def test_bit_equal(build):
 def test_sorting_in_pieces(build, monkeypatch):
     "The kernel that sorts, as it is launched, with rows from any address and of many tensors, against NumPy"
     lib, rng, launches = build(), np.random.default_rng(1), []
-    def kernel(file, name, defines):
-        assert file == 'repack' and defines == type_defines(GGMLType[name.removeprefix('repack_').upper()])
-        def launch(grid, block, args, stream):
-            assert len(grid) == len(args) == 1 and block == (256,)
-            launches.append(grid[0])
-            table = np.array(args[0])
-            getattr(lib, name.replace('repack', 'sort'))(pointer(table), grid[0])
-        return launch
-    monkeypatch.setattr(planes, 'kernel', kernel)
+    def take(l):
+        assert l.file == 'repack' and l.defines == type_defines(GGMLType[l.name.removeprefix('repack_').upper()]) and l.block == (256,)
+        launches.append(l.grid[0])
+        l.on(lib)
+    take_launches(monkeypatch, take)
     for t in GGMLType:
         if t.block_size == 1: continue
         runs, wanted = [], []

@@ -32,30 +32,41 @@ def test_bytes_of_a_step(path, no_weights, monkeypatch):
 
 
 @pytest.mark.parametrize('sm', ['90', '80'])
-def test_repeated_launches(path, sm, no_weights, monkeypatch):
-    """A layer whose launches repeat those of another one has the arguments that it would have got if it had been worked out itself; every kernel was loaded
-    before it was captured, and none in vain but for three small files that only some models want; what lives in VRAM is what was planned"""
+def test_launches_of_every_layer(path, sm, no_weights, monkeypatch):
+    """A layer that runs another one's launches gets the arguments that it would have got if it had been worked out itself, with arrays of its own; every kernel
+    was loaded before it was captured, and none in vain; what lives in VRAM is what was planned"""
     import orcd
-    from orcd.engine import cuda_engine as engine, view
-    from orcd.kernels import nvrtc
+    from orcd.engine import cuda_engine as engine, lower, view
+    from orcd.kernels import gemv, nvrtc
     with orcd.GGUF(path) as g, played(monkeypatch, sm) as gpu, engine.CudaEngine(g) as e:
-        _, config, bound = engine.open_model(g)
         assert e.is_hopper == (sm == '90')
         assert sorted(map(repr, e.vram.entries)) == sorted(map(repr, view.planned(g, e.is_hopper, free=100 << 30).entries))
-        files = set(engine.kernel_files(config, bound, e.is_hopper, e.plan.chunks))
-        assert {(n, d) for n, _, d in nvrtc._modules} == files
-        assert {n for n, _ in files - gpu.asked} <= {'elementwise', 'gemm_plain', 'gemm_thin', 'repack'}     # the loader, which is not here, wants the last
+        assert {n for n, _ in {(n, d) for n, _, d in nvrtc._modules} - gpu.asked} <= {'repack'}     # the loader is not here
+        alone = engine.layers_of(g, None, e.is_hopper, gemv.device_limits(0))
+        alone.kinds = list(range(e.config.n_layer))         # no layer is another one's kind
+        alone.places = {i: lower.places(alone.bound.layers[i], e.is_hopper) for i in alone.kinds}
+        scratch = min(a.ptr for a in e.arenas if a.kind == 'workspace')     # the first thing in it
+
+        def real(place, i):
+            "Where the engine keeps what a place of layer i stands for"
+            if isinstance(place, (list, tuple)): return [real(x, i) for x in place]
+            place = place.data if isinstance(place, nvrtc.QTensor) else place
+            if not isinstance(place, lower.Place): return place
+            role, own = place.buffer.role, vars(e.layers[i])
+            if role in own: a = own[role]
+            elif role.endswith(lower.EXPONENTS): a = own[role.removesuffix(lower.EXPONENTS)].row_max_exponent
+            elif role in lower.CACHE: a = e.cache[i][lower.CACHE.index(role)]
+            else: a = None if role == 'scratch' else getattr(e, role)
+            address = scratch if a is None else nvrtc.address(a)
+            return type('Real', (), dict(ptr=address + place.ptr))()
+
+        assert len(set(e.lowered.kinds)) < e.config.n_layer
         for rows in (0, *e.plan.chunks):
-            def run():
-                gpu.launches.clear()
-                e.ops.decode = not rows
-                e._layers(e.x[:rows or 1])
-                return gpu.launches.copy()
-            repeated, shared_kinds = run(), e.kinds
-            e.kinds = list(range(config.n_layer))
-            assert len(set(shared_kinds)) < config.n_layer and len(repeated) >= 5*config.n_layer
-            assert repeated == run()
-            e.kinds = shared_kinds
+            gpu.launches.clear()
+            e._layers(rows or 1, not rows)
+            want = [(l.name, l.args.pack({k: real(v, i) for k, v in l.values.items()})) for i in range(e.config.n_layer)
+                for l in alone.layer(i, rows or 1, e.n_kv, not rows).launches]
+            assert [(name, args) for _, name, _, args in gpu.launches] == want and len(want) >= 5*e.config.n_layer
 
 
 @pytest.fixture
@@ -96,7 +107,7 @@ def test_vram_that_another_program_took(made, monkeypatch):
     from orcd.errors import OutOfVRAM
     with orcd.GGUF(made) as g, played(monkeypatch, free=100 << 20) as gpu:
         planned = engine.plan
-        def late(*a): p = planned(*a); gpu.alive[0] = (100 << 20) - p.weights - 1000; return p
+        def late(*a, **kw): p = planned(*a, **kw); gpu.alive[0] = (100 << 20) - p.weights - 1000; return p
         monkeypatch.setattr(engine, 'plan', late)
         with pytest.raises(OutOfVRAM, match='kv_cache') as kept: engine.CudaEngine(g)
         assert kept.tb and list(gpu.alive) == [0] and not gpu.pinned

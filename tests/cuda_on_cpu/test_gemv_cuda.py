@@ -1,6 +1,6 @@
 """The kernel of a decode step, gemv.cu, run on the CPU by its own launcher: lanes are fibers that meet at every shuffle, matrix instruction and barrier.
 A bulk copy is there at once, so that whoever asks for a piece too early destroys what others still read."""
-import ctypes, re, shutil, sys
+import re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd.kernels import gemv
@@ -8,6 +8,7 @@ from orcd.files.blocks import GGMLType, dequantize
 from orcd.errors import KernelError
 from orcd.kernels.nvrtc import QTensor, read_source
 from orcd.kernels.weight_layout import random_blocks, to_planes
+from launched import RUN, take_launches
 from test_blocks_cuda import SHIM, compiled, placed
 
 # `SHIM` for blocks of many threads
@@ -71,6 +72,8 @@ static unsigned __reduce_max_sync(unsigned, unsigned v) { for (int d = 16; d; d 
 static uint32_t __float_as_uint(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
+static float __fdividef(float a, float b) { return a / b; }
+#define __expf(x) std::exp(x)
 static uint32_t to_half_bits(float x) {
     if (x == 0) return 0;
     const int e = std::max(std::ilogb(x), -14);
@@ -145,14 +148,7 @@ static int run_block() {        // 0; 1 when nobody gets on; 2 when a copy overt
     return 1;
 }
 '''
-RUN = r'''
-#define PASS(r) w0, w1, w2, out0, out1, out2, bias0, bias1, bias2, n0, n1, n2, b0, b1, b2, ldo0, ldo1, ldo2, residual, ldr, n_in, parts, depth, span, second, clamped, x, norm, ldx, eps, per, logits, ids, n_expert, n_used, settled
-#define RUN(f) extern "C" int run_##f(int grid_x, int grid_y, ARGUMENTS) { \
-    body = [&] { f(PASS()); }; \
-    for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) if (int wrong = run_block()) return wrong; \
-    return 0; }
-#define ALL(name) RUN(gemv_##name) RUN(gated_##name) RUN(mix_##name)
-'''
+ALL = "#define ALL(name) RUN(gemv_##name) RUN(gated_##name) RUN(mix_##name)\n"
 
 
 @pytest.fixture(scope='module')
@@ -168,13 +164,13 @@ def library(tmp_path_factory):
             blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', text('blocks'))
             source = text('input_prologue')
             source = source[:source.index('// Programmatic dependent launch')] + source[source.index('// 1 / root mean square'):]
-            parts = [blocks, text('reduce'), text('lane_fragment'), source, text('bulk_pipeline'), text('topk_router'), text('gemv')]
+            parts = [blocks, text('reduce'), text('lane_fragment'), source, text('swiglu'), text('bulk_pipeline'), text('topk_router'), text('gemv')]
             names = [d.split('=')[1] for d in defines if d.startswith('ONLY_NAME')]
             whole = '\n'.join(parts)
             assert 'asm' not in whole, 'the source has changed'
             if change[0]: assert whole.count(change[0]) == 1, 'the source has changed'; whole = whole.replace(*change)
             run = 'RUN(gemv_mixed)' if names == ['mixed'] else f'ALL({names[0]})'
-            text_of = '\n'.join(f'#define {d.replace("=", " ")}' for d in defines) + THREADS + FIBERS.replace('900', str(arch)) + whole + RUN + run
+            text_of = '\n'.join(f'#define {d.replace("=", " ")}' for d in defines) + THREADS + FIBERS.replace('900', str(arch)) + whole + RUN + ALL + run
             made[defines, change, arch] = compiled(tmp_path_factory, text_of)
         return made[defines, change, arch]
     return build
@@ -196,22 +192,16 @@ class Array:
 
 @pytest.fixture
 def on_cpu(library, monkeypatch):
-    "Launches of gemv go to the CPU"
-    kinds = {np.int32: ctypes.c_int, np.int64: ctypes.c_longlong, np.float32: ctypes.c_float}
+    "Launches of gemv go to the CPU; `shapes` keeps kernel, grid and shared memory of each"
     state = SimpleNamespace(shapes=[], change=['', ''], arch=900)
-    runtime = SimpleNamespace(getDevice=lambda: 0)
-    for name, module in (('cupy', SimpleNamespace()), ('cupy.cuda', SimpleNamespace(runtime=runtime))): monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(gemv, 'device_limits', lambda device: (227 << 10, True) if state.arch >= 900 else (64 << 10, False))
-
-    def kernel(file, name, defines):
-        def launch(grid, block, args, shared_mem=0, stream=None, early=False):
-            state.shapes.append((name, grid, shared_mem))
-            pointers = [ctypes.c_void_p(None if a is None else a.ptr if isinstance(a, QTensor) else a.data.ptr) if not isinstance(a, np.generic) else kinds[type(a)](a) for a in args]
-            assert block == (256,) and shared_mem <= 227 << 10
-            wrong = getattr(library(defines, tuple(state.change), state.arch), f'run_{name}')(*map(int, grid), *pointers)
-            assert not wrong, ('', 'the kernel hangs', 'a copy overtakes a read')[wrong]
-        return launch
-    monkeypatch.setattr(gemv, 'kernel', kernel)
+    monkeypatch.setattr(gemv, 'current_limits', lambda: (227 << 10, True) if state.arch >= 900 else (64 << 10, False))
+    def take(l):
+        state.shapes.append((l.name, l.grid, l.shared_mem))
+        assert l.block == (256,) and l.shared_mem <= 227 << 10
+        wrong = l.on(library(l.defines, tuple(state.change), state.arch))
+        assert not wrong, ('', 'the kernel hangs', 'a copy overtakes a read')[wrong]
+    state.take = take
+    take_launches(monkeypatch, take)
     return state
 
 

@@ -1,21 +1,14 @@
 "The kernel that makes halves of activations, to_half.cu, run on the CPU by its own launcher, against NumPy"
-import ctypes, re, shutil
+import re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
-from orcd.kernels import gemm
 from orcd.kernels.gemm import Gated, Fp16Activations, half_bytes, to_half
 from orcd.kernels.gemv import Normed
 from orcd.kernels.nvrtc import read_source
 from test_blocks_cuda import compiled
+from launched import RUN, take_launches
 from test_gemv_cuda import FIBERS, THREADS, Array, floats
 
-RUN = r'''
-extern "C" int run_to_half(int grid, const float* x, const float* other, long long ldx, long long ldother, float eps, int mode,
-    const int* slots, const int* end, int per, u16* half, float* inv, float* sums, int n, int ld, int rows) {
-    body = [&] { to_half(x, other, ldx, ldother, eps, mode, slots, end, per, half, inv, sums, n, ld, rows); };
-    for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) if (run_block()) return 1;
-    return 0; }
-'''
 REDUCE = 'static float warp_max(float v) { for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(0, v, d)); return v; }\n' \
     'static float warp_sum(float v) { for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0, v, d); return v; }\n'
 
@@ -32,7 +25,7 @@ def library(tmp_path_factory):
             assert not change[0] or kernel.count(change[0]) == 1, 'the source has changed'
             # here `shared` is one per block: a static one does, since blocks run one after the other
             fibers = FIBERS.replace('#define __shared__', '#define __shared__ static').replace('alignas(16) unsigned char', 'alignas(16) static unsigned char').replace('256', str(threads))
-            text = THREADS + fibers + 'typedef uint32_t u32; typedef uint16_t u16;\n' + REDUCE + factor + kernel.replace(*change) + RUN
+            text = THREADS + fibers + 'typedef uint32_t u32; typedef uint16_t u16; typedef long long i64;\n' + REDUCE + factor + read_source('swiglu') + kernel.replace(*change) + RUN + 'RUN(to_half)'
             made[threads, change] = compiled(tmp_path_factory, text)
         return made[threads, change]
     return build
@@ -41,14 +34,12 @@ def library(tmp_path_factory):
 @pytest.fixture
 def on_cpu(library, monkeypatch):
     "Launches go to the CPU; `change` is a mistake"
-    kinds, state = {np.int32: ctypes.c_int, np.int64: ctypes.c_longlong, np.float32: ctypes.c_float}, SimpleNamespace(change=('', ''), threads=set())
-    def kernel(file, name):
-        def launch(grid, block, args, stream=None, early=False):
-            state.threads.add(block[0])
-            pointers = [kinds[type(a)](a) if isinstance(a, np.generic) else ctypes.c_void_p(None if a is None else a.data.ptr) for a in args]
-            assert not library(block[0], state.change).run_to_half(int(grid[0]), *pointers), 'the kernel hangs'
-        return launch
-    monkeypatch.setattr(gemm, 'kernel', kernel)
+    state = SimpleNamespace(change=('', ''), threads=set())
+    def take(launched):
+        threads, = launched.block
+        state.threads.add(threads)
+        assert not launched.on(library(threads, state.change)), 'the kernel hangs'
+    take_launches(monkeypatch, take)
     return state
 
 

@@ -1,6 +1,6 @@
-"""Products of many rows on Hopper: gemm_wgmma.cu run on the CPU by its own launcher, with lanes as fibers. A copy is there at once, so that whoever asks for a
+"""Products of many rows on Hopper: gemm_wgmma.cu and expert_wgmma.cu run on the CPU by their own launchers, with lanes as fibers. A copy is there at once, so that whoever asks for a
 stage too early destroys what others still read. Against float64 with the weights and halves that the kernel is given, and tile against tile, bit for bit."""
-import ctypes, re, shutil
+import re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd.kernels import wgmma
@@ -8,10 +8,11 @@ from orcd.files.blocks import GGMLType
 from orcd.kernels.nvrtc import QTensor, read_source
 from orcd.kernels.weight_layout import random_blocks, to_planes
 from rounded import as_hopper
+from launched import RUN, take_launches
 from test_blocks_cuda import compiled
 from test_gemv_cuda import FIBERS, THREADS, Array, floats
 from test_wgmma_mainloop_cuda import HALVES, plain_slab, tops
-from test_to_half_cuda import halves
+from test_to_half_cuda import columns, halves
 
 BARRIERS = r'''
 #include <cassert>
@@ -58,31 +59,19 @@ template<int N> static void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], u64
     __syncwarp();
 }
 '''
-RUN = r'''
-#define RUN(f) extern "C" int run_##f(int grid_x, int grid_y, const u8* w0, const u8* w1, const u8* w2, \
-    const u8* top0, const u8* top1, const u8* top2, float* out0, float* out1, float* out2, const float* bias0, const float* bias1, const float* bias2, \
-    int n0, int n1, int n2, int first0, int first1, int first2, int b0, int b1, long long ldo0, long long ldo1, long long ldo2, \
-    const float* residual, long long ldr, int second, const u16* x, const float* inv, int x_rows, int n_rows, int n_in) { \
-    body = [&] { wgmma_##f(w0, w1, w2, top0, top1, top2, out0, out1, out2, bias0, bias1, bias2, n0, n1, n2, first0, first1, first2, b0, b1, ldo0, ldo1, ldo2, \
-        residual, ldr, second, x, inv, x_rows, n_rows, n_in); }; \
-    for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) if (run_block()) return 1; \
-    return 0; }
-'''
 MORE = r'''
 #define fmaf fmaf_
-static float __fdividef(float a, float b) { return a / b; }
-#define __expf(a) std::exp(a)
 template<class T> static T __shfl_sync(unsigned, T v, int lane, int width) { return from_lane(v, lane_of() / width * width + lane); }
 '''
 TILES = [(64, 1, 4, 3, 1, 1), (128, 2, 1, 6, 1, 4), (64, 1, 2, 3, 2, 1), (128, 1, 2, 3, 1, 1), (128, 2, 1, 6, 1, 2), (256, 2, 1, 3, 1, 1), (64, 2, 1, 6, 2, 1)]
 
 
-def source():
-    "gemm_wgmma.cu with all it includes, without PTX"
+def source(file):
+    "gemm_wgmma.cu or expert_wgmma.cu with all it includes, without PTX"
     text = lambda name: re.sub(r'#include .*', '', read_source(name))
     blocks = re.sub(r'.*(cvt\.f32\.f16|sub\.f16x2).*\n', '', text('blocks'))
-    kernel = re.sub(r'__shared__ (u64|u16) (barriers|order)', r'static \1 \2', text('gemm_wgmma'))
-    whole = '\n'.join((blocks, text('lane_fragment'), plain_slab(text('wgmma_mainloop')), kernel))
+    kernel = re.sub(r'__shared__ (u64|u16) (barriers|order)', r'static \1 \2', text(file))
+    whole = '\n'.join((blocks, text('lane_fragment'), text('swiglu'), plain_slab(text('wgmma_mainloop')), kernel))
     assert 'asm' not in whole, 'the source has changed'
     return whole
 
@@ -91,9 +80,9 @@ def source():
 def library(tmp_path_factory):
     if not shutil.which('g++'): pytest.skip('needs g++ to run device code on the CPU')
     made = {}
-    def build(name, defines, threads, change):
-        if (defines, change) not in made:
-            whole = source()
+    def build(file, name, defines, threads, change):
+        if (name, defines, change) not in made:
+            whole = source(file)
             if change[0]: assert whole.count(change[0]) == 1, 'the source has changed'; whole = whole.replace(*change)
             fibers = FIBERS[:FIBERS.index("// A barrier's word")] + BARRIERS + FIBERS[FIBERS.index('static void entry()'):]
             fibers = re.sub(r'struct float2.*\nstruct float4.*\n', '', fibers)                     # `HALVES` has them, and the halves
@@ -102,23 +91,19 @@ def library(tmp_path_factory):
             fibers = fibers.replace('if (turns < asleep', 'if (f.index.x > 127 && turns % 4 || turns < asleep') # one warpgroup is ahead of the others
             fibers = fibers.replace('alignas(16) unsigned char shared[256 << 10]', 'alignas(1024) unsigned short shared[128 << 10]').replace('256', str(threads)).replace('warps[8]', 'warps[16]')
             text = '\n'.join(f'#define {d.replace("=", " ")}' for d in (*defines, '__CUDA_ARCH_FEAT_SM90_ALL=1')) + THREADS + HALVES + fibers + MORE + whole + RUN + f'RUN({name})'
-            made[defines, change] = compiled(tmp_path_factory, text)
-        return made[defines, change]
+            made[name, defines, change] = compiled(tmp_path_factory, text)
+        return made[name, defines, change]
     return build
 
 
 @pytest.fixture
 def on_cpu(library, monkeypatch):
     "Launches go to the CPU, with the tile and the mistake that are asked for"
-    kinds, state = {np.int32: ctypes.c_int, np.int64: ctypes.c_longlong}, SimpleNamespace(tile=None, change=('', ''))
-    def kernel(file, name, defines):
-        def launch(grid, block, args, shared_mem=0, stream=None, early=False):
-            assert file == 'gemm_wgmma' and shared_mem <= 224 << 10
-            pointers = [kinds[type(a)](a) if isinstance(a, np.generic) else ctypes.c_void_p(None if a is None else a.ptr if isinstance(a, QTensor) else a.data.ptr) for a in args]
-            lib = library(name.removeprefix('wgmma_'), defines, block[0], state.change)
-            assert not getattr(lib, name.replace('wgmma', 'run'))(*map(int, grid), *pointers), 'the kernel hangs'
-        return launch
-    monkeypatch.setattr(wgmma, 'kernel', kernel)
+    state = SimpleNamespace(tile=None, change=('', ''))
+    def take(launched):
+        assert launched.shared_mem <= 224 << 10
+        assert not launched.on(library(launched.file, launched.name, launched.defines, launched.block[0], state.change)), 'the kernel hangs'
+    take_launches(monkeypatch, take)
     monkeypatch.setattr(wgmma, 'tile', lambda *a: state.tile)
     return state
 
@@ -175,6 +160,56 @@ def test_matrices_of_two_types(on_cpu):
             assert np.abs(y - (x @ w.T + b)).max() < 3e-6*np.sqrt((x**2).sum(1).max()*(w**2).sum(1).max())
 
 
+def check_gated(out, rows, g, u, clamped, first=0):
+    "`rows` rows of halves from `first` on, written by a launch, against float64; columns beyond the matrix are zero"
+    got, n = columns(out, first + rows)[first:].astype(np.float64), g.shape[1]
+    if clamped: g, u = np.minimum(g, 7), np.clip(u, -7, 7) + 1
+    want = g/(1 + np.exp(np.minimum(-(1.702 if clamped else 1)*g, 700)))*u
+    assert (got[:, n:] == 0).all() and (out.inv.a[first:first + rows] == (1/256 if clamped else 8)).all()
+    assert np.abs(got[:, :n]*out.inv.a[first] - want).max() < 2**-10*np.abs(want).max()
+
+
+@pytest.mark.parametrize('tile', [(256, 2, 1, 3, 1, 1), (64, 2, 1, 6, 2, 1)], ids=str)
+def test_gate_and_up(on_cpu, tile):
+    "Two matrices, and the two halves of one; biases; rows and tokens that do not fill a tile"
+    rng, rows, n_out, n_in = np.random.default_rng(0), 70, 80, 256
+    (W, w), (h, x), on_cpu.tile = weights(rng, GGMLType.Q5_0, 2*n_out, n_in), activations(rng, rows, n_in), tile
+    bias, out = floats(rng, 2*n_out), halves(rows, n_out)
+    g, u = np.split(x @ w.T + bias, 2, 1)
+    wgmma.gated(wgmma.Rows(W, 0, n_out), wgmma.Rows(W, n_out), h, out, Array(bias[:n_out]), Array(bias[n_out:]))
+    check_gated(out, rows, g, u, clamped=False)
+    assert out.ready
+    (V, v), out = weights(rng, GGMLType.Q5_0, 2*n_out, n_in), halves(rows, 2*n_out)
+    wgmma.gated(W, V, h, out)
+    check_gated(out, rows, x @ w.T, x @ v.T, clamped=False)
+
+
+@pytest.mark.parametrize('t', [GGMLType.MXFP4, GGMLType.Q8_0], ids=str)
+def test_experts(on_cpu, t):
+    "Experts with no, few and many tokens, which are filled up to a multiple of 8: each takes the kernel for 32, 64, 96 or 128 of them"
+    rng, counts, n_out, n_in = np.random.default_rng(0), [5, 0, 40, 130, 70], 100, 160
+    n, n_slots = len(counts), sum(counts)
+    offset, order, at = np.cumsum([0, *(-(-c//8)*8 for c in counts)]).astype(np.int32), rng.permutation(n_slots).astype(np.int32), 0
+    slots = np.full(wgmma.Groups.room(n_slots, n), -1, np.int32)
+    for e, c in enumerate(counts): slots[offset[e]:offset[e] + c] = order[at:at + c]; at += c
+    groups = SimpleNamespace(n_slots=n_slots, n_expert=n, positions=len(slots), ids=order, offset=Array(offset), slots=Array(slots), tiles=n_slots//128 + n)
+    h, x = activations(rng, len(slots), n_in)
+    made = []
+    for _ in range(2):
+        blocks = random_blocks(t, n*n_out, n_in, rng)
+        made.append((QTensor(t, (n, n_out, n_in), Array(to_planes(blocks, t, n_out)), 'w', Array(tops(blocks, t))), as_hopper(blocks, t).astype(np.float64).reshape(n, n_out, n_in), floats(rng, n, n_out)))
+    (W, w, b), (V, v, c) = made
+    out, half = Array(np.full((n_slots, n_out), np.nan, np.float32)), halves(len(slots), n_out)
+    assert wgmma.experts(W, h, groups, out, Array(b)) is out
+    assert wgmma.experts_gated(W, V, h, groups, half, Array(b), Array(c)) is half and half.ready
+    for e, count in enumerate(counts):
+        at = slice(offset[e], offset[e] + count)
+        g, u = x[at] @ w[e].T + b[e], x[at] @ v[e].T + c[e]
+        if not count: continue
+        assert np.abs(out.a[slots[at]] - g).max() < 3e-6*np.sqrt((x[at]**2).sum(1).max()*(w[e]**2).sum(1).max())
+        check_gated(half, count, g, u, clamped=True, first=offset[e])
+
+
 @pytest.mark.parametrize('tile, change', [
     ((128, 2, 1, 6, 1, 2), ('total[Q > 1 ? i : 0] + acc[i];\n}', 'acc[i];\n}')),            # the last part alone
     ((128, 2, 1, 6, 1, 4), ('until += size_of<Q>(++turn, groups)', 'until += size_of<Q>(turn++, groups)')),
@@ -189,3 +224,11 @@ def test_mistakes_are_seen(on_cpu, tile, change):
     try: got, = product(on_cpu, tile, [(W, None)], h)
     except AssertionError as e: assert 'hangs' in str(e)
     else: assert not np.array_equal(got, want)
+
+
+@pytest.mark.parametrize('test, of, change', [(test_gate_and_up, (64, 2, 1, 6, 2, 1), ('first = a.first[s.r]', 'first = a.first[0]')),
+    (test_experts, GGMLType.MXFP4, ('up ? a.bias[1] : a.bias[0]', 'a.bias[0]'))], ids=['gate', 'experts'])
+def test_mistakes_in_one_of_two_matrices_are_seen(on_cpu, test, of, change):
+    on_cpu.change = change
+    with pytest.raises(AssertionError) as error: test(on_cpu, of)
+    assert 'the source has changed' not in str(error.value)

@@ -1,5 +1,5 @@
 "The weights that Hopper's tensor cores are given, made on the CPU by the kernel's own source: those of the NumPy oracle, and near the exact ones"
-import ctypes, re, shutil
+import re, shutil
 from types import SimpleNamespace
 import numpy as np, pytest
 from orcd.files.blocks import GGMLType, dequantize
@@ -7,6 +7,7 @@ from orcd.kernels import wgmma
 from orcd.kernels.nvrtc import QTensor, read_source
 from orcd.kernels.weight_layout import random_blocks, to_planes
 from rounded import as_hopper
+from launched import take_launches
 from test_blocks_cuda import SHIM, compiled, placed, pointer
 
 # What lane_fragment.cu and wgmma_mainloop.cu need beyond that; halves are rounded from double, once
@@ -49,9 +50,10 @@ template<int T> void slab(const u8* w, const u8* top, float* y, int rows, int n)
 }
 #define CALL(name, T) extern "C" void slab_##name(const u8* w, const u8* top, float* y, int rows, int n) { slab<T>(w, top, y, rows, n); }
 EACH_QUANT(CALL)
-#undef KERNEL
-#define TOPS(name, T) extern "C" void row_max_exponent_##name(const BatchedLaunch<Rows>* many, int blocks) { \
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x += 32) row_max_exponent<T>(*many); }
+#define TOPS(name, T) extern "C" int run_row_max_exponent_##name(int blocks, int, int, const void* args) { \
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) \
+        for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x += 32) row_max_exponent_##name(*(const BatchedLaunch<Rows>*)args); \
+    return 0; }
 EACH_QUANT(TOPS)
 '''
 
@@ -72,7 +74,7 @@ def device_source():
     slab = read_source('wgmma_mainloop')
     slab = plain_slab(slab[slab.index('template<int T> struct ScaleShift'):slab.index('// D stages of 128 columns')])
     assert 'asm' not in slab + share, 'the source has changed'
-    tops, n = re.subn(r'for \(int o = 16; .*|extern "C" __global__.*|EACH_QUANT.*|#define KERNEL.*|#include .*', '', read_source('row_max_exponent'))   # one lane looks at all blocks
+    tops, n = re.subn(r'for \(int o = 16; .*|#include .*', '', read_source('row_max_exponent'))   # one lane looks at all blocks
     assert tops.count('b += 32') == 1
     return blocks + share.replace('fmaf(', 'fmaf_(') + slab + read_source('batched_launch') + tops.replace('b += 32', 'b++')
 
@@ -118,12 +120,7 @@ def test_tops(build, monkeypatch):
     lib, rng, matrices, wanted = build(), np.random.default_rng(0), [], []
     class Array(np.ndarray): # as far as a launch looks at one
         data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
-    def kernel(file, name, defines):
-        def launch(grid, block, args, stream):
-            table = np.array(args[0])
-            getattr(lib, name)(pointer(table), grid[0])
-        return launch
-    monkeypatch.setattr(wgmma, 'kernel', kernel)
+    take_launches(monkeypatch, lambda launched: launched.on(lib))
     for t in (t for t in GGMLType if t.block_size > 1):
         for k, n_out in ((1, 21), (3, 7), (6, 1))*(30 if t.name == 'Q4_K' else 1):
             n, blocks = k*t.block_size, random_blocks(t, 21, k*t.block_size, rng)

@@ -1,7 +1,6 @@
 "What a model will take in VRAM, from its header alone: no GPU is needed to know"
 import pytest
-from conftest import PUBLISHED
-from make_models import ARCHES, make_model
+from make_models import make_model
 
 
 @pytest.fixture(scope='module')
@@ -107,42 +106,3 @@ def test_published_files(name, weights, kv, headers):
     with orcd.GGUF(headers / f'{name}.gguf') as g:
         a, b = plan(g, n_ctx=2048), plan(g, n_ctx=4096)
         assert abs(a.weights - weights) < .002*weights and b.kv_cache - a.kv_cache == 2048*kv and b.workspace < 96e6
-
-
-@pytest.mark.parametrize('arch', [*ARCHES, *PUBLISHED])
-def test_decode_finds_its_kernels(arch, request, tmp_path):
-    "Nothing may be compiled or loaded while the step is captured: each product's kernel is among the files that are loaded before"
-    import orcd
-    from orcd.kernels import gemv
-    from orcd.engine.cuda_engine import decode_files, kernel_files, layer_kinds, open_model
-    from orcd.engine.ops import CudaOps
-    from orcd.engine.vram import Scratch, Shape
-    if arch in PUBLISHED: path = request.getfixturevalue('headers') / f'{arch}.gguf'
-    else: make_model(path := tmp_path / 'model.gguf', arch)
-    wanted = set()
-
-    def product(Ws, k=1, mode='gemv'):
-        for group in gemv.group_by_type([W.type for W in Ws]):
-            ws = [Ws[i] for i in group]
-            wanted.add(gemv.kernel_variant([W.type for W in ws], gemv.layout(ws, mode, 1 if mode == 'mix' else k, k)[2])[:2])
-
-    class Ops(CudaOps):
-        def run(self, launcher, *args, **kw):
-            n = self.config.n_expert_used
-            match launcher.__name__:
-                case 'gemvs': product([W for W, *_ in args[0]], n if kw.get('ids') is not None else 1)
-                case 'gemv': product([args[0]])
-                case 'gated': product([args[0][0], args[1][0]], args[5].k if args[5] else 1, 'gated')
-                case 'mixed': product([args[0]], args[5].k, 'mix')
-
-    with orcd.GGUF(path) as g:
-        family, config, bound = open_model(g)
-        ops = Ops(config, 256, Scratch())
-        ops.decode = True
-        for i, w in layer_kinds(config, bound).items():
-            ops.begin_layer()
-            family.layer(ops, Shape((1, config.n_embd)), w, i)
-            ops.flush()
-        product([bound.model['output']])
-        assert (wanted and wanted <= decode_files(config, bound)
-            <= set(kernel_files(config, bound)) & set(kernel_files(config, bound, is_hopper=True)))

@@ -302,25 +302,24 @@ def inlined(name):
 
 def mxfp4_errors(cp, monkeypatch, mutation=None):
     "GEMV and GEMM error by norm with the shipped source, or with one mistake in it"
-    import orcd.kernels.gemm, orcd.kernels.gemv
     from cupy.cuda.function import Module
-    from orcd.kernels.nvrtc import Kernel, compile_text, device_arch
+    from orcd.kernels import nvrtc
     from orcd.kernels.weight_layout import random_blocks
     rng, n_out, n_in, rows = np.random.default_rng(0), 96, 320, 8
     blocks, x = random_blocks(GGMLType.MXFP4, n_out, n_in, rng), rng.standard_normal((rows, n_in), np.float32)
     y, errors = x.astype(np.float64) @ dequantize(blocks, GGMLType.MXFP4).astype(np.float64).T, []
-    for i, (file, launcher, out) in enumerate((('gemv', orcd.kernels.gemv, gemv_out), ('gemm', orcd.kernels.gemm, gemm_out))):
+    for i, (file, out) in enumerate((('gemv', gemv_out), ('gemm', gemm_out))):
         source = '#define ONLY_NAME mxfp4\n#define ONLY_TYPE MXFP4\n' + inlined(file)
         if mutation:
             old, new = MUTATIONS[mutation][i]
             assert source.count(old) == 1, f'{mutation}: the source has changed'
             source = source.replace(old, new)
-        m, shipped = Module(), launcher.kernel
-        m.load(compile_text(file, source, device_arch()).cubin)
+        m, shipped = Module(), nvrtc.kernel
+        m.load(nvrtc.compile_text(file, source, nvrtc.device_arch()).cubin)
         def changed(module, name, *defines):
-            return Kernel(m.get_function(name), 0) if module == file else shipped(module, name, *defines)
+            return nvrtc.Kernel(m.get_function(name), 0) if module == file else shipped(module, name, *defines)
         with monkeypatch.context() as p:
-            p.setattr(launcher, 'kernel', changed)
+            p.setattr(nvrtc, 'kernel', changed)
             errors.append(by_norm(out(cp, GGMLType.MXFP4, blocks, x, n_out), y))
     return errors
 

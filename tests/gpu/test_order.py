@@ -13,14 +13,14 @@ MISTAKES = {
     'a piece is overwritten while its reads are under way': [('bulk_pipeline', '        fence_async();\n', ''), ('gemv', 'ASK_FIRST = T == MXFP4', 'ASK_FIRST = true')],
     'a piece is read before it is there': [('bulk_pipeline', '        wait(full + got, parity);\n', '')],
     'a product does not wait for the launch before it': [('gemv', '    pdl_wait();\n    pdl_launch_dependents();           // so', '    pdl_launch_dependents();           // so')],
-    'attention does not wait for q, k and v': [('attention', 'if (waiting) { pdl_wait(); pdl_launch_dependents(); waiting = false; }', 'if (waiting) { pdl_launch_dependents(); waiting = false; }')],
+    'attention does not wait for q, k and v': [('attention', '        if (waiting) {\n            pdl_wait();\n', '        if (waiting) {\n')],
     'activations are made before they are there': [('to_half', '    pdl_launch_dependents();\n    pdl_wait();\n', '    pdl_launch_dependents();\n')],
     'the vector is used before all threads have made it': [('gemv', '    __syncthreads();\n    const float factor', '    const float factor')],
     'splits are added up without a ticket': [('attention', 'last = atomicAdd(ticket, 1) == min(splits, (int)gridDim.x) - 1;', 'last = blockIdx.x == 0;')],
     'a token is drawn without a ticket': [('sampler', 'last = atomicAdd(&h->ticket, 1) == gridDim.x - 1;', 'last = blockIdx.x == 0;')],
     'a stage is read before it is there': [('wgmma_mainloop', '        wait(s.full + slot, phase);\n', '')],
 }
-MIX = {'experts are chosen before the router has spoken': [('gemv', 'if (!settled) pdl_wait();', '')],
+MIX = {'experts are chosen before the router has spoken': [('gemv', 'if (!a.settled) pdl_wait();', '')],
     'a stage is overwritten before all have read it': [('wgmma_mainloop', 'wait(s.empty + last, last_phase); copy(', 'copy(')]}
 
 

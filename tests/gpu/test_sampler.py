@@ -21,7 +21,7 @@ class Device:
         self.state.set(np.array([pos, -1, 0, 0], np.int32))
         ks.reset(self.work, self.seen, self.n_vocab)
 
-    def draw(self, g, stream=None): ks.draw(g, self.params, self.work, self.state, self.seen, self.ring, stream)
+    def draw(self, g, stream=None): ks.draw(g, self.params, self.work, self.state, self.seen, self.ring, stream=stream)
 
 
 def some(rng, *values): return values[rng.integers(len(values))]

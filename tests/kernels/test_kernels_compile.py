@@ -7,7 +7,7 @@ optimisations; this one is compiled in a fifth of the time, with few of them."""
 import os, re
 from pathlib import Path
 import pytest
-from orcd.kernels import nvrtc
+from orcd.kernels import attention, nvrtc
 from orcd.files.blocks import GGMLType
 
 CUDA = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / 'orcd' / 'kernels' / 'cuda').glob('*/*.cu'))
@@ -18,14 +18,22 @@ ASKED = sorted({int(n) for name in CUDA for n in re.findall(r'__CUDA_ARCH__ \S+ 
 # what the preprocessor may see
 CODE = {a: (*(10*int(a) >= n for n in ASKED), nvrtc.target('#include "math/wgmma.cu"', f'sm_{a}').endswith('a')) for a in ARCHS}
 FAST = {a for i, a in enumerate(ARCHS) if CODE[a] in [CODE[b] for b in ARCHS[:i]]}
-JOBS = [(name, arch, t) for name in CUDA for arch in ARCHS for t in (QUANTS if (name, arch) == (SLOW, '90') else [None])]
 
 
-@pytest.mark.parametrize('name, arch, only', JOBS, ids=[f'{n}-{a}' + (f'-{t.name}' if t is not None else '') for n, a, t in JOBS])
-def test_compiles(monkeypatch, name, arch, only):
+def variants(name, arch):
+    "Label and defines of each time that a file is compiled"
+    if (name, arch) == (SLOW, '90'): return [(f'-{t.name}', nvrtc.type_defines(t)) for t in QUANTS]
+    return [(f'-{d}', attention.head_defines(d)) for d in attention.HEAD_DIMS] if name == 'attention' else [('', ())]
+
+
+JOBS = [(name, arch, *v) for name in CUDA for arch in ARCHS for v in variants(name, arch)]
+
+
+@pytest.mark.parametrize('name, arch, defines', [(n, a, d) for n, a, _, d in JOBS], ids=[f'{n}-{a}{label}' for n, a, label, _ in JOBS])
+def test_compiles(monkeypatch, name, arch, defines):
     source = nvrtc.read_source(name)
     if arch in FAST: monkeypatch.setattr(nvrtc, 'OPTIONS', (*nvrtc.OPTIONS, '--Ofast-compile=max'))
-    c = nvrtc.compile_text(name, source, nvrtc.target(source, f'sm_{arch}'), nvrtc.type_defines(only) if only is not None else ())
+    c = nvrtc.compile_text(name, source, nvrtc.target(source, f'sm_{arch}'), defines)
     assert c.cubin[:4] == b'\x7fELF'
     if arch == '90':
         assert c.resources or not c.log.count('Compiling entry')

@@ -14,61 +14,75 @@ static_assert(D % 16 == 0, "head_dim is a multiple of 16");
 __device__ __forceinline__ int cache_row(int pos, int rows, bool ring) { return pos < 0 ? -1 : ring ? pos % rows : pos < rows ? pos : -1; }
 
 // float32 k, v (n_rows, n_head_kv * D) -> FP16 caches (n_head_kv, rows, D); a ring keeps the last `rows` of them
-extern "C" __global__ void store_kv(const float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache, const int* state,
-                                    int n_rows, int n_head_kv, int rows, int ring) {
+struct StoreKvArgs {
+    const float* k; i64 k_stride; const float* v; i64 v_stride; f16 *k_cache, *v_cache; const int* state;
+    int n_rows, n_head_kv, rows, ring;
+};
+extern "C" __global__ void store_kv(const __grid_constant__ StoreKvArgs a) {
     pdl_launch_dependents();
     pdl_wait();
-    const int t = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
-    n_rows -= state[4];
-    if (t >= n_rows || c >= n_head_kv * D || (ring && t < n_rows - rows)) return;
-    const int row = cache_row(state[0] + t, rows, ring);
+    const int t = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x, n_rows = a.n_rows - a.state[4];
+    if (t >= n_rows || c >= a.n_head_kv * D || (a.ring && t < n_rows - a.rows)) return;
+    const int row = cache_row(a.state[0] + t, a.rows, a.ring);
     if (row < 0) return;
-    const i64 at = ((i64)(c / D) * rows + row) * D + c % D;
-    k_cache[at] = to_half_bits(k[t * k_stride + c]);
-    v_cache[at] = to_half_bits(v[t * v_stride + c]);
+    const i64 at = ((i64)(c / D) * a.rows + row) * D + c % D;
+    a.k_cache[at] = to_half_bits(a.k[t * a.k_stride + c]);
+    a.v_cache[at] = to_half_bits(a.v[t * a.v_stride + c]);
 }
 
 // A window layer's prefill: row j of the staging buffers is position pos - rows + j, the past from the ring, the rest from k and v
-extern "C" __global__ void stage_window(const float* k, i64 k_stride, const float* v, i64 v_stride, const f16* k_ring, const f16* v_ring,
-                                        f16* k_staged, f16* v_staged, const int* state, int n_rows, int n_head_kv, int rows) {
+struct StageWindowArgs {
+    const float* k; i64 k_stride; const float* v; i64 v_stride; const f16 *k_ring, *v_ring; f16 *k_staged, *v_staged; const int* state;
+    int n_rows, n_head_kv, rows;
+};
+extern "C" __global__ void stage_window(const __grid_constant__ StageWindowArgs a) {
     pdl_launch_dependents();
     pdl_wait();
-    const int j = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x, pos = state[0] - rows + j;
-    if (j >= rows + n_rows || c >= n_head_kv * D || pos < 0) return;
-    const i64 to = ((i64)(c / D) * (rows + n_rows) + j) * D + c % D;
+    const int rows = a.rows, j = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x, pos = a.state[0] - rows + j;
+    if (j >= rows + a.n_rows || c >= a.n_head_kv * D || pos < 0) return;
+    const i64 to = ((i64)(c / D) * (rows + a.n_rows) + j) * D + c % D;
     if (j < rows) {
         const i64 from = ((i64)(c / D) * rows + pos % rows) * D + c % D;
-        k_staged[to] = k_ring[from], v_staged[to] = v_ring[from];
+        a.k_staged[to] = a.k_ring[from];
+        a.v_staged[to] = a.v_ring[from];
     } else {
-        k_staged[to] = to_half_bits(k[(j - rows) * k_stride + c]), v_staged[to] = to_half_bits(v[(j - rows) * v_stride + c]);
+        a.k_staged[to] = to_half_bits(a.k[(j - rows) * a.k_stride + c]);
+        a.v_staged[to] = to_half_bits(a.v[(j - rows) * a.v_stride + c]);
     }
 }
 
 // Many rows before attention: q is turned in place, k too, or turned and stored in the cache with the values. A block a row; a thread turns the
 // same pair of several heads.
-extern "C" __global__ void __launch_bounds__(256) turn_rows(float* q, i64 q_stride, float* k, i64 k_stride, const float* v, i64 v_stride, f16* k_cache, f16* v_cache,
-        const int* state, const float* inv_freq, float mscale, int n_rot, int neox, int n_rows, int n_head, int n_head_kv, int rows) {
+struct TurnRowsArgs {
+    float* q; i64 q_stride; float* k; i64 k_stride; const float* v; i64 v_stride; f16 *k_cache, *v_cache; const int* state;
+    const float* inv_freq; float mscale; int n_rot, neox, n_rows, n_head, n_head_kv, rows;
+};
+extern "C" __global__ void __launch_bounds__(256, 6) turn_rows(const __grid_constant__ TurnRowsArgs args) {
     constexpr int PAIRS = D / 2, AT_ONCE = 256 / PAIRS;
     pdl_launch_dependents();
     pdl_wait();
-    const int t = blockIdx.x, pos = state[0] + t, j = threadIdx.x % PAIRS, half = n_rot / 2;
+    const int t = blockIdx.x, pos = args.state[0] + t, j = threadIdx.x % PAIRS, n_rot = args.n_rot, half = n_rot / 2, n_head = args.n_head;
     if (threadIdx.x >= AT_ONCE * PAIRS) return;
-    const bool store = k_cache && t < n_rows - state[4] && pos >= 0 && pos < rows, turns = j < half;
-    const float2 turn = turns ? rope_angle(pos, inv_freq[j], mscale) : make_float2(1.f, 0.f);
-    const int a = !turns ? n_rot + 2 * (j - half) : neox ? j : 2 * j, b = turns && neox ? j + half : a + 1;
+    const bool store = args.k_cache && t < args.n_rows - args.state[4] && pos >= 0 && pos < args.rows, turns = j < half;
+    const float2 turn = turns ? rope_angle(pos, args.inv_freq[j], args.mscale) : make_float2(1.f, 0.f);
+    const int a = !turns ? n_rot + 2 * (j - half) : args.neox ? j : 2 * j, b = turns && args.neox ? j + half : a + 1;
     #pragma unroll 4
-    for (int h = threadIdx.x / PAIRS; h < n_head + n_head_kv; h += AT_ONCE) {
-        float* x = h < n_head ? q + t * q_stride + h * D : k + t * k_stride + (h - n_head) * D;
+    for (int h = threadIdx.x / PAIRS; h < n_head + args.n_head_kv; h += AT_ONCE) {
+        float* x = h < n_head ? args.q + t * args.q_stride + h * D : args.k + t * args.k_stride + (h - n_head) * D;
         const float xa = x[a], xb = x[b], ya = xa * turn.x - xb * turn.y, yb = xb * turn.x + xa * turn.y;
-        if (h >= n_head && k_cache) {
+        if (h >= n_head && args.k_cache) {
             if (!store) continue;
-            f16* to = k_cache + ((i64)(h - n_head) * rows + pos) * D;
-            to[a] = to_half_bits(ya), to[b] = to_half_bits(yb);
-        } else if (turns) x[a] = ya, x[b] = yb;
+            f16* to = args.k_cache + ((i64)(h - n_head) * args.rows + pos) * D;
+            to[a] = to_half_bits(ya);
+            to[b] = to_half_bits(yb);
+        } else if (turns) {
+            x[a] = ya;
+            x[b] = yb;
+        }
     }
-    if (store) for (int h = threadIdx.x / PAIRS; h < n_head_kv; h += AT_ONCE) {
-        const float2 x = make_float2(v[t * v_stride + h * D + 2 * j], v[t * v_stride + h * D + 2 * j + 1]);
-        *(u32*)(v_cache + ((i64)h * rows + pos) * D + 2 * j) = pack_half2(x.x, x.y);
+    if (store) for (int h = threadIdx.x / PAIRS; h < args.n_head_kv; h += AT_ONCE) {
+        const float* x = args.v + t * args.v_stride + h * D + 2 * j;
+        *(u32*)(args.v_cache + ((i64)h * args.rows + pos) * D + 2 * j) = pack_half2(x[0], x[1]);
     }
 }
 
@@ -93,23 +107,31 @@ constexpr int LOAD = D % 32 ? 4 : 8, CHUNKS = D / (4 * LOAD);  // halves of a K 
 
 // Scores are K (16 positions x D) times Q^T (D x 8 heads) on the tensor cores, the output V^T (16 dims x positions) times P^T.
 // Blocks beyond the context leave at once; the last block of a head to finish adds the splits up in order.
-extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(const float* q, const float* k, const float* v, f16* k_cache, f16* v_cache,
-        const int* state, const float* sinks, float* out, float* partial, int* tickets, float scale, int n_head, int n_head_kv, int rows, int ring,
-        const float* inv_freq, float mscale, int n_rot, int neox) {
+struct AttendDecodeArgs {
+    const float *q, *k, *v; f16 *k_cache, *v_cache; const int* state; const float* sinks; float *out, *partial; int* tickets;
+    float scale; int n_head, n_head_kv, rows, ring;
+    const float* inv_freq; float mscale; int n_rot, neox;
+};
+extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(const __grid_constant__ AttendDecodeArgs args) {
     __shared__ float2 turns[D / 2];  // cosine and sine of each pair, when q and k still have to be turned
     __shared__ __align__(16) f16 vs[SPLIT * PAD];
     __shared__ __align__(16) f16 ps[HEADS][SPLIT + 8];
     __shared__ float ss[HEADS][SPLIT + 4], ms[HEADS], ls[HEADS];
     __shared__ int last;
     // All launches before the last one are done: the position and the older rows of the cache are there. Only q and the newest k and v are not.
-    const int kv = blockIdx.y, group = n_head / n_head_kv, head0 = kv * group + blockIdx.z * HEADS, heads = min(HEADS, group - (int)blockIdx.z * HEADS);
-    const int pos = state[0], row = cache_row(pos, rows, ring), n = ring ? min(pos + 1, rows) : pos + 1;
+    const float *q = args.q, *sinks = args.sinks;
+    float *out = args.out, *partial = args.partial;
+    const int n_head = args.n_head, rows = args.rows, neox = args.neox, n_rot = args.inv_freq ? args.n_rot : 0;
+    const int kv = blockIdx.y, group = n_head / args.n_head_kv, head0 = kv * group + blockIdx.z * HEADS, heads = min(HEADS, group - (int)blockIdx.z * HEADS);
+    const int pos = args.state[0], row = cache_row(pos, rows, args.ring), n = args.ring ? min(pos + 1, rows) : pos + 1;
     const int splits = (n + SPLIT - 1) / SPLIT, max_splits = (rows + SPLIT - 1) / SPLIT;
-    if (row < 0) { pdl_wait(); return; }
+    if (row < 0) {
+        pdl_wait();
+        return;
+    }
     if (blockIdx.x >= splits) return;
-    k_cache += (i64)kv * rows * D, v_cache += (i64)kv * rows * D;
-    if (!inv_freq) n_rot = 0;
-    for (int i = threadIdx.x; i < n_rot / 2; i += 128) turns[i] = rope_angle(pos, inv_freq[i], mscale);
+    f16 *k_cache = args.k_cache + (i64)kv * rows * D, *v_cache = args.v_cache + (i64)kv * rows * D;
+    for (int i = threadIdx.x; i < n_rot / 2; i += 128) turns[i] = rope_angle(pos, args.inv_freq[i], args.mscale);
     __syncthreads();
     float* ml = partial + (i64)n_head * max_splits * D;
     bool waiting = true;
@@ -120,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
         const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, begin = split * SPLIT;
 
         // The newest row, when it is given, is taken from k and v, and stored in the cache on the way: everything else is asked for before.
-        const int fresh = k && row / SPLIT == split ? row : -1;
+        const int fresh = args.k && row / SPLIT == split ? row : -1;
         for (int i = tid; i < SPLIT * D / 8; i += 128) {
             const int r = begin + i / (D / 8), c = i % (D / 8) * 8;
             f16* to = &vs[(r - begin) * PAD + c];
@@ -142,12 +164,16 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                     keys[m][h][c] = r < n && r != fresh ? *(const Keys*)(from + c * 4 * LOAD) : Keys{};
                 }
             }
-        if (waiting) { pdl_wait(); pdl_launch_dependents(); waiting = false; }
+        if (waiting) {
+            pdl_wait();
+            pdl_launch_dependents();
+            waiting = false;
+        }
         if (fresh >= 0) {
             copy_wait<0>();         // a thread's own copies: none may come after what is written here
             __syncthreads();
             for (int c = tid * 8; c < D; c += 128 * 8) {
-                const float* x = v + kv * D + c;
+                const float* x = args.v + kv * D + c;
                 *(uint4*)(v_cache + (i64)fresh * D + c) = *(uint4*)&vs[(fresh - begin) * PAD + c] =
                     make_uint4(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]), pack_half2(x[4], x[5]), pack_half2(x[6], x[7]));
             }
@@ -161,8 +187,9 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                         Keys& x = keys[m][h][c];
                         #pragma unroll
                         for (int i = 0; i < LOAD / 4; i++) {
-                            const float4 y = turned(k + kv * D, c * 4 * LOAD + t * LOAD + 4 * i, turns, n_rot, neox);
-                            x.pair[2 * i] = pack_half2(y.x, y.y), x.pair[2 * i + 1] = pack_half2(y.z, y.w);
+                            const float4 y = turned(args.k + kv * D, c * 4 * LOAD + t * LOAD + 4 * i, turns, n_rot, neox);
+                            x.pair[2 * i] = pack_half2(y.x, y.y);
+                            x.pair[2 * i + 1] = pack_half2(y.z, y.w);
                         }
                         *(Keys*)(k_cache + (i64)fresh * D + t * LOAD + c * 4 * LOAD) = x;
                     }
@@ -175,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
             for (int s = 0; s < LOAD / 4; s++) {
                 float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
                 if (g < heads) x = turned(q + (head0 + g) * D, c * 4 * LOAD + t * LOAD + s * 4, turns, n_rot, neox);
-                x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
+                x = make_float4(x.x * args.scale, x.y * args.scale, x.z * args.scale, x.w * args.scale);
                 const u32 b0 = pack_half2(x.x, x.y), b1 = pack_half2(x.z, x.w), r0 = pack_rest(x.x, x.y, b0), r1 = pack_rest(x.z, x.w, b1);
                 #pragma unroll
                 for (int m = 0; m < 2; m++) {
@@ -196,7 +223,10 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
         for (int h = warp; h < HEADS; h += 4) {
             float x[SPLIT / 32], m = NEG_INF, l = 0.f;
             #pragma unroll
-            for (int i = 0; i < SPLIT / 32; i++) x[i] = ss[h][i * 32 + lane], m = fmaxf(m, x[i]);
+            for (int i = 0; i < SPLIT / 32; i++) {
+                x[i] = ss[h][i * 32 + lane];
+                m = fmaxf(m, x[i]);
+            }
             m = warp_max(m);
             #pragma unroll
             for (int i = 0; i < SPLIT / 32; i++) {
@@ -205,7 +235,10 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
                 ps[h][i * 32 + lane] = to_half_bits(p);
             }
             l = warp_sum(l);
-            if (lane == 0) ms[h] = m, ls[h] = l;
+            if (lane == 0) {
+                ms[h] = m;
+                ls[h] = l;
+            }
         }
         copy_wait<0>();
         __syncthreads();
@@ -238,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
     const int tid = threadIdx.x;
     __threadfence();
     __syncthreads();
-    int* ticket = tickets + kv * gridDim.z + blockIdx.z;
+    int* ticket = args.tickets + kv * gridDim.z + blockIdx.z;
     delay();
     if (tid == 0) last = atomicAdd(ticket, 1) == min(splits, (int)gridDim.x) - 1;
     __syncthreads();
@@ -258,16 +291,20 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const int s = min(s0 + j, splits - 1);
-                y[j] = __ldcg(mli + s), x[j] = __ldcg((const float4*)(from + (i64)s * D));
+                y[j] = __ldcg(mli + s);
+                x[j] = __ldcg((const float4*)(from + (i64)s * D));
             }
             #pragma unroll
             for (int j = 0; j < 8; j++) top = fmaxf(top, y[j].x);
             const float keep = exp2f(m - top);
-            m = top, l *= keep, o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
+            m = top;
+            l *= keep;
+            o = make_float4(o.x * keep, o.y * keep, o.z * keep, o.w * keep);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const float w = s0 + j < splits ? exp2f(y[j].x - m) : 0.f;
-                l += w * y[j].y, o.x += w * x[j].x, o.y += w * x[j].y, o.z += w * x[j].z, o.w += w * x[j].w;
+                l += w * y[j].y;
+                o = make_float4(o.x + w * x[j].x, o.y + w * x[j].y, o.z + w * x[j].z, o.w + w * x[j].w);
             }
         }
         const float r = 1.f / l;
@@ -289,17 +326,20 @@ __device__ __forceinline__ void load_kv_tile(f16* to, const f16* from, int first
 
 // Softmax over the keys so far, tile by tile, with a running maximum m and sum l. Tiles lie at absolute positions: what a row sees does
 // not depend on the chunk it came with. k, v: (n_head_kv, kv_rows, D), row r is position base + r; base is pos - window in a staged layer.
-extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill(const float* q, i64 q_stride, const f16* k, const f16* v, const int* state,
-        const float* sinks, float* out, i64 out_stride, float scale, int n_rows, int n_head, int n_head_kv, int kv_rows, int window) {
+struct AttendPrefillArgs {
+    const float* q; i64 q_stride; const f16 *k, *v; const int* state; const float* sinks; float* out; i64 out_stride;
+    float scale; int n_rows, n_head, n_head_kv, kv_rows, window;
+};
+extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill(const __grid_constant__ AttendPrefillArgs args) {
     __shared__ __align__(16) f16 ks[TILE * PAD];
     __shared__ __align__(16) f16 vs[TILE * PAD];
     pdl_launch_dependents();
     pdl_wait();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, head = blockIdx.y;
-    const int pos0 = state[0], base = window ? pos0 - window : 0, end = min(pos0 + n_rows - state[4], base + kv_rows), tile = (end - 1) / TILE - blockIdx.x;
+    const int window = args.window, pos0 = args.state[0], base = window ? pos0 - window : 0, end = min(pos0 + args.n_rows - args.state[4], base + args.kv_rows), tile = (end - 1) / TILE - blockIdx.x;
     if (pos0 < 0 || end <= pos0 || tile < pos0 / TILE) return;
-    const i64 of_head = (i64)(head / (n_head / n_head_kv)) * kv_rows * D;
-    k += of_head, v += of_head;
+    const i64 of_head = (i64)(head / (args.n_head / args.n_head_kv)) * args.kv_rows * D;
+    const f16 *k = args.k + of_head, *v = args.v + of_head;
     const int lo = max(base, 0), first = window ? max(tile * TILE - window + 1, 0) / TILE : 0;
     load_kv_tile(ks, k, first * TILE, base, lo, end);
 
@@ -311,8 +351,8 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
         for (int e = 0; e < 4; e++) {
             float2 x = make_float2(0.f, 0.f);
             const int r = row[e & 1];
-            if (r >= pos0 && r < end) x = *(const float2*)(q + (r - pos0) * q_stride + head * D + s * 16 + (e >> 1) * 8 + 2 * t);
-            x.x *= scale, x.y *= scale;
+            if (r >= pos0 && r < end) x = *(const float2*)(args.q + (r - pos0) * args.q_stride + head * D + s * 16 + (e >> 1) * 8 + 2 * t);
+            x = make_float2(x.x * args.scale, x.y * args.scale);
             qh[s][e] = pack_half2(x.x, x.y);
             ql[s][e] = pack_rest(x.x, x.y, qh[s][e]);
         }
@@ -355,12 +395,16 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
             m[h] = top;
             #pragma unroll
             for (int j = 0; j < TILE / 8; j++) {
-                s[j][2 * h] = exp2f(s[j][2 * h] - ref), s[j][2 * h + 1] = exp2f(s[j][2 * h + 1] - ref);
+                s[j][2 * h] = exp2f(s[j][2 * h] - ref);
+                s[j][2 * h + 1] = exp2f(s[j][2 * h + 1] - ref);
                 sum += s[j][2 * h] + s[j][2 * h + 1];
             }
             l[h] = l[h] * keep + sum;
             #pragma unroll
-            for (int j = 0; j < D / 8; j++) o[j][2 * h] *= keep, o[j][2 * h + 1] *= keep;
+            for (int j = 0; j < D / 8; j++) {
+                o[j][2 * h] *= keep;
+                o[j][2 * h + 1] *= keep;
+            }
         }
         if (kt < tile) copy_wait<1>(); else copy_wait<0>();
         __syncthreads();  // the values are here
@@ -381,10 +425,10 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 3 : 2) attend_prefill
     for (int h = 0; h < 2; h++) {
         l[h] += __shfl_xor_sync(~0u, l[h], 1);
         l[h] += __shfl_xor_sync(~0u, l[h], 2);
-        const float sink = sinks ? sinks[head] * LOG2E : NEG_INF, top = fmaxf(m[h], sink), r = exp2f(m[h] - top);
+        const float sink = args.sinks ? args.sinks[head] * LOG2E : NEG_INF, top = fmaxf(m[h], sink), r = exp2f(m[h] - top);
         const float norm = r / (l[h] * r + exp2f(sink - top));
         if (row[h] < pos0 || row[h] >= end) continue;
-        float* to = out + (row[h] - pos0) * out_stride + head * D + 2 * t;
+        float* to = args.out + (row[h] - pos0) * args.out_stride + head * D + 2 * t;
         #pragma unroll
         for (int j = 0; j < D / 8; j++) *(float2*)(to + j * 8) = make_float2(o[j][2 * h] * norm, o[j][2 * h + 1] * norm);
     }

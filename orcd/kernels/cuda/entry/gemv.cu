@@ -1,5 +1,6 @@
 #include "types/lane_fragment.cu"
 #include "math/input_prologue.cu"
+#include "math/swiglu.cu"
 #include "copy/bulk_pipeline.cu"
 #include "math/topk_router.cu"
 #ifndef WARPS
@@ -10,6 +11,25 @@
 #define RESIDENT 3
 #endif
 
+// Up to three matrices that read the same vector, or those that one result is made of. blockIdx.y is the row of out.
+struct GemvArgs {
+    const u8* w[3]; float* out[3]; const float* bias[3]; i64 ldo[3];
+    int n_out[3], blocks[3];            // rows of a matrix, and how many of the launch's blocks it has
+    int second;                         // bit i: matrix i is of the second type
+    int n_in;
+    const float *x, *norm; i64 ldx; float eps;
+    int per;                            // rows of out that share a row of x
+    const float* residual; i64 ldr;     // added to the first matrix's result
+    int parts, depth, span;             // warps that share a tile; pieces in a ring, units in a piece
+    int clamped;                        // gpt-oss's activation
+    const float* logits;                // of a router, or
+    const int* ids;                     // which expert a row of out takes
+    int n_expert, n_used;
+    int settled;                        // the logits were there before the launch before this one began
+};
+struct Matrix { const u8* w; float* out; const float* bias; i64 ldo; int n_out, blocks; };
+__device__ __forceinline__ Matrix matrix(const GemvArgs& a, int i) { return {a.w[i], a.out[i], a.bias[i], a.ldo[i], a.n_out[i], a.blocks[i]}; }
+
 // The vector in shared memory, for the tensor cores: x = hi + lo in halves, 22 bits, with a power of two for every block of 32.
 // A block's 128 bytes are 16 for each of four lanes of hi, then of lo: the pairs that the lane's weights meet.
 struct Vector {
@@ -19,9 +39,10 @@ struct Vector {
 };
 __device__ __forceinline__ int padded_blocks(int n) { return (n + 255) / 256 * 8; }        // whole K blocks, and whole warps in `prepare`
 
-// From `rows` rows of x, ldx apart. Returns this thread's part of the sum of squares.
-template<int T, bool MANY>
-__device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const InputPrologue& src, int rows, long long ldx, int n) {
+// From `rows` rows of x, ldx apart. Returns this thread's part of the sum of squares. NORMED: does src have weights of a norm? A version for
+// each, so that no branch stands between the loads.
+template<int T, bool MANY, bool NORMED>
+__device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const InputPrologue& src, int rows, i64 ldx, int n) {
     constexpr int AT_ONCE = 2;                                  // whose loads are on their way together
     const int blocks = padded_blocks(n), each = 4 * blocks, items = rows * each;
     float square = 0;
@@ -32,7 +53,7 @@ __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Inp
         for (int i = 0; i < AT_ONCE; i++) {
             const int item = from + 32 * WARPS * i, row = MANY ? item / each : 0, at = 32 * ((item - row * each) / 4) + 4 * (item & 3);
             if (item < items && at < n) {
-                const InputPrologue one(src.x, src.w, row, ldx, src.eps);
+                const InputPrologue one(src.x, NORMED ? src.w : nullptr, row, ldx, src.eps);
                 one.four(x[i], at, square); one.four(x[i] + 4, at + 16, square);
             } else for (int k = 0; k < 8; k++) x[i][k] = 0;
         }
@@ -98,46 +119,52 @@ __device__ __forceinline__ void multiply(float (&acc)[2], const LaneFragment<T>&
 // What is made of the products of a row: the product itself; silu(gate) * up of two matrices; the weighted sum over at most four experts
 enum { PRODUCT = 0, GATED = 1, MIX = 2 };
 
-struct Segment { const u8* w; float* out; const float* bias; int n_out; long long ldo; };
-
-// Rows of one matrix (or of the `terms` that one result is made of). `parts` of the block's warps share a tile of 16 rows: each takes a run of
-// its units, in pieces of `span` units. Pieces are asked for `depth` ahead, before the vector is there: weights never change.
+// Rows of matrix m (or of the `terms` that one result is made of), of which this is block `block`. `parts` of the block's warps share a tile of 16
+// rows: each takes a run of its units, in pieces of `span` units. Pieces are asked for `depth` ahead, before the vector is there: weights never change.
 template<int T, int MODE>
-__device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, const float* norm, long long ldx, float eps, int n_in, const float* residual, long long ldr,
-    int block, int blocks, int parts, int depth, int span, bool clamped, int row, int per, const float* logits, const int* ids, int n_expert, int n_used, bool settled) {
+__device__ __forceinline__ void gemv(const GemvArgs& a, const Matrix& m, int block) {
     extern __shared__ __align__(16) u8 shared[];
     constexpr int MAX_TERMS = MODE == MIX ? 4 : MODE == GATED ? 2 : 1;
     constexpr bool ASK_FIRST = T == MXFP4;      // for the next piece, before the last products of this one; after them the wait for its loads is over anyway
-    const int terms = MODE == MIX ? n_used : MAX_TERMS;
+    const int n_in = a.n_in, n_out = m.n_out, parts = a.parts, depth = a.depth, span = a.span, row = blockIdx.y;
+    const int terms = MODE == MIX ? a.n_used : MAX_TERMS;
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), part = warp % parts, n_blocks = padded_blocks(n_in), vectors = MODE == MIX ? terms : 1;
     // shared memory: zeros, sums of squares, two sets of sums (warps x terms x 16 rows), vectors, rings
     u8* zero = shared;
     float *squares = (float*)(shared + 1024), *sums = squares + 16;
     u8* vector = (u8*)(sums + 2 * WARPS * MAX_TERMS * 16);
     const int vector_bytes = 144 * n_blocks;
-    const Planes<T> p(s[0].w, n_in);
+    const Planes<T> p(m.w, n_in);
     constexpr int UNIT = 16 * p.PER * p.SIZE;
-    const int units = p.units(), tiles = (s[0].n_out + 15) / 16, stride = blocks * (WARPS / parts), begin = part * units / parts, end = (part + 1) * units / parts;
-    const long long tile_bytes = 16ll * p.SIZE * p.blocks, matrix = tiles * tile_bytes;         // matrix: of one expert
+    const int units = p.units(), tiles = (n_out + 15) / 16, stride = m.blocks * (WARPS / parts), begin = part * units / parts, end = (part + 1) * units / parts;
+    const i64 tile_bytes = 16ll * p.SIZE * p.blocks, matrix = tiles * tile_bytes;         // matrix: of one expert
     BulkPipeline ring(vector + vectors * vector_bytes + warp * (depth * span * UNIT + 64), span * UNIT, depth, lane);
     if (threadIdx.x < 256) ((u32*)zero)[threadIdx.x] = 0;
 
     int id = 0;
     float weight = 1;
-    if (MODE == PRODUCT && ids) { pdl_wait(); id = ids[row]; if (id < 0 || id >= n_expert) return; }
-    if (MODE != PRODUCT && logits) {
-        if (!settled) pdl_wait();
-        top_experts(logits + (MODE == MIX ? row : row / n_used) * n_expert, n_expert, n_used, id, weight);
-        if (MODE != MIX) id = __shfl_sync(~0u, id, row % n_used);
+    if (MODE == PRODUCT && a.ids) {
+        pdl_wait();
+        id = a.ids[row];
+        if (id < 0 || id >= a.n_expert) return;
+    }
+    if (MODE != PRODUCT && a.logits) {
+        if (!a.settled) pdl_wait();
+        top_experts(a.logits + (MODE == MIX ? row : row / a.n_used) * a.n_expert, a.n_expert, a.n_used, id, weight);
+        if (MODE != MIX) id = __shfl_sync(~0u, id, row % a.n_used);
     }
     auto expert = [&](int term) { return MODE == MIX ? __shfl_sync(~0u, id, term) : id; };
-    const long long other = MODE == GATED ? s[1].w - s[0].w : 0;
+    const i64 other = MODE == GATED ? a.w[1] - a.w[0] : 0;
     // A run of units of one tile and term, and the pieces of it that are still to come
     struct Run { int tile, term, unit; const u8* at; };
-    auto start = [&](Run& r) { r.unit = begin; r.at = p.w + r.tile * tile_bytes + begin * UNIT + (r.term ? other : 0) + expert(r.term) * matrix; };
+    auto start = [&](Run& r) {
+        r.unit = begin;
+        r.at = p.w + r.tile * tile_bytes + begin * UNIT + (r.term ? other : 0) + expert(r.term) * matrix;
+    };
     auto bytes = [&](const Run& r) { return 16 * p.SIZE * min(span * p.PER, min(end * p.PER, p.blocks) - r.unit * p.PER); };
     auto next = [&](Run& r) {
-        r.unit += span; r.at += span * UNIT;
+        r.unit += span;
+        r.at += span * UNIT;
         if (r.unit < end) return;
         if (++r.term == terms) { r.term = 0; r.tile += stride; }
         start(r);
@@ -150,25 +177,27 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
 #pragma unroll 1
     for (int i = 0; i < depth; i++) ask();
 
-    auto writes = [&](int tile) { return !part && lane < 16 && 16 * tile + lane < s[0].n_out; };
+    auto writes = [&](int tile) { return !part && lane < 16 && 16 * tile + lane < n_out; };
     float bias[MAX_TERMS], old = 0;
     auto fetch = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < MAX_TERMS; i++) {
             bias[i] = 0;
             if (i >= terms) continue;
-            const float* b = MODE == GATED && i == 1 ? s[1].bias : s[0].bias;
+            const float* b = MODE == GATED && i == 1 ? a.bias[1] : m.bias;
             const int e = expert(i);
-            if (b && writes(tile)) bias[i] = b[e * s[0].n_out + 16 * tile + lane];
+            if (b && writes(tile)) bias[i] = b[e * n_out + 16 * tile + lane];
         }
     };
     fetch(first);
     pdl_wait();
     pdl_launch_dependents();           // so that all that was launched before the last launch is done when the next one starts
-    const InputPrologue src(x, norm, MODE == MIX ? row * terms : row / per, ldx, eps);
-    const float square = warp_sum(prepare<T, MODE == MIX>(vector, vector_bytes, src, vectors, ldx, n_in));
+    const InputPrologue src(a.x, a.norm, MODE == MIX ? row * terms : row / a.per, a.ldx, a.eps);
+    float square = a.norm ? prepare<T, MODE == MIX, true>(vector, vector_bytes, src, vectors, a.ldx, n_in)
+        : prepare<T, MODE == MIX, false>(vector, vector_bytes, src, vectors, a.ldx, n_in);
+    square = warp_sum(square);
     if (lane == 0) squares[warp] = square;
-    auto fetch_old = [&](int tile) { if (residual && writes(tile)) old = residual[row * ldr + 16 * tile + lane]; };
+    auto fetch_old = [&](int tile) { if (a.residual && writes(tile)) old = a.residual[row * a.ldr + 16 * tile + lane]; };
     fetch_old(first);
     __syncthreads();
     const float factor = src.factor(squares, WARPS, n_in);
@@ -220,43 +249,40 @@ __device__ __forceinline__ void gemv(const Segment (&s)[2], const float* x, cons
             y[i] = fmaf(y[i], factor, bias[i]);
         }
         float out = y[0];
-        if (MODE == GATED) {
-            float a = y[0], b = y[MAX_TERMS - 1];
-            if (clamped) { a = a > 7.f ? 7.f : a; b = (b > 7.f ? 7.f : b < -7.f ? -7.f : b) + 1.f; }       // gpt-oss's variant
-            out = a / (1.f + expf(clamped ? -1.702f * a : -a)) * b;
-        }
+        if (MODE == GATED) out = activation(y[0], y[MAX_TERMS - 1], a.clamped);
         if (MODE == MIX) {
             out = 0;
 #pragma unroll
             for (int i = 0; i < MAX_TERMS; i++) if (i < terms) out = fmaf(__shfl_sync(~0u, weight, i), y[i], out);
         }
-        if (write) s[0].out[row * s[0].ldo + 16 * tile + lane] = out + old;
+        if (write) m.out[row * m.ldo + 16 * tile + lane] = out + old;
         turn ^= 1;
-        if (tile + stride - warp / parts < tiles) { fetch(tile + stride); fetch_old(tile + stride); }
+        if (tile + stride - warp / parts < tiles) {
+            fetch(tile + stride);
+            fetch_old(tile + stride);
+        }
     }
 }
 
-// gemv: up to three matrices that read the same vector; matrix i has b_i of the launch's blocks, bit i of `second` says that it is of type B.
-// gated: gate and up. mix: a token's experts, weighted. blockIdx.y is the row of out.
-// settled: the router's logits were there before the launch before this one began.
-#define ARGUMENTS const u8* w0, const u8* w1, const u8* w2, \
-    float* out0, float* out1, float* out2, const float* bias0, const float* bias1, const float* bias2, int n0, int n1, int n2, int b0, int b1, int b2, \
-    long long ldo0, long long ldo1, long long ldo2, const float* residual, long long ldr, int n_in, int parts, int depth, int span, int second, int clamped, \
-    const float* x, const float* norm, long long ldx, float eps, int per, const float* logits, const int* ids, int n_expert, int n_used, int settled
-#define CALL(T, MODE) gemv<T, MODE>(m, x, norm, ldx, eps, n_in, residual, ldr, block, blocks, parts, depth, span, clamped, blockIdx.y, per, logits, ids, n_expert, n_used, settled)
-#define KERNEL(name, A, B) extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) gemv_##name(ARGUMENTS) { \
-    int block = blockIdx.x, blocks = b0, i = 0; \
-    Segment m[2] = {{w0, out0, bias0, n0, ldo0}, {w1, out1, bias1, n1, ldo1}}; \
-    if (block >= b0) { block -= b0; blocks = b1; i = 1; m[0] = m[1]; } \
-    if (i && block >= b1) { block -= b1; blocks = b2; i = 2; m[0] = {w2, out2, bias2, n2, ldo2}; } \
-    if (A == B || !(second >> i & 1)) CALL(A, PRODUCT); else CALL(B, PRODUCT); }
-#define JOINT(name, MODE, T) extern "C" __global__ void __launch_bounds__(32 * WARPS, (MODE == MIX && is_k<T>() ? 1 : RESIDENT)) name(ARGUMENTS) { \
-    const int block = blockIdx.x, blocks = b0; \
-    const Segment m[2] = {{w0, out0, bias0, n0, ldo0}, {w1, out1, bias1, n1, ldo1}}; \
-    CALL(T, MODE); }
-#define EACH(name, T) KERNEL(name, T, T) JOINT(gated_##name, GATED, T) JOINT(mix_##name, MIX, T)
+// Each matrix with its blocks, of type A or B
+template<int A, int B> __device__ __forceinline__ void products(const GemvArgs& a) {
+    int i = 0, block = blockIdx.x;
+    Matrix m = matrix(a, 0);
+    if (block >= a.blocks[0]) { block -= a.blocks[0]; i = 1; m = matrix(a, 1); }
+    if (i && block >= a.blocks[1]) { block -= a.blocks[1]; i = 2; m = matrix(a, 2); }
+    if (A == B || !(a.second >> i & 1)) gemv<A, PRODUCT>(a, m, block);
+    else gemv<B, PRODUCT>(a, m, block);
+}
+// gemv: up to three matrices. gated: gate and up. mix: a token's experts, weighted.
+#define PRODUCTS(name, A, B) \
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) gemv_##name(const __grid_constant__ GemvArgs a) { products<A, B>(a); }
+#define JOINT(name, MODE, T) \
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MODE == MIX && is_k<T>() ? 1 : RESIDENT) name(const __grid_constant__ GemvArgs a) { \
+    gemv<T, MODE>(a, matrix(a, 0), blockIdx.x); \
+}
+#define EACH(name, T) PRODUCTS(name, T, T) JOINT(gated_##name, GATED, T) JOINT(mix_##name, MIX, T)
 #ifdef SECOND_TYPE
-KERNEL(mixed, ONLY_TYPE, SECOND_TYPE)
+PRODUCTS(mixed, ONLY_TYPE, SECOND_TYPE)
 #else
 EACH_QUANT(EACH)
 #endif

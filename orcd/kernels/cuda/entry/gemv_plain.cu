@@ -8,44 +8,70 @@ template<int T> __device__ __forceinline__ float4 four_of(const u8* w, int i) { 
     if (T == F16) return {half_bits(v.x), half_bits(v.x >> 16), half_bits(v.y), half_bits(v.y >> 16)};
     return {__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000), __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xFFFF0000)};
 }
-template<int T> __device__ __forceinline__ void plain(const u8* w, const InputPrologue& src, float* out, const float* bias, const float* residual, int n) {
-    __shared__ float part[8], squares[8];
+struct GemvPlainArgs {
+    const u8* w; float* out; const float* bias; int n_out; i64 ldo; const float* residual; i64 ldr; int n_in;
+    const float *x, *norm; i64 ldx; float eps;
+    int per;            // rows of out that share a row of x
+    const int* ids;     // which expert a row of out takes
+    int n_expert;
+};
+// This thread's part of the product of a row with the vector, and of the vector's sum of squares. NORMED: does src have weights of a norm?
+template<int T, bool NORMED> __device__ __forceinline__ void dot(const u8* w, InputPrologue src, int n, float& sum, float& square) {
+    if (!NORMED) src.w = nullptr;
     constexpr int AHEAD = 4;                            // times four weights that are on their way before x is there
-    float sum = 0, square = 0;
     if (n % 4 == 0) {
-        float4 a[AHEAD];
+        float4 ahead[AHEAD];
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) { const int i = 4 * (threadIdx.x + 256 * k); if (i < n) a[k] = four_of<T>(w, i); }
-        pdl_wait(); pdl_launch_dependents();
-        auto add = [&](float4 a, int i) {
+        for (int k = 0; k < AHEAD; k++) {
+            const int i = 4 * (threadIdx.x + 256 * k);
+            if (i < n) ahead[k] = four_of<T>(w, i);
+        }
+        pdl_wait();
+        pdl_launch_dependents();
+        auto add = [&](float4 v, int i) {
             float x[4];
             src.four(x, i, square);
-            sum = fmaf(a.x, x[0], sum); sum = fmaf(a.y, x[1], sum); sum = fmaf(a.z, x[2], sum); sum = fmaf(a.w, x[3], sum);
+            sum = fmaf(v.x, x[0], sum);
+            sum = fmaf(v.y, x[1], sum);
+            sum = fmaf(v.z, x[2], sum);
+            sum = fmaf(v.w, x[3], sum);
         };
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) { const int i = 4 * (threadIdx.x + 256 * k); if (i < n) add(a[k], i); }
+        for (int k = 0; k < AHEAD; k++) {
+            const int i = 4 * (threadIdx.x + 256 * k);
+            if (i < n) add(ahead[k], i);
+        }
         for (int i = 4 * (threadIdx.x + 256 * AHEAD); i < n; i += 4 * 256) add(four_of<T>(w, i), i);
     } else {
-        pdl_wait(); pdl_launch_dependents();
+        pdl_wait();
+        pdl_launch_dependents();
         for (int i = threadIdx.x; i < n; i += 256) sum = fmaf(Type<T>::at(w, i), src.one(i, square), sum);
     }
-    sum = warp_sum(sum); square = warp_sum(square);
-    if ((threadIdx.x & 31) == 0) { part[threadIdx.x / 32] = sum; squares[threadIdx.x / 32] = square; }
+}
+template<int T> __device__ __forceinline__ void plain(const GemvPlainArgs& a) {
+    __shared__ float part[8], squares[8];
+    if (a.ids) pdl_wait();
+    const int slot = blockIdx.y, o = blockIdx.x, expert = a.ids ? a.ids[slot] : 0;
+    if (expert < 0 || expert >= a.n_expert) return;
+    const i64 row = (i64)expert * a.n_out + o;
+    const u8* w = a.w + row * a.n_in * Type<T>::s;
+    const InputPrologue src(a.x, a.norm, slot / a.per, a.ldx, a.eps);
+    float sum = 0, square = 0;
+    if (a.norm) dot<T, true>(w, src, a.n_in, sum, square);
+    else dot<T, false>(w, src, a.n_in, sum, square);
+    sum = warp_sum(sum);
+    square = warp_sum(square);
+    if ((threadIdx.x & 31) == 0) {
+        part[threadIdx.x / 32] = sum;
+        squares[threadIdx.x / 32] = square;
+    }
     __syncthreads();
     if (threadIdx.x) return;
     for (int i = 1; i < 8; i++) sum += part[i];
-    sum *= src.factor(squares, 8, n);
-    if (bias) sum += *bias;
-    if (residual) sum += *residual;
-    *out = sum;
+    sum *= src.factor(squares, 8, a.n_in);
+    if (a.bias) sum += a.bias[row];
+    if (a.residual) sum += a.residual[slot * a.ldr + o];
+    a.out[slot * a.ldo + o] = sum;
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) gemv_##name(const u8* w, float* out, const float* bias, int n_out, \
-    long long ldo, const float* residual, long long ldr, int n_in, const float* x, const float* norm, long long ldx, float eps, int per, \
-    const int* ids, int n_expert) { \
-    if (ids) pdl_wait(); \
-    const int slot = blockIdx.y, o = blockIdx.x, expert = ids ? ids[slot] : 0; \
-    if (expert < 0 || expert >= n_expert) return; \
-    const long long row = (long long)expert * n_out + o; \
-    plain<T>(w + row * n_in * Type<T>::s, InputPrologue(x, norm, slot / per, ldx, eps), out + slot * ldo + o, \
-        bias ? bias + row : nullptr, residual ? residual + slot * ldr + o : nullptr, n_in); }
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) gemv_##name(const __grid_constant__ GemvPlainArgs a) { plain<T>(a); }
 EACH_PLAIN(KERNEL)

@@ -94,37 +94,59 @@ __device__ u64 philox(u64 seed, u64 step) {
     return c0 | (u64)c1 << 32;
 }
 
-// One thread: the token is `id`. (id, log probability) goes to the ring in one 8-byte store.
-__device__ void emit(int id, const float* logits, Header* h, int* state, u32* seen, u64* ring, int ring_size) {
-    const float x = logits[id], logprob = (x == h->raw_max || !(x > NEG_INF) ? 0.f : x - h->raw_max) - h->log_sum;
-    seen[id >> 5] |= 1u << (id & 31);
-    const int step = state[2];
-    state[0] += 1, state[1] = id, state[2] = step + 1, h->drawn = 1;
-    *(volatile u64*)(ring + step % ring_size) = (u32)id | (u64)__float_as_uint(logprob) << 32;
+// Forget a job: the tokens seen and every ticket
+struct SampleResetArgs { Header* workspace; u32* seen; int n_words; };
+extern "C" __global__ void sample_reset(const __grid_constant__ SampleResetArgs a) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < a.n_words; i += gridDim.x * blockDim.x) a.seen[i] = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        Header* h = a.workspace;
+        h->ticket = 0;
+        h->drawn = 0;
+        h->n_valid = 0;
+    }
 }
 
-// Forget a job: the tokens seen and every ticket
-extern "C" __global__ void sample_reset(Header* h, u32* seen, int n_words) {
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n_words; i += gridDim.x * blockDim.x) seen[i] = 0;
-    if (blockIdx.x == 0 && threadIdx.x == 0) h->ticket = 0, h->drawn = 0, h->n_valid = 0;
+// What the five kernels of a draw take. level: of the second and third histogram, in its launch alone
+struct SampleArgs {
+    const float* logits; const Params* params; Header* workspace; int* state; u32* seen; u64* ring;
+    int ring_size, n_vocab, level;
+};
+
+// One thread: the token is `id`. (id, log probability) goes to the ring in one 8-byte store.
+__device__ void emit(int id, const SampleArgs& a) {
+    Header* h = a.workspace;
+    const float x = a.logits[id], logprob = (x == h->raw_max || !(x > NEG_INF) ? 0.f : x - h->raw_max) - h->log_sum;
+    a.seen[id >> 5] |= 1u << (id & 31);
+    const int step = a.state[2];
+    a.state[0] += 1;
+    a.state[1] = id;
+    a.state[2] = step + 1;
+    h->drawn = 1;
+    *(volatile u64*)(a.ring + step % a.ring_size) = (u32)id | (u64)__float_as_uint(logprob) << 32;
 }
 
 // 1: temperature and repetition penalty; the largest; log-sum-exp. Draws at once when the temperature is 0.
-extern "C" __global__ void __launch_bounds__(THREADS) sample_prepare(const float* logits, const Params* params, Header* h, int* state, u32* seen,
-                                                                     u64* ring, int ring_size, int n_vocab) {
+extern "C" __global__ void __launch_bounds__(THREADS) sample_prepare(const __grid_constant__ SampleArgs a) {
     pdl_launch_dependents();
     pdl_wait();
-    const int tid = threadIdx.x;
+    Header* h = a.workspace;
+    const int tid = threadIdx.x, n_vocab = a.n_vocab;
     float raw[CHUNK / THREADS], max = NEG_INF, sum = 0.f;
     #pragma unroll
     for (int i = 0; i < CHUNK / THREADS; i++) {
         const int id = blockIdx.x * CHUNK + i * THREADS + tid;
-        raw[i] = id < n_vocab ? logits[id] : NEG_INF;
+        raw[i] = id < n_vocab ? a.logits[id] : NEG_INF;
     }
-    const Params p = *params;
+    const Params p = *a.params;
     const int n_valid = min(p.n_valid, n_vocab);
-    if (state[3]) { if (blockIdx.x == 0 && tid == 0) h->drawn = 1; return; }  // the job is over
-    for (int i = blockIdx.x * THREADS + tid; i < 3 * BINS; i += gridDim.x * THREADS) h->mass[0][i] = 0, h->count[0][i] = 0;
+    if (a.state[3]) {  // the job is over
+        if (blockIdx.x == 0 && tid == 0) h->drawn = 1;
+        return;
+    }
+    for (int i = blockIdx.x * THREADS + tid; i < 3 * BINS; i += gridDim.x * THREADS) {
+        h->mass[0][i] = 0;
+        h->count[0][i] = 0;
+    }
     float* l_out = adjusted(h, gridDim.x);
     u64 best = 0;
     #pragma unroll
@@ -134,17 +156,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_prepare(const float
         max = fmaxf(max, raw[i]);
         if (id >= n_valid) continue;
         float l = p.temperature == 0.f ? raw[i] : __fdiv_rn(raw[i], p.temperature);
-        if (p.penalty != 1.f && seen[id >> 5] >> (id & 31) & 1) l = l > 0.f ? __fdiv_rn(l, p.penalty) : __fmul_rn(l, p.penalty);
+        if (p.penalty != 1.f && a.seen[id >> 5] >> (id & 31) & 1) l = l > 0.f ? __fdiv_rn(l, p.penalty) : __fmul_rn(l, p.penalty);
         l = __fadd_rn(l, 0.f);  // -0 is 0
         l_out[id] = l;
         const u64 key = (u64)to_key(l) << 32 | ~(u32)id;  // larger is better, of equals the lower id
         best = key > best ? key : best;
     }
-    best = block_best(best), max = block_max(max);
+    best = block_best(best);
+    max = block_max(max);
     for (int i = 0; i < CHUNK / THREADS; i++)
         if (blockIdx.x * CHUNK + i * THREADS + tid < n_valid) sum += raw[i] == max ? 1.f : expf(raw[i] - max);
     sum = block_sum(sum);
-    if (tid == 0) { Chunk& c = chunks(h)[blockIdx.x]; c.best = best, c.max = max, c.sum = sum; }
+    if (tid == 0) {
+        Chunk& c = chunks(h)[blockIdx.x];
+        c.best = best;
+        c.max = max;
+        c.sum = sum;
+    }
     if (!last_block(h)) return;
 
     // each thread adds up its blocks' sums on its own maximum, then all move to the common one
@@ -158,12 +186,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_prepare(const float
         max = top;
     }
     const float own = max;
-    best = block_best(best), max = block_max(max);
+    best = block_best(best);
+    max = block_max(max);
     sum *= own == max ? 1.f : expf(own - max);
     sum = block_sum(sum);
     if (tid) return;
-    h->max = from_key(best >> 32), h->raw_max = max, h->log_sum = logf(sum), h->n_valid = n_valid, h->drawn = 0;
-    if (p.temperature == 0.f || h->max == NEG_INF) emit(~(u32)best, logits, h, state, seen, ring, ring_size);
+    h->max = from_key(best >> 32);
+    h->raw_max = max;
+    h->log_sum = logf(sum);
+    h->n_valid = n_valid;
+    h->drawn = 0;
+    if (p.temperature == 0.f || h->max == NEG_INF) emit(~(u32)best, a);
 }
 
 // does the job cut a prefix by count or by mass?
@@ -229,31 +262,34 @@ __device__ void histogram(Header* h, const Mine& x, int level, u32 prefix) {
 }
 
 // 2: histogram by the top 11 bits of the key
-extern "C" __global__ void __launch_bounds__(THREADS) sample_weigh(const Params* params, Header* h) {
+extern "C" __global__ void __launch_bounds__(THREADS) sample_weigh(const __grid_constant__ SampleArgs a) {
     pdl_launch_dependents();
     pdl_wait();
+    Header* h = a.workspace;
     const Mine x = my_logits(h);
-    if (!h->drawn && has_prefix(params)) histogram(h, x, 0, 0);
+    if (!h->drawn && has_prefix(a.params)) histogram(h, x, 0, 0);
 }
 
 // 3 and 4: the next bits, of the keys in the bin where the prefix ends
-extern "C" __global__ void __launch_bounds__(THREADS) sample_refine(const Params* params, Header* h, int level) {
+extern "C" __global__ void __launch_bounds__(THREADS) sample_refine(const __grid_constant__ SampleArgs a) {
     pdl_launch_dependents();
     pdl_wait();
+    Header* h = a.workspace;
     const Mine x = my_logits(h);
-    if (h->drawn || !has_prefix(params)) return;
-    const Found f = find_bin(h, params, level - 1);
-    if (blockIdx.x == 0 && threadIdx.x == 0) h->found[level - 1] = f;
-    if (!f.all) histogram(h, x, level, f.key);
+    if (h->drawn || !has_prefix(a.params)) return;
+    const Found f = find_bin(h, a.params, a.level - 1);
+    if (blockIdx.x == 0 && threadIdx.x == 0) h->found[a.level - 1] = f;
+    if (!f.all) histogram(h, x, a.level, f.key);
 }
 
 // 5: every block weighs what it keeps; the last one turns a random number into an id
-extern "C" __global__ void __launch_bounds__(THREADS) sample_draw(const float* logits, const Params* params, Header* h, int* state, u32* seen,
-                                                                  u64* ring, int ring_size) {
+extern "C" __global__ void __launch_bounds__(THREADS) sample_draw(const __grid_constant__ SampleArgs a) {
     __shared__ u64 rest;         // of the random number, within the chunk
     __shared__ int chosen, ties_before;
     pdl_launch_dependents();
     pdl_wait();
+    Header* h = a.workspace;
+    const Params* params = a.params;
     if (h->drawn) return;
     const int tid = threadIdx.x, n_valid = h->n_valid, n_chunk = gridDim.x;
     const float* l = adjusted(h, n_chunk);
@@ -294,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_draw(const float* l
         const u64 n = __ldcg(&chunks(h)[c].ties), keep = at >= ties ? 0 : min(n, ties - at);
         sum += __ldcg(&chunks(h)[c].mass) + keep * w_cut, at += n;
     }
-    const u64 start = block_scan(sum, total), r = __umul64hi(philox(params->seed, (u32)state[2]), total);
+    const u64 start = block_scan(sum, total), r = __umul64hi(philox(params->seed, (u32)a.state[2]), total);
     if (r >= start && r < start + sum) {
         u64 left = r - start;
         at = before;
@@ -323,5 +359,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_draw(const float* l
     if (rest < running || rest >= running + sum) return;
     int i = 0;
     while (rest >= running + kept[i]) running += kept[i++];
-    emit(first + i, logits, h, state, seen, ring, ring_size);
+    emit(first + i, a);
 }

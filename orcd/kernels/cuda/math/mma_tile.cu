@@ -14,7 +14,7 @@ struct Halves { u32 q[4]; float da, db, ma, mb; };
 template<int T> struct Fetch {
     Raw<T> raw;
     bool there;
-    __device__ __forceinline__ void get(const Planes<T>& p, long long row, int span, int u, int n, bool valid) {
+    __device__ __forceinline__ void get(const Planes<T>& p, i64 row, int span, int u, int n, bool valid) {
         there = valid && 64 * span + octet_start(u) < n;
         if (there) load_octet<T>(raw, p, row, span, u);
     }
@@ -26,7 +26,7 @@ template<int T> struct Fetch {
 };
 template<> struct Fetch<F16> {      // are halves already
     u32 q[4];
-    __device__ __forceinline__ void get(const Planes<F16>& w, long long row, int span, int u, int n, bool valid) {
+    __device__ __forceinline__ void get(const Planes<F16>& w, i64 row, int span, int u, int n, bool valid) {
         const u16* p = (const u16*)w.w + row * n;
         int i = 64 * span + octet_start(u);
 #pragma unroll
@@ -44,19 +44,21 @@ struct Shared {
     int xrow[BM], yrow[BM];         // rows of x and out that this tile's rows stand for, -1: none
 };
 
-// x: halves in spans of x_rows rows, xinv: 1/scale of each row, xsum: sums of 32 halves (ldx/32 a row). p: W, first: its first row of this tile,
-// rows: how many are left.
+// Of the kernel's arguments: x: halves in spans of x_rows rows, inv: 1/scale of each row, sums: those of 32 halves (ld/32 a row), n_in, out_stride.
+// p: W, first: its first row of this tile, rows: how many are left; column: the first of out; bias: of the matrix.
 // The scale of a block multiplies the accumulators of that block in FP32; integers times halves are summed exactly as the tensor core
 // sums them.
-template<int T>
-__device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long first, int rows, const u16* x, const float* xinv, const float* xsum,
-    int x_rows, int ldx, int n_in, float* out, long long ldo, const float* bias, const float* residual, long long ldr) {
+template<int T, class A>
+__device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, i64 first, int rows, const A& args, int column, const float* bias,
+    const float* residual, i64 residual_stride) {
     constexpr int GROUP = Type<T>::group;
-    const int tid = threadIdx.x, lane = tid & 31, wm = tid / 32 / 2 * 32, wn = tid / 32 % 2 * 32, spans = (n_in + BK - 1) / BK;
+    const u16* x = args.x;
+    const int x_rows = args.x_rows;
+    const int tid = threadIdx.x, lane = tid & 31, wm = tid / 32 / 2 * 32, wn = tid / 32 % 2 * 32, n_in = args.n_in, spans = (n_in + BK - 1) / BK;
     auto load_x = [&](int span) {
         for (int j = 0; j < 4; j++) {
             int r = (tid + 256 * j) / 8, c = tid & 7, t = s.xrow[r];
-            copy16(&s.x[span & 1][chunk(r, c)], x + ((long long)span * x_rows + max(t, 0)) * BK + ((c ^ (t & 7)) << 3), t >= 0);
+            copy16(&s.x[span & 1][chunk(r, c)], x + ((i64)span * x_rows + max(t, 0)) * BK + ((c ^ (t & 7)) << 3), t >= 0);
         }
     };
     Fetch<T> f[2];
@@ -78,7 +80,7 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
     };
     float acc[2][4][4] = {};
     auto x_row = [&](int i, int e) { return s.xrow[wm + 16 * i + 8 * e + lane / 4]; };     // the four rows whose sums this lane holds
-    auto inverse = [&](int i, int e) { int t = x_row(i, e); return t < 0 ? 0 : xinv[t]; };
+    auto inverse = [&](int i, int e) { int t = x_row(i, e); return t < 0 ? 0 : args.inv[t]; };
     const bool busy = s.xrow[wm] >= 0;      // rows are filled from the first, so an empty first row means none
     load_x(0); load_w(0);
     for (int span = 0; span < spans; span++) {
@@ -103,7 +105,7 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
                     }
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        if (Type<T>::mins) sum[e] = xsum[(long long)max(x_row(i, e), 0) * (ldx / 32) + 2 * span + g];
+                        if (Type<T>::mins) sum[e] = args.sums[(i64)max(x_row(i, e), 0) * (args.ld / 32) + 2 * span + g];
                         if (T == MXFP4) inv[e] = 16384 * inverse(i, e);     // before a block scale that may be 2^127; 16384: the halves are value / 2^14
                     }
 #pragma unroll
@@ -131,9 +133,9 @@ __device__ __forceinline__ void tile(Shared& s, const Planes<T>& p, long long fi
                 int t = s.yrow[wm + 16 * i + 8 * (e / 2) + lane / 4], o = wn + 8 * j + 2 * (lane & 3) + (e & 1);
                 if (t < 0 || o >= rows) continue;
                 float y = T == MXFP4 ? acc[i][j][e] : acc[i][j][e] * inverse(i, e / 2);
-                if (bias) y += bias[o];
-                if (residual) y += residual[t * ldr + o];
-                out[t * ldo + o] = y;
+                if (bias) y += bias[column + o];
+                if (residual) y += residual[t * residual_stride + column + o];
+                args.out[t * args.out_stride + column + o] = y;
             }
 }
 #endif

@@ -3,6 +3,7 @@
 #define ORCD_SLAB
 #include "types/lane_fragment.cu"
 #include "math/wgmma.cu"
+#include "math/swiglu.cu"
 #include "math/input_prologue.cu"
 
 // The integers of two weights, in the mantissas of two halves without exponents, are subnormal halves: 2^-24 times the integers or so. So one multiply-add makes weights of
@@ -187,8 +188,7 @@ template<int T, int N, int R, int S, int D, int Q = 1> struct Tile {
 enum { SILU = 0, OAI = 1 };
 template<int ACT> __device__ constexpr float gated_scale() { return ACT == OAI ? 256.f : 0.125f; }     // |OAI| <= 7 * 8
 template<int ACT> __device__ __forceinline__ u32 gated(float g, float u) {
-    if (ACT == OAI) { g = g > 7.f ? 7.f : g; u = u > 7.f ? 7.f : u < -7.f ? -7.f : u; u += 1.f; }
-    float y = __fdividef(g, 1.f + __expf(ACT == OAI ? -1.702f * g : -g)) * u * gated_scale<ACT>();
+    float y = fast_activation(g, u, ACT == OAI) * gated_scale<ACT>();
     if (ACT == SILU) y = y > 65504.f ? 65504.f : y < -65504.f ? -65504.f : y;
     return to_half_bits(y);
 }

@@ -1,7 +1,6 @@
 // Halves of the cache, and the tensor-core instruction with its operands one by one
 #include "math/mma.cu"
 typedef u16 f16;  // the bits of an IEEE half
-typedef long long i64;
 
 // what rounding to halves lost, as halves again: x = hi + lo to about 22 bits
 __device__ __forceinline__ u32 pack_rest(float lo, float hi, u32 rounded) {

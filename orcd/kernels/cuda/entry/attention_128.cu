@@ -1,2 +1,0 @@
-#define HEAD_DIM 128
-#include "entry/attention.cu"

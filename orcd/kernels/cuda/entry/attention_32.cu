@@ -1,2 +1,0 @@
-#define HEAD_DIM 32
-#include "entry/attention.cu"

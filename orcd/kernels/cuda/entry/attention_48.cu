@@ -1,2 +1,0 @@
-#define HEAD_DIM 48
-#include "entry/attention.cu"

@@ -1,2 +1,0 @@
-#define HEAD_DIM 64
-#include "entry/attention.cu"

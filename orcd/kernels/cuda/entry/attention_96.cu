@@ -1,2 +1,0 @@
-#define HEAD_DIM 96
-#include "entry/attention.cu"
