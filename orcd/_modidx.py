@@ -1173,7 +1173,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'orcd.kernels.wgmma.defines': ('4_kernels/wgmma.html#defines', 'orcd/kernels/wgmma.py'),
                                     'orcd.kernels.wgmma.experts': ('4_kernels/wgmma.html#experts', 'orcd/kernels/wgmma.py'),
                                     'orcd.kernels.wgmma.experts_gated': ('4_kernels/wgmma.html#experts_gated', 'orcd/kernels/wgmma.py'),
-                                    'orcd.kernels.wgmma.files': ('4_kernels/wgmma.html#files', 'orcd/kernels/wgmma.py'),
                                     'orcd.kernels.wgmma.find_row_max_exponents': ( '4_kernels/wgmma.html#find_row_max_exponents',
                                                                                    'orcd/kernels/wgmma.py'),
                                     'orcd.kernels.wgmma.gated': ('4_kernels/wgmma.html#gated', 'orcd/kernels/wgmma.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'SMS', 'TILES', 'GATED_TILES', 'ORDERED', 'SPEED', 'WGMMA', 'WGMMA_GATED', 'EXPERT_SHARED', 'EXPERT_WGMMA',
            'is_hopper', 'find_row_max_exponents', 'with_row_max_exponents', 'splits', 'tile', 'defines', 'of_types',
-           'files', 'Rows', 'rows_of', 'gemms', 'gated', 'experts', 'experts_gated']
+           'Rows', 'rows_of', 'gemms', 'gated', 'experts', 'experts_gated']
 
 # %% ../../nbs/4_kernels/27_wgmma.ipynb #c7a00003
 from functools import lru_cache
@@ -89,28 +89,6 @@ def of_types(types):
     "Defines and kernel for matrices of one type, or of two"
     a, *b = sorted(set(types))
     return (('ONLY_NAME=mixed', f'ONLY_TYPE={a.name}', f'SECOND_TYPE={b[0].name}'), 'mixed') if b else (type_defines(a), a.name.lower())
-
-def files(
-    tensors, # of a launch: type, shape
-    gate:bool, # are they gate and up, in one matrix or in two?
-    sizes,   # of prompts, in tokens
-)->set:      # (file, defines)
-    """Code of the kernels for products of these tensors with so many tokens
-
-    Args:
-        tensors: of a launch: type, shape
-        gate: are they gate and up, in one matrix or in two?
-        sizes: of prompts, in tokens
-
-    Returns:
-        (file, defines)
-    """
-    types, quant = [t.type for t in tensors], all(t.type.block_size > 1 for t in tensors)
-    if gate and quant and len(set(types)) == 1:
-        rows = sum(t.shape[0] for t in tensors),
-        return {('gemm_wgmma', type_defines(types[0]) + ('GATE=1',) + defines(tile(rows, n, GATED_TILES))) for n in sizes}
-    groups = [[tensors[i] for i in group] for group in group_by_type(types)]
-    return {('gemm_wgmma', of_types([t.type for t in ts])[0] + defines(tile(tuple(t.shape[0] for t in ts), n))) for ts in groups if ts[0].type.block_size > 1 for n in sizes}
 
 # %% ../../nbs/4_kernels/27_wgmma.ipynb #c7a00012
 class Rows:
