@@ -253,47 +253,56 @@ class Special:
     lstrip:bool=False   # swallows white space before it
     rstrip:bool=False   # … and behind it
 
-_never = re.compile('(?!)')
+_CHARACTERS = 0x110000
+def _key(state:int, c:int)->int: return state*_CHARACTERS + c
 _space = re.compile(r'[^\S\x1c-\x1f]*')
 
 class Finder:
-    """Finds the longest special token at each place. It takes at most as many steps as the text and the longest token have characters,
-    multiplied.
+    """Finds the longest special token at each place, in time that is linear in the text, whatever the tokens are: the automaton of Aho and
+    Corasick (1975), which knows the longest token that ends where it stands, reads texts and tokens from their ends.
 
     Args:
         specials: tokens to look for
-
-    Attributes:
-        root: character -> what may follow; '' -> the token that ends here
     """
-    root: dict[str, Any]   # character -> what may follow; '' -> the token that ends here
-
     def __init__(self,
         specials:Iterable[Special],   # tokens to look for
     )->None:
-        self.root = {}
-        for s in specials: self._add(s)
-        self._starts = re.compile(f'[{"".join(map(re.escape, self.root))}]') if self.root else _never
+        self.edges: dict[int, int] = {}   # state and character, as `_key` joins them -> state; 0 is the beginning
+        self.fail: list[int] = [0]        # state -> that of the longest end of what was read which begins a token too
+        self.found: list[Special | None] = [None]   # state -> the longest token that what was read ends with
+        depth = [0]
+        for s in specials:
+            state = 0
+            for at, c in enumerate(reversed(s.text), 1):
+                state = self.edges.setdefault(_key(state, ord(c)), len(depth))
+                if state == len(depth):
+                    depth.append(0)
+                    self.found.append(None)
+                depth[state] = at
+            if state: self.found[state] = s
+        self.fail *= len(depth)
+        for key, state in sorted(self.edges.items(), key=lambda edge: depth[edge[1]]):
+            before, c = divmod(key, _CHARACTERS)
+            if before: self.fail[state] = self._step(self.fail[before], c)
+            self.found[state] = self.found[state] or self.found[self.fail[state]]
+        ends = {chr(key) for key in self.edges if key < _CHARACTERS}
+        self._ends = re.compile(f'[{"".join(map(re.escape, sorted(ends)))}]' if ends else '(?!)')
 
-    def _add(self, s:Special)->None:
-        node = self.root
-        for c in s.text: node = node.setdefault(c, {})
-        node[''] = s
+    def _step(self, state:int, c:int)->int:
+        "The state after one more character"
+        while (after := self.edges.get(_key(state, c))) is None:
+            if not state: return 0
+            state = self.fail[state]
+        return after
 
-    def _at(self, text:str, i:int)->Special | None:
-        "The longest token that begins at character `i`, or None"
-        node, found = self.root, None
-        for i in range(i, len(text)):
-            if (following := node.get(text[i])) is None: break
-            node = following
-            found = node.get('', found)
-        return found
-
-    def next(self, text:str, pos:int)->tuple[int, Special] | None:
-        "(place, `Special`) of the first one from `pos` on; None"
-        while m := self._starts.search(text, pos):
-            if s := self._at(text, m.start()): return m.start(), s
-            pos = m.end()
+    def places(self, text:str)->Iterator[tuple[int, Special]]:
+        "(place, the longest token that begins there), the last place first"
+        back, i, state = text[::-1], 0, 0
+        while state or (m := self._ends.search(back, i)):
+            if not state: i = m.start()
+            state, i = self._step(state, ord(back[i])), i + 1
+            if s := self.found[state]: yield len(text) - i, s
+            if i == len(text): return
 
 def split_special(
     text:str,      # anything
@@ -305,9 +314,10 @@ def split_special(
         text: anything
         finder: of the tokens that count
     """
-    pos = 0
-    while found := finder.next(text, pos):
-        at, s = found
+    pos, places = 0, list(finder.places(text))
+    while places:
+        at, s = places.pop()
+        if at < pos: continue       # within the one before, or the white space behind it
         before = text[pos:at]
         if s.lstrip: before = before.rstrip()
         if before: yield before

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from orcd.errors import ChatTemplateError, OrcdError, RequestError, TokenizerError
 from orcd.files.gguf import GGUF
 from orcd.text.sentencepiece import MAX_WORD
+from doubling import doubling
 from orcd.text.tokenizer import ALPHABET, MAX_TEXT, PRE, Finder, Special, Tokenizer, library_ids, no_panic, split_special
 
 NAMES = dict(qwen2='qwen2.5-0.5b-instruct-q4_k_m', phi3='phi-3-mini-4k-instruct-q4', gptoss='gpt-oss-20b-mxfp4')
@@ -500,17 +501,24 @@ class Counted(dict):
         return super().get(*args)
 
 
+LONG = [Special(i, t, True) for i, t in enumerate(['x' + 'a'*255, 'aab' + 'a'*250, *('y' + 'a'*n for n in range(1, 250))])]
+
+
 def test_thousands_of_tokens_with_one_beginning():
-    "Steps are bounded by text times longest token, however many tokens there are, and are few where nothing matches"
+    "Two steps a character at most, however many tokens there are and however long, and none where nothing matches"
     specials = [Special(i, '<' + 'x'*90 + f'{i:04}>', True) for i in range(2000)]
-    finder = Finder(specials)
-    def count(node): return Counted({c: n if c == '' else count(n) for c, n in node.items()})
-    finder.root = count(finder.root)
-    for text, most in (('a'*30_000, 0), ('<'*30_000, 2*30_000), (('<' + 'x'*90)*330, 100*330)):
-        Counted.steps = 0
-        assert list(split_special(text, finder)) == [text] and Counted.steps <= 2*most
+    for tokens, text, most in ((specials, 'a'*30_000, 0), (specials, '<'*30_000, 0), (specials, '>'*30_000, 2*30_000),
+        (LONG, 'a'*30_000, 2*30_000), (specials, ('<' + 'x'*90 + '0000 >')*330, 2*97*330), (LONG, ('z' + 'a'*254)*100, 2*255*100)):
+        finder = Finder(tokens)
+        finder.edges, Counted.steps = Counted(finder.edges), 0
+        assert list(split_special(text, finder)) == [text] and Counted.steps <= most
     mixed = 'a'.join(s.text for s in specials[::7])
-    assert [s.id for s in split_special(mixed, finder) if isinstance(s, Special)] == list(range(0, 2000, 7))
+    assert [s.id for s in split_special(mixed, Finder(specials)) if isinstance(s, Special)] == list(range(0, 2000, 7))
+
+
+def test_the_search_for_special_tokens_is_linear():
+    finder = Finder(LONG)
+    doubling(lambda n: lambda: list(split_special('a'*n, finder)), 1 << 16)
 
 
 @settings(max_examples=200, deadline=None)
