@@ -21,6 +21,14 @@ for ignored, handler in (signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.
     if signal.getsignal(ignored) is signal.SIG_IGN: signal.signal(ignored, handler)
 
 
+def repository_files():
+    "The files of the repository: what git follows, or, without git, what an unpacked sdist consists of"
+    git = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True) if (ROOT / '.git').exists() else None
+    if git and git.returncode == 0: names = git.stdout.split('\0')
+    else: names = [n for n in (ROOT / 'orcd.egg-info' / 'SOURCES.txt').read_text().splitlines() if not n.startswith('orcd.egg-info/')]
+    return {n for n in names if n and (ROOT / n).exists()}     # moved or removed, and not yet committed
+
+
 def has_gpu():
     "True when cupy is installed and sees a device"
     try:
