@@ -305,7 +305,7 @@ class Request:
     """
     job_id:str
     # str, or the list of messages; the worker puts what `model.encode` makes of it in its place
-    prompt:object
+    prompt:Any
     params:dict = field(default_factory=dict)    # max_tokens, temperature, …, seed: arguments of `model.generate`
     stop:tuple = ()
 

@@ -1,7 +1,7 @@
 "Many connections, slow ones, dead ones: whoever asks for /health gets an answer"
 import asyncio, contextlib, json, os, resource, select, socket, threading, time
 import pytest
-from orcd.serve import worker as worker_module
+from orcd.serve import routes, worker as worker_module
 from orcd.serve.jobs import Jobs
 from orcd.serve.worker import Server, Settings, Worker, bind, drop_silent, make_app, make_room
 from fake_engine import EOS, fake_model, say
@@ -180,8 +180,8 @@ def post(path, body):
 def test_what_the_event_loop_is_spared(monkeypatch):
     "It parses no body but a cancel of a few bytes, and never gets much to read at once"
     parsed, read = [], []
-    parse, receive = worker_module.parse_json, worker_module.Connection.data_received
-    monkeypatch.setattr(worker_module, 'parse_json', lambda body: [parsed.append((threading.get_ident(), len(body))), parse(body)][1])
+    parse, receive = routes.parse_json, worker_module.Connection.data_received
+    monkeypatch.setattr(routes, 'parse_json', lambda body: [parsed.append((threading.get_ident(), len(body))), parse(body)][1])
     monkeypatch.setattr(worker_module.Connection, 'data_received', lambda self, data: [read.append(len(data)), receive(self, data)][1])
     with quiet_logs(), Here() as h:
         for path in b'/execute', b'/cancel':

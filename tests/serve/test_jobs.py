@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from fake_engine import EOS, fake_model, piece, say
 from orcd.errors import CODES, CUDAError, OrcdError, OutOfVRAM
-from orcd.serve.jobs import STOPPED, Frames, Job, Jobs, Outbox
+from orcd.serve.jobs import STOPPED, ExecuteFrames, Job, Jobs, Outbox
 from orcd.serve.protocol import ApiError, read_events
 from speed import cost
 from worker_tools import check, quiet_logs
@@ -22,7 +22,7 @@ def request(job_id='1', prompt='hi', stop=(), **params):
 
 async def read(job, timeout=60):
     "The events of a job, through the bytes of its frames"
-    frames, data, end = Frames(), b'', time.monotonic() + timeout
+    frames, data, end = ExecuteFrames(), b'', time.monotonic() + timeout
     while not frames.over:
         assert time.monotonic() < end, 'no terminal event'
         data += frames(await job.outbox.take(.1))

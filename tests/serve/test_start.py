@@ -185,7 +185,7 @@ def test_watching_forgives_frozen_time():
     from orcd.serve.worker import Settings, Worker
     ended, job = [], Job(NS(job_id='1', params={}), 'c', NS(put=lambda x: None))
     w = Worker.__new__(Worker)
-    w.settings, w.streams, w.jobs = Settings(hang_s=10), set(), NS(active={'1': job}, abandon=ended.append)
+    w.settings, w.answers, w.jobs = Settings(hang_s=10), set(), NS(active={'1': job}, abandon=ended.append)
     job.cancel()
     t = job.stopped_at
     w.look(t + 9, 0); w.look(t + 109, 100); assert not ended            # 9 s of its own
