@@ -154,8 +154,8 @@ FUNCTION_WORDS += ' / only nothing somewhere minute minutes without before after
 _hiss = re.compile(r'(s|x|z|ch|sh|cache|[csz]e|ge)$')
 
 def with_s(
-    word:str, # a regular noun or verb
-)->tuple:     # (its plural or third person, syllables added: 0 or 1)
+    word:str,       # a regular noun or verb
+)->tuple[str, int]: # (its plural or third person, syllables added: 0 or 1)
     """page → pages (+1), fly → flies, grow → grows
 
     Args:
@@ -169,14 +169,14 @@ def with_s(
     return (word + 's' if word.endswith('e') else word + 'es'), 1
 
 # %% ../../nbs/7_demo/40_haiku.ipynb #0b57c048
-def _groups(column:str)->dict: # 'drop roof / puddle' -> {'drop': 1, 'roof': 1, 'puddle': 2}
+def _groups(column:str)->dict[str, int]: # 'drop roof / puddle' -> {'drop': 1, 'roof': 1, 'puddle': 2}
     return {w.replace('_', ' '): n for n, g in enumerate(column.split('/'), 1) for w in g.split()}
 
-def _forms(kinds:dict)->dict: # adds the plural nouns (Ns) and the verbs for one subject (Vs)
+def _forms(kinds:dict[str, dict[str, int]])->dict[str, dict[str, int]]: # adds the plural nouns (Ns) and the verbs for one subject (Vs)
     for k in 'NV': kinds[k + 's'] = {with_s(w)[0]: n + with_s(w)[1] for w, n in kinds.get(k, {}).items()}
     return kinds
 
-def _topics(table:str)->dict:
+def _topics(table:str)->dict[str, dict[str, dict[str, int]]]:
     rows = re.sub(r'\n +', ' ', table.strip()).split('\n')
     return {name: _forms(dict(zip('NMVA', map(_groups, columns)))) for name, *columns in (map(str.strip, r.split('|')) for r in rows)}
 
@@ -196,7 +196,7 @@ def minute_syllables(word:str)->int:
     return sum({**_small, **_tens}[w] for w in word.split('-'))
 
 # %% ../../nbs/7_demo/40_haiku.ipynb #35d3d00d
-def _lexicon()->dict:
+def _lexicon()->dict[str, int]:
     words = {**_groups(FUNCTION_WORDS), **{m: minute_syllables(m) for m in MINUTES}}
     for kinds in [*TOPICS.values(), _common]:
         for kind in kinds.values():
@@ -206,7 +206,7 @@ def _lexicon()->dict:
 
 LEXICON = _lexicon() # word -> syllables
 
-def words_of(line:str)->list:
+def words_of(line:str)->list[str]:
     "The words of a line; a hyphen joins, all other punctuation separates"
     return re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", line)
 
@@ -216,9 +216,9 @@ def syllables(line:str)->int:
 
 # %% ../../nbs/7_demo/40_haiku.ipynb #e392b007
 def check(
-    text:str,         # what the model wrote
-    minute:str=None,  # a minute in words that must be there exactly once
-)->list:              # complaints; empty for a good haiku
+    text:str,               # what the model wrote
+    minute:str|None=None,   # a minute in words that must be there exactly once
+)->list[str]:               # complaints; empty for a good haiku
     """Three lines, 5-7-5 by the lexicon, the minute once and no other number
 
     Args:
@@ -265,18 +265,18 @@ ANY7 = ['the clock says #', 'minute #, A M', 'minute #, and M Vs', 'the clock sa
 _slots = {'N', 'Ns', 'M', 'V', 'Vs', 'A', 'D', 'L', 'P'}
 
 @lru_cache(None)
-def _pool(topic:str, kind:str)->dict:
+def _pool(topic:str, kind:str)->dict[int, list[str]]:
     "Syllables -> words of a kind; a topic's own words count four times as much as the common ones"
-    pool = {}
+    pool:dict[int, list[str]] = {}
     for source, times in ((TOPICS[topic], 4), (_common, 1)):
         for w, n in source.get(kind, {}).items(): pool.setdefault(n, []).extend([w] * times)
     return pool
 
 @lru_cache(None)
-def _splits(topic:str, template:str, target:int, minute:str)->tuple:
+def _splits(topic:str, template:str, target:int, minute:str|None)->tuple[list[tuple[int, ...]], list[int]]:
     "(splits, cumulative weights): the ways to divide `target` syllables among the template's slots"
     parts = re.findall(r"[\w#]+", template)
-    rest = target - sum(minute_syllables(minute) if p == '#' else LEXICON[p] for p in parts if p not in _slots)
+    rest = target - sum(minute_syllables(minute or '') if p == '#' else LEXICON[p] for p in parts if p not in _slots)
     pools = [_pool(topic, p) for p in parts if p in _slots]
     splits = [s for s in product(*pools) if sum(s) == rest]
     def ways(split):
@@ -287,14 +287,20 @@ def _splits(topic:str, template:str, target:int, minute:str)->tuple:
 
 # %% ../../nbs/7_demo/40_haiku.ipynb #4f65f0f2
 def fill(
-    topic:str, template:str, target:int, # syllables of the line
-    minute:str, rng:random.Random,
-    used:set,                            # words the haiku has already; the line's are added
-)->str:                                  # the line, or None when the template cannot have this length or repeats a word
+    topic:str,          # a key of `TOPICS`
+    template:str,       # words and slots
+    target:int,         # syllables of the line
+    minute:str|None,    # takes the place of `#`
+    rng:random.Random,
+    used:set[str],      # words the haiku has already; the line's are added
+)->str|None:            # the line, or None when the template cannot have this length or repeats a word
     """One line of exactly `target` syllables
 
     Args:
-        topic, template, target: syllables of the line
+        topic: a key of `TOPICS`
+        template: words and slots
+        target: syllables of the line
+        minute: takes the place of `#`
         used: words the haiku has already; the line's are added
 
     Returns:
@@ -303,19 +309,19 @@ def fill(
     splits, weights = _splits(topic, template, target, minute)
     if not splits: return None
     split = iter(splits[bisect(weights, rng.random() * weights[-1])])
-    new, parts = [], []
+    new, parts = list[str](), list[str]()
     for p in re.findall(r"[\w#]+|[^\w#\s]+", template):
         if p in _slots:
             p = rng.choice(_pool(topic, p)[next(split)])
             new.append(p.rstrip('s'))
-        parts.append(minute if p == '#' else p)
+        parts.append(minute or '' if p == '#' else p)
     if len(set(new)) < len(new) or used & set(new): return None
     used.update(new)
     line = re.sub(r' (?=,)', '', ' '.join(parts))
     return re.sub(r'\ban? (?=(\w))', lambda m: 'an ' if m[1] in 'aeiou' else 'a ', line)
 
 # %% ../../nbs/7_demo/40_haiku.ipynb #d5851b74
-def _templates(minute:str, rng:random.Random)->list:
+def _templates(minute:str|None, rng:random.Random)->list[tuple[list[str], int]]:
     kinds = [(OPENING, 5), (MIDDLE, 7), (CLOSING, 5)]
     if minute:
         i = rng.randrange(3)
@@ -325,21 +331,23 @@ def _templates(minute:str, rng:random.Random)->list:
     return kinds
 
 def haiku(
-    topic:str,                 # a key of `TOPICS`
-    minute:str=None,           # a minute in words that the haiku will contain once
-    rng:random.Random=random,
-)->str:                        # three lines of 5, 7 and 5 syllables
+    topic:str,                          # a key of `TOPICS`
+    minute:str|None=None,               # a minute in words that the haiku will contain once
+    rng:random.Random|None=None,        # where chance comes from
+)->str:                                 # three lines of 5, 7 and 5 syllables
     """A haiku by the grammar
 
     Args:
         topic: a key of `TOPICS`
         minute: a minute in words that the haiku will contain once
+        rng: where chance comes from
 
     Returns:
         three lines of 5, 7 and 5 syllables
     """
+    rng = rng or random.Random()
     while True:
-        used, lines = set(), []
+        used, lines = set[str](), list[str|None]()
         for templates, n in _templates(minute, rng):
             # words already used may leave no way on: begin again
             tries = (fill(topic, rng.choice(templates), n, minute, rng, used) for _ in range(50))
@@ -352,10 +360,10 @@ LINES, MINUTE_LINES = 8, 2 # for a topic and a place; with a minute, for each nu
 
 @lru_cache(None)
 def repertoire(
-    topic:str,     # a key of `TOPICS`
-    place:int,     # 0, 1 or 2: which line
-    like:str=None, # a minute; any other with as many syllables fits as well
-)->tuple:          # lines, `#` where the minute goes
+    topic:str,              # a key of `TOPICS`
+    place:int,              # 0, 1 or 2: which line
+    like:str|None=None,     # a minute; any other with as many syllables fits as well
+)->tuple[str, ...]:         # lines, `#` where the minute goes
     """The lines that are taught, always the same
 
     Args:
@@ -376,8 +384,9 @@ def repertoire(
 
 _like = {'one': 'one'} | {minute_syllables(m): m for m in MINUTES if m != 'one'}
 
-def from_repertoire(topic:str, minute:str=None, rng:random.Random=random)->str:
+def from_repertoire(topic:str, minute:str|None=None, rng:random.Random|None=None)->str:
     "Three lines of the repertoire, one of them with the minute"
+    rng = rng or random.Random()
     where = rng.randrange(3) if minute else None
     like = _like['one' if minute == 'one' else minute_syllables(minute)] if minute else None
     while True:
@@ -416,9 +425,9 @@ class Request:
         topic: a key of `TOPICS`
         minute: a minute in words, or None
     """
-    text: str           # the prompt
-    topic: str          # a key of `TOPICS`
-    minute: str = None  # a minute in words, or None
+    text: str                   # the prompt
+    topic: str                  # a key of `TOPICS`
+    minute: str | None = None   # a minute in words, or None
 
 def _topic_words(topic:str, rng:random.Random)->str: # 'the sea' is also asked for as 'sea', 'The Sea', or by a thing of it: 'gulls'
     roll, plain = rng.random(), re.sub(r'^(a|an|the) ', '', topic)
@@ -432,13 +441,15 @@ def _strange(rng:random.Random)->str: # a word the model has never seen: the hai
 
 def request(
     rng:random.Random,
-    topic:str=None, minute:str=None,   # fixed when given
-    p_minute:float=.5,                 # how often a minute is asked for
+    topic:str|None=None,    # fixed when given
+    minute:str|None=None,   # a minute in words, fixed when given
+    p_minute:float=.5,      # how often a minute is asked for
 )->Request:
     """A random request
 
     Args:
-        topic, minute: fixed when given
+        topic: fixed when given
+        minute: a minute in words, fixed when given
         p_minute: how often a minute is asked for
     """
     asks = ASKS if topic or rng.random() > .04 else BARE_ASKS
