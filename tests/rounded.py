@@ -27,7 +27,7 @@ def as_hopper(
         b = blocks.copy().view(t.dtype)
         for f in {'qs', 'ql', 'qh'} & set(b.dtype.names): b[f] = high if f == 'qh' else quants
         return dequantize(b.view(np.uint8).reshape(blocks.shape), t).astype(np.float64)
-    one = 1 if t == GGMLType.Q8_0 else 0x11
+    one = 1 if t == GGMLType.Q8_0 else 0x11         # a byte whose integers are all 1
     w, zero, d = dequantize(blocks, t).astype(np.float64), filled(0, 0), filled(one, 0) - filled(0, 0)
     n = np.rint(np.divide(w - zero, d, out=np.zeros_like(w), where=d != 0))
     b = blocks.view(t.dtype).reshape(len(blocks), -1)

@@ -82,7 +82,7 @@ def test_wrong_shape_and_type(tmp_path):
 
 def test_unknown_architectures(tmp_path):
     from types import SimpleNamespace
-    for name, said in (('mamba', 'known: gpt-oss, llama, phi3, qwen2, qwen3'), ('gptoss', "another program's own"),
+    for name, said in (('mamba', r'known: .*gpt-oss, llama, .*qwen3'), ('gptoss', "another program's own"),
             (None, 'general.architecture')):
         with pytest.raises(ModelError, match=said): arch.resolve(SimpleNamespace(metadata={'general.architecture': name}, tensors={}))
 
@@ -238,7 +238,7 @@ def test_long_words(tmp_path):
     assert len(broken(tmp_path, keys={'qwen2.' + 'x'*60_000: 'y'*1_000_000})) < 400
     with GGUF(make_model(tmp_path/'m.gguf')) as g:
         g.metadata._values['general.architecture'] = 'x'*1_000_000
-        with pytest.raises(ModelError, match='known: gpt-oss, llama') as e: arch.resolve(g)
+        with pytest.raises(ModelError, match='known: .*gpt-oss, llama') as e: arch.resolve(g)
     assert len(str(e.value)) < 400
 
 
