@@ -23,8 +23,9 @@ import numpy as np, tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 # %% ../../nbs/2_text/05_tokenizer.ipynb #f0e95373
-from .chat import CHATML, ChatTemplate, Harmony, Hider, PlainReply, check_messages, choose_template, merge_dropped, named_templates
-from .chat import MAX_SOURCE, Form, find_form, shape
+from .chat import CHATML, ChatTemplate, Hider, check_messages, choose_template, merge_dropped, named_templates
+from .chat import MAX_SOURCE, Form, ToolForm, find_form, find_tools, shape
+from .replies import Harmony, PlainReply
 from ..errors import ChatTemplateError, RequestError, TokenizerError
 from ..files.gguf import Metadata, cut_pairs, short
 from .sentencepiece import CONTROL, NORMAL, SPACE, SPM, UNKNOWN, UNUSED, USER_DEFINED
@@ -472,6 +473,7 @@ class _Templates:
     def __init__(self, sources:dict[str, Any], variables:dict[str, Any], controls:Sequence[str])->None:
         self.sources, self.variables, self.controls = sources, variables, controls
         self._made: dict[str, Prepared | ChatTemplateError] = {}
+        self._tools: dict[str, ToolForm] = {}
         self._lock = threading.Lock()
 
     def get(self, name:str | None=None, tools:Any=None)->Prepared:
@@ -496,6 +498,13 @@ class _Templates:
         "(template, messages as it understands them, Hider); takes what is for us out of `variables`"
         template, form, hide = self.get(variables.pop('chat_template', None), variables.get('tools'))
         return template, shape(merge_dropped(template, check_messages(messages), form, **variables), form.parts), hide
+
+    def tool_form(self, name:str | None=None, tools:Any=None)->ToolForm:
+        "What the template of a name, or the one that fits the tools, knows of tools"
+        template, form, _ = self.get(name, tools)
+        with self._lock:
+            if template.source not in self._tools: self._tools[template.source] = find_tools(template, form)
+            return self._tools[template.source]
 
     def warm(self)->None:
         "Compile the default one, or warn"
@@ -1210,6 +1219,37 @@ class Tokenizer:
         """
         after = as_ids(after)
         return Harmony(self, self._header(after)) if self.harmony else PlainReply(self.stream(after=after))
+
+    def chat_source(self,
+        tools:Any=None,   # of the request
+    )->str:
+        """Source of the chat template that a request with these tools uses; '' when there is none
+
+        Args:
+            tools: of the request
+        """
+        return self._templates.get(None, tools)[0].source if self._templates.sources else ''
+
+    def tool_form(self,
+        tools:Any=None,   # of the request
+    )->ToolForm:
+        """What that template knows of tools
+
+        Args:
+            tools: of the request
+        """
+        return self._templates.tool_form(None, tools) if self._templates.sources else ToolForm()
+
+    def begun(self,
+        after:Any,   # ids of the prompt
+    )->str:
+        """What a prompt has already written of the reply: a header of channels, or its last words
+
+        Args:
+            after: ids of the prompt
+        """
+        after = as_ids(after)
+        return self._header(after) if self.harmony else self.decode(after[-24:])
 
     @cached_property
     def harmony(self)->bool:
