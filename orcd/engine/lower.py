@@ -550,19 +550,20 @@ class Program:
         roles:dict, # role -> its number
         stream,     # CuPy stream
     ):
-        words, where, which, begins, at = [], [], [], [], 0
+        words, where, which, starts, firsts, at = [], [], [], [], [], 0
         for l in launches:
             data = l.args.pack(l.values)
-            begins.append(at)
+            firsts.append(len(starts))
+            starts += [8*at + int(start) for start in l.args.starts]
             for offset, a in zip(l.args.pointers, pointers(l)):
                 if a is not None: where.append(at + offset//8); which.append(roles[a.buffer.role])
             words.append(data + bytes(-len(data) % 8))
             at += len(words[-1])//8
         self.words, self.where, self.which = np.frombuffer(b''.join(words), np.uint64), np.array(where, np.intp), np.array(which, np.intp)
         self.room = self.words.copy()
-        self.table = self.room.ctypes.data + 8*np.array(begins, np.uint64) # the driver reads both: they have to live as long as this
+        self.table = self.room.ctypes.data + np.array(starts, np.uint64) # the driver reads both: they have to live as long as this
         found = [nvrtc.kernel(l.file, l.name, l.defines) for l in launches]
-        self.calls = [(k.config(l.grid, (l.block,), l.shared, stream, l.early), k.handle, self.table.ctypes.data + 8*i) for i, (k, l) in enumerate(zip(found, launches))]
+        self.calls = [(k.config(l.grid, (l.block,), l.shared, stream, l.early), k.handle, self.table.ctypes.data + 8*i) for i, k, l in zip(firsts, found, launches)]
 
     def arguments(self,
         addresses, # uint64, by the roles' numbers

@@ -258,9 +258,12 @@ class Args:
 
     Args:
         name: of the struct in CUDA
+        apart: the kernel takes each number as a parameter of its own
     """
     def __init__(self,
         name:str, # of the struct in CUDA
+        *,
+        apart:bool=False, # the kernel takes each number as a parameter of its own
         **fields:str,
     ):
         self.name, kinds = name, [(n, *kind.split()) for n, kind in fields.items()]
@@ -268,7 +271,9 @@ class Args:
         types = dict(ptr=np.uint64, i32=np.int32, i64=np.int64, f32=np.float32)
         self.dtype = np.dtype([(n, types[kind], *([(count,)] if count else [])) for n, (kind, count) in self.fields.items()], align=True)
         self.code = struct.Struct('@' + ''.join((str(count) if count else '') + _codes[kind] for kind, count in self.fields.values()) + '0q')
-        self.pointers = tuple(self.dtype.fields[n][1] + 8*i for n, (kind, count) in self.fields.items() if kind == 'ptr' for i in range(count or 1))
+        each = [(kind, self.dtype.fields[n][1] + i*types[kind]().itemsize) for n, (kind, count) in self.fields.items() for i in range(count or 1)]
+        self.pointers = tuple(at for kind, at in each if kind == 'ptr')
+        self.starts = np.array([at for _, at in each] if apart else [0], np.uint64)     # bytes from the struct's beginning to each parameter
         if self.code.size > MAX_ARGS: raise KernelError(f'{name} takes {self.code.size} bytes, a kernel may have {MAX_ARGS}')
 
     def pack(self,
@@ -349,12 +354,12 @@ def driver_call(
     return call
 
 def launch_all(
-    calls, # (configuration, handle, address of the pointer to the arguments) of each launch
+    calls, # (configuration, handle, address of the pointers to the parameters) of each launch
 ):
     """Put launches on their stream
 
     Args:
-        calls: (configuration, handle, address of the pointer to the arguments) of each launch
+        calls: (configuration, handle, address of the pointers to the parameters) of each launch
     """
     launch = driver_call('cuLaunchKernelEx', *(ctypes.c_void_p,)*4)
     for config, handle, at in calls: launch(config.getPtr(), int(handle), at, None)
@@ -382,14 +387,13 @@ def _module(name, device, defines=()):
 class _Room(threading.local):
     "Where the driver finds the arguments of a thread's launch: it copies them"
     def __init__(self):
-        self.words = np.zeros(MAX_ARGS//8, np.uint64)
-        self.table = np.array([self.words.ctypes.data], np.uint64) # a pointer to each argument: there is one
-        self.bytes, self.at = memoryview(self.words).cast('B'), self.table.ctypes.data
+        self.words, self.table = np.zeros(MAX_ARGS//8, np.uint64), np.zeros(MAX_ARGS//4, np.uint64) # the struct; a pointer to each parameter
+        self.bytes, self.begin, self.at = memoryview(self.words).cast('B'), np.uint64(self.words.ctypes.data), self.table.ctypes.data
 
 _room = _Room()
 
 class Kernel:
-    """A CUDA function on one device that takes one struct
+    """A CUDA function on one device that takes what an `Args` describes
 
     Args:
         fn: CuPy's `Function`
@@ -420,6 +424,7 @@ class Kernel:
 
     def __call__(self, grid, block,
         args:bytes, # the struct, from `Args.pack`
+        starts,     # `Args.starts`
         shared_mem=0, stream=None, early=False,
     ):
         if stream is None:
@@ -427,6 +432,7 @@ class Kernel:
             stream = cupy.cuda.get_current_stream()
         config = self.config(grid, block, shared_mem, stream, early)
         _room.bytes[:len(args)] = args
+        _room.table[:len(starts)] = _room.begin + starts
         launch_all([(config, self.handle, _room.at)])
 
 @lru_cache(1024)
@@ -486,7 +492,7 @@ class Launch:
     early:bool = False # see `Kernel`
 
     def __call__(self, stream=None):
-        kernel(self.file, self.name, self.defines)(self.grid, (self.block,), self.args.pack(self.values), self.shared, stream, self.early)
+        kernel(self.file, self.name, self.defines)(self.grid, (self.block,), self.args.pack(self.values), self.args.starts, self.shared, stream, self.early)
 
 def launcher(
     plan=None,        # function that returns a `Launch`, or several in their order

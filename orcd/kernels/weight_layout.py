@@ -149,7 +149,7 @@ class BatchedArgs:
     def __init__(self,
         item:Args, # of a thing; its last field is `begin`, the first of the thing's blocks
     ):
-        self.name, self.item = f'BatchedLaunch<{item.name}>', item
+        self.name, self.item, self.starts = f'BatchedLaunch<{item.name}>', item, item.starts
         self.dtype = np.dtype([('at', item.dtype, AT_ONCE), ('count', np.int64)], align=True)
         self.pointers = tuple(i*item.dtype.itemsize + p for i in range(AT_ONCE) for p in item.pointers)
 

@@ -61,7 +61,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
     from cuda.bindings import driver as cu
     from orcd.kernels import gemv, nvrtc, wgmma
     from orcd.engine import cuda_engine, loader, lower
-    launches, asked, alive, pinned, names, lengths, at = [], set(), {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
+    launches, asked, alive, pinned, names, parameters, at = [], set(), {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
     def malloc(n):
         if sum(alive.values()) + n > free: raise Error(2)
         alive[p := next(at)] = n
@@ -94,8 +94,11 @@ def played(monkeypatch, sm='90', free=100 << 30):
     new = lambda n, dtype: array((n,), dtype, NS(ptr=next(at)))
     vars(cupy).update(cuda=cuda, ndarray=array, ones=new, empty=new, float32=np.float32)
     def launch(config, f, arguments):
-        "`arguments`: where the driver finds a pointer to the one argument, the struct"
-        struct = ctypes.string_at(ctypes.c_uint64.from_address(arguments).value, lengths[int(f)])
+        "`arguments`: where the driver finds a pointer to each parameter: to the struct, or to each number of it"
+        known = parameters[int(f)]
+        starts = [*map(int, known.starts), known.size]
+        pointers = (ctypes.c_uint64*(len(starts) - 1)).from_address(arguments)
+        struct = b''.join(ctypes.string_at(p, end - start) for p, start, end in zip(pointers, starts, starts[1:]))
         launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), struct))
         return 0,
     def driver_call(name, *types):
@@ -105,13 +108,13 @@ def played(monkeypatch, sm='90', free=100 << 30):
         call = lambda stream, f, at: ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(f)(at)
         return dict(cuStreamWaitValue32_v2=wait, cuLaunchHostFunc=call).get(name, nothing)
     class Kernel(nvrtc.Kernel):
-        def __call__(self, grid, block, args, *a, **kw):
-            lengths[int(self.handle)] = len(args)
-            return super().__call__(grid, block, args, *a, **kw)
+        def __call__(self, grid, block, args, starts, *a, **kw):
+            parameters[int(self.handle)] = NS(starts=starts, size=len(args))
+            return super().__call__(grid, block, args, starts, *a, **kw)
     class Program(lower.Program):
         def __init__(self, launches, *a):
             super().__init__(launches, *a)
-            lengths.update((int(handle), l.args.code.size) for (_, handle, _), l in zip(self.calls, launches))
+            parameters.update((int(handle), NS(starts=l.args.starts, size=l.args.code.size)) for (_, handle, _), l in zip(self.calls, launches))
     def module(name, device, defines=()):
         assert threading.get_ident() in entered, 'a thread without a context'
         return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))

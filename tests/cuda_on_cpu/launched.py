@@ -3,10 +3,18 @@ from dataclasses import dataclass
 import numpy as np
 from orcd.kernels import nvrtc
 
-# After `FIBERS` and a kernel f: RUN(f) makes run_f(blocks in x, y and z, address of its struct), which returns what `run_block` says
+# After `FIBERS` and a kernel f: RUN(f) makes run_f(blocks in x, y and z, address of its struct), which returns what `run_block` says. A struct that
+# is handed over in parts lies as its parts do, each at a multiple of its size.
 RUN = r'''
-template<class A> static int run_grid(void (*kernel)(A), int x, int y, int z, const void* args) {
-    body = [=] { kernel(*(const A*)args); };
+#include <utility>
+template<class... P, size_t... I> static void call(void (*kernel)(P...), const char* args, std::index_sequence<I...>) {
+    const size_t size[] = {sizeof(P)...}, align[] = {alignof(P)...};
+    size_t start[sizeof...(P)], at = 0;
+    for (size_t i = 0; i < sizeof...(P); i++) { start[i] = (at + align[i] - 1) / align[i] * align[i]; at = start[i] + size[i]; }
+    kernel(*(const P*)(args + start[I])...);
+}
+template<class... P> static int run_grid(void (*kernel)(P...), int x, int y, int z, const void* args) {
+    body = [=] { call(kernel, (const char*)args, std::index_sequence_for<P...>()); };
     for (blockIdx.z = 0; blockIdx.z < z; blockIdx.z++)
         for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)
             for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x++)
@@ -38,6 +46,6 @@ class Launched:
 def take_launches(monkeypatch, take):
     "Every launch of the package becomes a call take(Launched)"
     def kernel(file, name, defines=(), device=None):
-        def launch(grid, block, args, shared_mem=0, stream=None, early=False, pointers=()): take(Launched(file, name, defines, grid, block, args, shared_mem))
+        def launch(grid, block, args, starts, shared_mem=0, stream=None, early=False): take(Launched(file, name, defines, grid, block, args, shared_mem))
         return launch
     monkeypatch.setattr(nvrtc, 'kernel', kernel)

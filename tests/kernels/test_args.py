@@ -77,7 +77,49 @@ def test_layout_of_batched_launches(name):
     assert all(words[p//8] in (0, 7) for p in a.pointers) and len(a.pointers) == 2*AT_ONCE and sum(words[p//8] == 7 for p in a.pointers) == 6
 
 
+def macro(text, name):
+    "What a macro stands for, on one line"
+    return ' '.join(re.search(rf'#define {name}\b((?:.*\\\n)*.*)', text)[1].replace('\\\n', ' ').split())
+
+
+def apart(a):
+    "The parameters that a kernel takes instead of its struct, the initialiser that makes the struct of them, both as the struct's declaration has them"
+    body = re.sub(r'//.*', '', re.search(rf'struct {a.name} {{(.*?)}};', FILES[where(a.name)], re.S)[1])
+    types = {}
+    for declared in body.split(';'):
+        if not declared.strip(): continue
+        base, first, rest = re.fullmatch(r'\s*((?:const )?\w+)\s*(.*?)(,.*)?\s*', declared, re.S).groups()
+        for one in [first, *(rest or '').split(',')[1:]]:
+            star, name = re.fullmatch(r'\s*(\*?)\s*(\w+)(?:\[\d\])?\s*', one).groups()
+            types[name] = base + star
+    assert [*types] == [*a.fields]
+    names = {f: [f'{f}{i}' for i in range(count)] if count else [f] for f, (_, count) in a.fields.items()}
+    init = ', '.join(f'{{{", ".join(n)}}}' if a.fields[f][1] else n[0] for f, n in names.items())
+    return ', '.join(f'{types[f]} {n}' for f in names for n in names[f]), f'{{{init}}}'
+
+
+APART = [a for a in ARGS.values() if len(a.starts) > 1]
+
+
+@pytest.mark.parametrize('a', APART, ids=lambda a: a.name)
+def test_structs_in_parts(a):
+    "Parameters have the struct's types, names and order, and lie where its numbers lie"
+    text = FILES[where(a.name)]
+    parameters, init = apart(a)
+    assert macro(text, 'GEMV_PARAMETERS') == parameters and macro(text, 'GEMV_ARGS') == init
+    flat = [(kind, a.dtype.fields[f][1] + i*(8 if kind in ('ptr', 'i64') else 4)) for f, (kind, count) in a.fields.items() for i in range(count or 1)]
+    assert a.starts.tolist() == [at for _, at in flat] and [at for kind, at in flat if kind == 'ptr'] == [*a.pointers]
+    at = 0
+    for kind, start in flat:    # as C lays parameters out
+        size = 8 if kind in ('ptr', 'i64') else 4
+        at = -(-at//size)*size
+        assert at == start
+        at += size
+
+
 def test_every_kernel_takes_one_struct():
+    "Whole, or in parts where `Args` says so"
     for file, text in FILES.items():
         for m in re.finditer(r'__global__[^(;]*?(?:__launch_bounds__\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*)?([\w#]+)\(([^)]*)\)', re.sub(r'//.*', '', text)):
-            assert re.fullmatch(r'const __grid_constant__ [\w<>]+ \w+', m[2].replace('\\\n', '').strip()), f'{file}: {m[1]}({m[2]})'
+            takes = m[2].replace('\\\n', '').strip()
+            assert re.fullmatch(r'const __grid_constant__ [\w<>]+ \w+', takes) or (takes == 'GEMV_PARAMETERS' and file in map(where, [a.name for a in APART])), f'{file}: {m[1]}({m[2]})'

@@ -27,6 +27,15 @@ struct GemvArgs {
     int n_expert, n_used;
     int settled;                        // the logits were there before the launch before this one began
 };
+// The same as parameters, and put together again: of a struct NVRTC keeps so much in registers that an SM holds a block less
+#define GEMV_PARAMETERS const u8* w0, const u8* w1, const u8* w2, float* out0, float* out1, float* out2, \
+    const float* bias0, const float* bias1, const float* bias2, i64 ldo0, i64 ldo1, i64 ldo2, \
+    int n_out0, int n_out1, int n_out2, int blocks0, int blocks1, int blocks2, int second, int n_in, \
+    const float* x, const float* norm, i64 ldx, float eps, int per, const float* residual, i64 ldr, int parts, int depth, int span, \
+    int clamped, const float* logits, const int* ids, int n_expert, int n_used, int settled
+#define GEMV_ARGS {{w0, w1, w2}, {out0, out1, out2}, {bias0, bias1, bias2}, {ldo0, ldo1, ldo2}, {n_out0, n_out1, n_out2}, \
+    {blocks0, blocks1, blocks2}, second, n_in, x, norm, ldx, eps, per, residual, ldr, parts, depth, span, \
+    clamped, logits, ids, n_expert, n_used, settled}
 struct Matrix { const u8* w; float* out; const float* bias; i64 ldo; int n_out, blocks; };
 __device__ __forceinline__ Matrix matrix(const GemvArgs& a, int i) { return {a.w[i], a.out[i], a.bias[i], a.ldo[i], a.n_out[i], a.blocks[i]}; }
 
@@ -39,9 +48,8 @@ struct Vector {
 };
 __device__ __forceinline__ int padded_blocks(int n) { return (n + 255) / 256 * 8; }        // whole K blocks, and whole warps in `prepare`
 
-// From `rows` rows of x, ldx apart. Returns this thread's part of the sum of squares. NORMED: does src have weights of a norm? A version for
-// each, so that no branch stands between the loads.
-template<int T, bool MANY, bool NORMED>
+// From `rows` rows of x, ldx apart. Returns this thread's part of the sum of squares.
+template<int T, bool MANY>
 __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const InputPrologue& src, int rows, i64 ldx, int n) {
     constexpr int AT_ONCE = 2;                                  // whose loads are on their way together
     const int blocks = padded_blocks(n), each = 4 * blocks, items = rows * each;
@@ -53,7 +61,7 @@ __device__ __forceinline__ float prepare(u8* memory, int vector_bytes, const Inp
         for (int i = 0; i < AT_ONCE; i++) {
             const int item = from + 32 * WARPS * i, row = MANY ? item / each : 0, at = 32 * ((item - row * each) / 4) + 4 * (item & 3);
             if (item < items && at < n) {
-                const InputPrologue one(src.x, NORMED ? src.w : nullptr, row, ldx, src.eps);
+                const InputPrologue one(src.x, src.w, row, ldx, src.eps);
                 one.four(x[i], at, square); one.four(x[i] + 4, at + 16, square);
             } else for (int k = 0; k < 8; k++) x[i][k] = 0;
         }
@@ -193,9 +201,7 @@ __device__ __forceinline__ void gemv(const GemvArgs& a, const Matrix& m, int blo
     pdl_wait();
     pdl_launch_dependents();           // so that all that was launched before the last launch is done when the next one starts
     const InputPrologue src(a.x, a.norm, MODE == MIX ? row * terms : row / a.per, a.ldx, a.eps);
-    float square = a.norm ? prepare<T, MODE == MIX, true>(vector, vector_bytes, src, vectors, a.ldx, n_in)
-        : prepare<T, MODE == MIX, false>(vector, vector_bytes, src, vectors, a.ldx, n_in);
-    square = warp_sum(square);
+    const float square = warp_sum(prepare<T, MODE == MIX>(vector, vector_bytes, src, vectors, a.ldx, n_in));
     if (lane == 0) squares[warp] = square;
     auto fetch_old = [&](int tile) { if (a.residual && writes(tile)) old = a.residual[row * a.ldr + 16 * tile + lane]; };
     fetch_old(first);
@@ -275,9 +281,13 @@ template<int A, int B> __device__ __forceinline__ void products(const GemvArgs& 
 }
 // gemv: up to three matrices. gated: gate and up. mix: a token's experts, weighted.
 #define PRODUCTS(name, A, B) \
-extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) gemv_##name(const __grid_constant__ GemvArgs a) { products<A, B>(a); }
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) gemv_##name(GEMV_PARAMETERS) { \
+    const GemvArgs a = GEMV_ARGS; \
+    products<A, B>(a); \
+}
 #define JOINT(name, MODE, T) \
-extern "C" __global__ void __launch_bounds__(32 * WARPS, MODE == MIX && is_k<T>() ? 1 : RESIDENT) name(const __grid_constant__ GemvArgs a) { \
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MODE == MIX && is_k<T>() ? 1 : RESIDENT) name(GEMV_PARAMETERS) { \
+    const GemvArgs a = GEMV_ARGS; \
     gemv<T, MODE>(a, matrix(a, 0), blockIdx.x); \
 }
 #define EACH(name, T) PRODUCTS(name, T, T) JOINT(gated_##name, GATED, T) JOINT(mix_##name, MIX, T)
