@@ -3,6 +3,7 @@ import json, os, sys, time
 from types import SimpleNamespace as NS
 
 from orcd.errors import Cancelled, CUDAError, InsufficientVRAM, OutOfVRAM
+from orcd.engine.vram import Ledger
 from orcd.text.sampling import request_error
 from orcd.serve.worker import Settings, serve
 
@@ -14,7 +15,8 @@ class Output:
     "What `generate` returns. A prompt is a script: `prefill:2 tokens:100@0.01 oom sticky bug hang words…`"
     def __init__(self, prompt, max_tokens, cancelled, seed):
         self.prompt, self.max_tokens, self.cancelled, self.seed = prompt, max_tokens, cancelled, seed
-        self.text, self.tokens_out, self.decode_time_ms, self.stop_reason, self.stop_sequence_matched = '', 0, 0.0, None, None
+        self.text, self.tokens_out, self.stop_reason, self.stop_sequence_matched = '', 0, None, None
+        self.prefill_time_ms = self.decode_time_ms = 0.0
 
     def wait(self, seconds):
         "Like a chunked prefill: looks at the flag now and then"
@@ -50,6 +52,8 @@ class Output:
                 real, by = time.time, float(os.environ['FAKE_CLOCK'])
                 time.time = lambda: real() + by
             elif name == 'forget': Engine.info = None           # the next question about memory fails, after the job
+            elif name == 'evict':                               # memory that is not where it was, as the driver says
+                info, Engine.info = Engine.info, lambda self: info(self) | dict(resident=False)
             elif name == 'oom': raise OutOfVRAM('no room for the KV cache of this job')
             elif name == 'sticky': raise CUDAError('an illegal memory access was encountered', sticky=True)
             elif name == 'cuda': raise CUDAError('launch failure')
@@ -100,6 +104,11 @@ def load(settings, progress):
         progress(i, n)
         if script == 'slow': time.sleep(.05)
     model = Model()
+    if script == 'host': Engine.info = lambda self: dict(resident=False, vram_bytes_used=0)
+    if script == 'ledger':
+        model.engine.vram = Ledger()
+        model.engine.vram.add('weights', 'a', 1000)
+        model.engine.vram.add('KV', 'b', 234)
     if script == 'facts': model.engine = NS()            # what cannot be asked about itself
     return model
 

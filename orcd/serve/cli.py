@@ -120,6 +120,8 @@ FLAGS = [
     Flag('callback-url', url, None, 'is told, with one POST, when the worker is ready'),
     Flag('token-file', path, None, 'file with the bearer token that clients must send'),
     Flag('insecure', yes, False, 'listen on a public address without a token'),
+    Flag('metrics-token', path, None, 'file with a bearer token that /metrics wants; without it /metrics is open, as /health is'),
+    Flag('log-prompts', yes, False, 'write prompts into the log, for debugging; else their length and hash'),
     Flag('log-format', choice('auto', 'json', 'pretty'), 'auto', 'auto: pretty on a terminal, else json')]
 
 # %% ../../nbs/6_serve/39_cli.ipynb #fdc3d292
@@ -218,18 +220,20 @@ def is_loopback(
 MIN_TOKEN = 16 # characters
 
 def read_token(
-    path:str, # --token-file
+    path:str,                  # of a small file
+    flag:str='--token-file',   # which names it
 )->str:
     """The token in a file: one line of printable ASCII
 
     Args:
-        path: --token-file
+        path: of a small file
+        flag: which names it
     """
-    t = read_text(path, '--token-file', 'ascii').strip()
+    t = read_text(path, flag, 'ascii').strip()
     if not t or not t.isprintable() or ' ' in t:
-        raise UsageError(f'--token-file: {path} must hold one line of printable ASCII without spaces')
+        raise UsageError(f'{flag}: {path} must hold one line of printable ASCII without spaces')
     if len(t) < MIN_TOKEN:
-        raise UsageError(f'--token-file: the token in {path} has {len(t)} characters, at least {MIN_TOKEN} are needed; '
+        raise UsageError(f'{flag}: the token in {path} has {len(t)} characters, at least {MIN_TOKEN} are needed; '
             'openssl rand -hex 32 makes a good one')
     return t
 
@@ -305,8 +309,9 @@ def worker_settings(
     unnamed = set()
     if settings is None: unnamed = {k for k in ini if _first(k, given, os.environ, {}) is None}
     if not s['model']: raise UsageError('--model: a GGUF file, a pulled name or demo is required')
-    file = s.pop('token_file')
+    file, probe = s.pop('token_file'), s['metrics_token']
     token = None if file is None else read_token(file)
+    if probe is not None: s['metrics_token'] = read_token(probe, '--metrics-token')
     guard(s['host'], token, s.pop('insecure'), unnamed)
     if s['log_format'] == 'auto': s['log_format'] = 'pretty' if sys.stderr.isatty() else 'json'
     return s | dict(token=token)
@@ -540,10 +545,24 @@ def words(g):
 
 # %% ../../nbs/6_serve/39_cli.ipynb #b56c49a9
 @app.command()
-def bench(model:Model, device:Device='0', prompt_tokens:Annotated[int, typer.Option('--prompt', metavar='N', min=1)]=512,
+def bench(model:Model='', device:Device='0', prompt_tokens:Annotated[int, typer.Option('--prompt', metavar='N', min=1)]=512,
     tokens:Annotated[int, typer.Option('--tokens', metavar='N', min=1)]=128,
-    repeat:Annotated[int, typer.Option('--repeat', metavar='N', min=1)]=3):
-    "Measure prefill and decode speed."
+    repeat:Annotated[int, typer.Option('--repeat', metavar='N', min=1)]=3,
+    http:Annotated[str, typer.Option('--http', metavar='URL', help='a running worker: what its clients wait for, as JSON')]='',
+    clients:Annotated[int, typer.Option('--clients', metavar='N', min=1, max=1024, help='at a time, with --http')]=1,
+    requests:Annotated[int, typer.Option('--requests', metavar='N', min=1, help='of each client, with --http')]=10,
+    route:Annotated[str, typer.Option('--route', metavar='ROUTE', help='execute or chat, with --http')]='execute',
+    token_file:Annotated[str, typer.Option('--token-file', metavar='PATH', help="file with the worker's bearer token, with --http")]='',
+):
+    "Measure prefill and decode speed of a model, or with --http what clients of a running worker wait for."
+    if http:
+        if model: raise UsageError('--http measures the model of that worker: give either MODEL or --http')
+        import json
+        from orcd.serve.latency import measure
+        token = read_token(os.path.expanduser(token_file)) if token_file else None
+        print(json.dumps(measure(http, clients, requests, tokens=tokens, route=route, token=token), indent=1))
+        return
+    if not model: raise UsageError('MODEL: a GGUF file, a pulled name or demo is required, or --http with the URL of a worker')
     from statistics import median
     from orcd.text.sampling import SamplingParams
     with open_model(model, device, prompt_tokens + tokens + 1) as m:

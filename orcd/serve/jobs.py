@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAVING', 'STOPPED', 'Event', 'Outbox', 'draw_seed', 'Job', 'Frames', 'ExecuteFrames', 'run_job', 'make_text',
-           'how_it_ended', 'memory_used', 'facts', 'Jobs']
+           'about', 'how_it_ended', 'memory_used', 'memory_by_kind', 'facts', 'Jobs']
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #6b4c711b
 import asyncio, secrets, threading, time
@@ -17,6 +17,7 @@ from structlog.contextvars import bind_contextvars, clear_contextvars
 # %% ../../nbs/6_serve/37_jobs.ipynb #113b5ad1
 from ..errors import Cancelled, CUDAError, OrcdError, OutOfVRAM
 from .logs import log
+from .metrics import Clock, Load, Metrics
 from .protocol import ApiError, Request, frame, public_error, token_frame
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #e3555b56
@@ -101,6 +102,7 @@ class Job:
         tokens_in: length of the prompt, or of all prompts, when known
         frames: write its events down; None: as `/execute` does
         more: further texts, made after the first
+        arrived: monotonic time at which the request came; None: now
     """
     def __init__(self,
         request:Request,            # checked
@@ -110,9 +112,10 @@ class Job:
         tokens_in:int | None=None,  # length of the prompt, or of all prompts, when known
         frames:'Frames | None'=None, # write its events down; None: as `/execute` does
         more:Sequence[Request]=(),  # further texts, made after the first
+        arrived:float | None=None,  # monotonic time at which the request came; None: now
     )->None:
         self.request, self.correlation_id, self.outbox, self.model, self.tokens_in = request, correlation_id, outbox, model, tokens_in
-        self.frames, self.texts = frames or ExecuteFrames(), (request, *more)
+        self.frames, self.texts, self.clock = frames or ExecuteFrames(), (request, *more), Clock(arrived)
         self.id, self.seed = request.job_id, draw_seed(request)
         self.reason, self.deadline, self.started, self.done, self._lock = None, None, False, False, threading.Lock()
 
@@ -123,6 +126,7 @@ class Job:
 
     def begin(self, timeout:float)->None:
         "From now on it may run for `timeout` seconds"
+        self.clock.begin()
         self.deadline = time.monotonic() + timeout
 
     def cancel(self, why:str='cancelled')->None:
@@ -213,6 +217,7 @@ class ExecuteFrames(Frames):
 def run_job(
     model,   # has `generate`, as `orcd.engine.generation.Model`
     job:Job,
+    metrics:Metrics,
 )->dict[str, Any]: # fields of its event `end`
     """Run a job to its end; raises what ends it otherwise
 
@@ -224,12 +229,13 @@ def run_job(
     """
     job.start()
     *firsts, last = job.texts
-    for request in firsts: job.outbox.put(Event('next', make_text(model, job, request)))
-    return make_text(model, job, last)
+    for request in firsts: job.outbox.put(Event('next', make_text(model, job, metrics, request)))
+    return make_text(model, job, metrics, last)
 
 def make_text(
     model,            # as above
     job:Job,
+    metrics:Metrics,
     request:Request,  # one of the job's
 )->dict[str, Any]: # how it ended
     """One text of a job
@@ -242,14 +248,31 @@ def make_text(
         how it ended
     """
     if job.must_stop(): raise Cancelled()
-    seed = job.seed if request is job.request else draw_seed(request)
+    seed, clock, n, n_prompt = job.seed if request is job.request else draw_seed(request), job.clock, 0, len(request.prompt.ids)
+    clock.last, clock.held = None, n_prompt
     out = model.generate(request.prompt, **request.params | dict(seed=seed), stop=request.stop, cancelled=job.must_stop)
     put, every = job.outbox.put, job.frames.every_token
-    for token in out:
-        if token.text or every: put(token)
+    try:
+        for token in out:
+            if out.tokens_out > n:           # else it only brings text that was held back
+                if not n: metrics.prefilled(clock, n_prompt)
+                n = out.tokens_out
+                metrics.token(clock)
+            if token.text or every: put(token)
+    finally:
+        clock.prefill_ms += out.prefill_time_ms
+        clock.decode_ms += out.decode_time_ms
     if out.stop_reason == 'CANCELLED': raise Cancelled()
+    if not n: metrics.prefilled(clock, n_prompt)
     matched = {} if out.stop_reason != 'STOP_SEQUENCE' else dict(stop_sequence_matched=out.stop_sequence_matched)
     return dict(tokens_out=out.tokens_out, decode_time_ms=round(out.decode_time_ms), stop_reason=out.stop_reason) | matched
+
+def about(
+    job:Job,
+)->dict[str, Any]:
+    "What the log says of its prompts"
+    first, *more = (r.about for r in job.texts)
+    return {k: [v, *(m[k] for m in more)] if more else v for k, v in first.items()}
 
 def how_it_ended(
     error:BaseException, # raised by `run_job`
@@ -263,7 +286,7 @@ def how_it_ended(
     problem = job.problem if isinstance(error, Cancelled) else public_error(error)
     cancelled = problem.code == 'CANCELLED'
     if not cancelled: log.error('error', code=problem.code, message=str(error), exc_info=error if problem.code == 'INTERNAL' else None)
-    log.info('execute_end', stop_reason='CANCELLED' if cancelled else 'ERROR', reason=job.reason or problem.code)
+    log.info('execute_end', stop_reason='CANCELLED' if cancelled else 'ERROR', reason=job.reason or problem.code, **job.clock.fields())
     return problem
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #0315af6f
@@ -276,6 +299,17 @@ def memory_used(
         model: a loaded model
     """
     return dict(vram_bytes_used=model.engine.info().get('vram_bytes_used') or 0)
+
+def memory_by_kind(
+    model, # a loaded model
+)->dict[str, int]:
+    """Bytes of device memory by what they hold; nothing on an engine that uses none
+
+    Args:
+        model: a loaded model
+    """
+    ledger = getattr(model.engine, 'vram', None)
+    return ledger.by_kind() if ledger is not None and memory_used(model)['vram_bytes_used'] else {}
 
 def facts(
     model, # a loaded model
@@ -299,14 +333,19 @@ class Jobs:
         queue_depth: how many jobs may wait
         timeout: seconds a job may run
         on_fatal: called (in any thread) when the process must be replaced
+        check_s: seconds between two looks at where the model's memory lies
+        metrics: written here; None: some of its own
     """
     def __init__(self,
         load:Callable[[], Any],    # returns a model; called in the engine thread
         queue_depth:int=0,         # how many jobs may wait
         timeout:float=300,         # seconds a job may run
         on_fatal:Callable[[BaseException], None] | None=None, # called (in any thread) when the process must be replaced
+        check_s:float=60,          # seconds between two looks at where the model's memory lies
+        metrics:Metrics | None=None,  # written here; None: some of its own
     )->None:
-        self.load, self.depth, self.timeout, self.on_fatal = load, queue_depth, timeout, on_fatal
+        self.load, self.depth, self.timeout, self.on_fatal, self.check_s = load, queue_depth, timeout, on_fatal, check_s
+        self.metrics, self.running, self.checked = metrics or Metrics(), None, 0.0
         self.active, self.waiting, self.cond = {}, deque(), threading.Condition()
         self.draining = self.stopping = False
         self.healthy, self.fatal, self.facts = True, None, {}
@@ -317,6 +356,12 @@ class Jobs:
     def state(self)->str:
         "As `/health` names it"
         return 'draining' if self.draining else 'busy' if self.active else 'ready'
+
+    @property
+    def busy(self)->Load:
+        "How busy this worker is now, from any thread"
+        job, waiting, n_ctx = self.running, len(self.waiting), self.facts.get('context_length')
+        return Load(int(job is not None), waiting, min(1, job.clock.held / n_ctx) if job and n_ctx else 0)
 
     # --- from the event loop
 
@@ -370,7 +415,7 @@ class Jobs:
             if found not in self.waiting: return True
             self.waiting.remove(found)
             del self.active[job_id]
-        found.fail(found.problem)
+        self._fail(found, found.problem)
         return True
 
     def cancel_all(self)->None:
@@ -386,7 +431,7 @@ class Jobs:
         with self.cond:
             self.draining = True
             waiting = self._forget_waiting()
-        for job in waiting: job.fail(ApiError('SHUTTING_DOWN', LEAVING))
+        for job in waiting: self._fail(job, ApiError('SHUTTING_DOWN', LEAVING))
 
     def stop(self, timeout:float=10)->bool:
         "Free the model and end the thread; False when it does not end in time"
@@ -399,7 +444,7 @@ class Jobs:
     def abandon(self, job:Job)->None:
         "The engine does not answer: end the job from outside"
         with self.cond: self.active.pop(job.id, None)
-        if job.fail(job.problem): self.die(OrcdError('the engine does not answer'))
+        if self._fail(job, job.problem): self.die(OrcdError('the engine does not answer'))
 
     def die(self,
         error:BaseException, # why
@@ -414,8 +459,16 @@ class Jobs:
             self.fatal, self.healthy = error, False
             waiting = self._forget_waiting()
             self.cond.notify_all()
-        for job in waiting: job.fail(public_error(error))
+        for job in waiting: self._fail(job, public_error(error))
         if self.on_fatal: self.on_fatal(error)
+
+    def _finish(self, job:Job, type:str, **fields:Any)->bool:
+        "Its terminal event, counted once"
+        said = job.finish(type, **fields)
+        if said: self.metrics.end(job.clock, fields['stop_reason'] if type == 'end' else fields['code'])
+        return said
+
+    def _fail(self, job:Job, problem:ApiError)->bool: return self._finish(job, 'error', **problem.fields)
 
     def _forget_waiting(self)->list[Job]:
         waiting, self.waiting = list(self.waiting), deque()
@@ -434,39 +487,62 @@ class Jobs:
             self.loaded.set_exception(e if ordinary else OrcdError(f'{type(e).__name__}: {e}'))
 
     def _live(self)->None:
+        began = time.monotonic()
         self.model = self.load()
-        try: self.facts = facts(self.model)
+        try: self.facts, self.metrics.vram = facts(self.model), memory_by_kind(self.model)
         except BaseException:
             self._free()
             raise
+        self.checked = time.monotonic()
+        self.metrics.load_seconds = self.checked - began
         self.loaded.set_result(self.model)
         while (job := self._next()) is not None:
             self._run(job)
             job = None                    # a model in a frame of this thread would outlive `close`
-            if not self.fatal: self.facts |= memory_used(self.model)
+            if not self.fatal: self._measure()
         self._free()
 
     def _next(self)->Job | None:
-        "The next job to run, None when the thread shall end"
-        with self.cond:
-            self.cond.wait_for(lambda: self.waiting or self.stopping or self.fatal)
-            return None if self.fatal or not self.waiting else self.waiting.popleft()
+        "The next job to run, None when the thread shall end; from time to time a look at the memory"
+        while True:
+            with self.cond:
+                self.cond.wait_for(self._due, max(0, self.checked + self.check_s - time.monotonic()))
+                if self.fatal or (self.stopping and not self.waiting): return None
+                if self.waiting and (self.stopping or time.monotonic() < self.checked + self.check_s):
+                    self.running = self.waiting.popleft()
+                    return self.running
+            if time.monotonic() >= self.checked + self.check_s: self._check()
+
+    def _due(self)->bool: return bool(self.waiting or self.stopping or self.fatal)
+
+    def _check(self)->None:
+        "Does the model still lie in VRAM, as it did when it was loaded? What computes from elsewhere is not what the worker promises"
+        self.checked = time.monotonic()
+        if self.facts['resident'] and not self.model.engine.info().get('resident'):
+            self.facts |= dict(resident=False)
+            self.die(CUDAError('memory of the model does not lie in VRAM any more', sticky=True))
+
+    def _measure(self)->None:
+        "What a job may have changed"
+        self.facts |= memory_used(self.model)
+        self.metrics.vram = memory_by_kind(self.model)
 
     def _run(self, job:Job)->None:
         "Every way out of a job leads through the last lines"
         bind_contextvars(job_id=job.id, correlation_id=job.correlation_id)
         job.begin(self.timeout)
-        log.info('execute_start', tokens_in=job.tokens_in)
+        log.info('execute_start', tokens_in=job.tokens_in, **about(job))
         try:
-            type, fields = 'end', run_job(self.model, job)
+            type, fields = 'end', run_job(self.model, job, self.metrics)
             self.healthy = True
-            log.info('execute_end', **fields)
+            log.info('execute_end', **fields | job.clock.fields())
         except BaseException as e:
             self._note(e)
             type, fields = 'error', how_it_ended(e, job).fields
         with self.cond:
             if self.active.get(job.id) is job: del self.active[job.id]
-        job.finish(type, **fields)
+            self.running = None
+        self._finish(job, type, **fields)
         clear_contextvars()
 
     def _note(self, error:BaseException)->None:
@@ -482,5 +558,5 @@ class Jobs:
     def _lost(self, error:BaseException)->None:
         "This thread ends where it should not: every job gets its end, and the process has to be replaced"
         with self.cond: jobs, self.active = list(self.active.values()), {}
-        for job in jobs: job.fail(public_error(error))
+        for job in jobs: self._fail(job, public_error(error))
         self.die(error)

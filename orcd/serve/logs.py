@@ -126,7 +126,7 @@ def as_text(logger, method, e):
     "A line for a terminal; the progress of a load overwrites itself"
     t = e.get('timestamp', now())[11:19]
     if e['event'] == 'model_load_progress': return f"\r{t}   loading  {bar(e['percent'])}" + ('\n' if e['percent'] >= 100 else '')
-    hide = {'timestamp', 'level', 'event', 'worker_id', 'model_ref', 'gpu_device', 'exception'}
+    hide = {'timestamp', 'level', 'event', 'worker_id', 'model_ref', 'gpu_device', 'exception', 'prompt_sha256'}
     fields = '  '.join(f'{k}={printable(v)}' for k, v in in_order(e).items() if k not in hide and v is not None)
     line = f"{t} {_marks.get(e.get('level'), ' ')} {printable(e['event'])}  {fields}".rstrip()
     below = [f'    {printable(l)}' for l in e.get('exception', '').rstrip().split('\n')] if 'exception' in e else []

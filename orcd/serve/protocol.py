@@ -302,12 +302,14 @@ class Request:
 
     Attributes:
         params: max_tokens, temperature, …, seed: arguments of `model.generate`
+        about: what the log says of the prompt
     """
     job_id:str
     # str, or the list of messages; the worker puts what `model.encode` makes of it in its place
     prompt:Any
     params:dict = field(default_factory=dict)    # max_tokens, temperature, …, seed: arguments of `model.generate`
     stop:tuple = ()
+    about:dict = field(default_factory=dict)     # what the log says of the prompt
 
 def parse_request(
     d:dict,                                    # what `parse_json` returned

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'CAPABILITIES', 'CLOSE', 'HEADERS', 'Settings', 'Answer', 'EventStream', 'WholeAnswer', 'in_thread',
-           'read_body', 'is_text_path', 'too_many', 'json_response', 'Carrier', 'Worker', 'error_response', 'safely',
-           'Dialect']
+           'read_body', 'is_text_path', 'described', 'too_many', 'json_response', 'Carrier', 'Worker', 'error_response',
+           'safely', 'Dialect']
 
 # %% ../../nbs/6_serve/37b_routes.ipynb #93b64a10
-import asyncio, select, threading, time
+import asyncio, hashlib, select, threading, time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from .. import __version__
 from ..errors import OrcdError
 from .jobs import LEAVING, ExecuteFrames, Frames, Job, Jobs, Outbox
 from .logs import log
+from .metrics import TEXT, render
 from .protocol import (HEARTBEAT, MAX_BODY, MAX_TOKENS, ApiError, Request, check_id, error_body, parse_json, parse_request,
     public_error, remaining_ms, rule, to_json)
 
@@ -43,6 +44,8 @@ class Settings:
         kv_cache_size_mb: None: what fits
         context_length: None: what the model was trained for and what fits
         token: a bearer token that every route but /health wants
+        metrics_token: a bearer token that /metrics wants; None: it is open, as /health is
+        log_prompts: prompts stand in the log, for debugging
         heartbeat_s: a comment line when nothing was sent for so long
         stall_s: a client that does not read for so long is gone
         read_s: for a request's header, and for its body
@@ -52,6 +55,7 @@ class Settings:
         fatal_s: /health says 503 for so long before the process ends
         pace_s: shortest time between two writes of one stream
         callback_s: for one try of the callback
+        check_s: between two looks at where the model's memory lies
         max_connections: beside a few more for probes
     """
     model:str = ''                    # path of the GGUF file
@@ -70,6 +74,8 @@ class Settings:
     callback_url:str | None = None
     token:str | None = None                  # a bearer token that every route but /health wants
     log_format:str = 'json'
+    metrics_token:str | None = None          # a bearer token that /metrics wants; None: it is open, as /health is
+    log_prompts:bool = False                 # prompts stand in the log, for debugging
 
     heartbeat_s:float = 10            # a comment line when nothing was sent for so long
     stall_s:float = 30                # a client that does not read for so long is gone
@@ -80,6 +86,7 @@ class Settings:
     fatal_s:float = 1                 # /health says 503 for so long before the process ends
     pace_s:float = .01                # shortest time between two writes of one stream
     callback_s:float = 10             # for one try of the callback
+    check_s:float = 60                # between two looks at where the model's memory lies
     max_connections:int = 256         # beside a few more for probes
 
 # %% ../../nbs/6_serve/37b_routes.ipynb #b30c394e
@@ -247,6 +254,20 @@ def is_text_path(
     try: return unquote_to_bytes(scope.get('raw_path') or b'').decode() is not None
     except UnicodeDecodeError: return False
 
+def described(
+    prompt:str | list,   # a text, messages or token ids
+    whole:bool=False,    # also its text: `--log-prompts`
+)->dict[str, Any]:
+    """What the log says of a prompt: enough to see that two are the same, not what is in them. Of messages and ids it is their JSON.
+
+    Args:
+        prompt: a text, messages or token ids
+        whole: also its text: `--log-prompts`
+    """
+    text = prompt if isinstance(prompt, str) else to_json(prompt)
+    d = dict(prompt_sha256=hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest(), prompt_chars=len(text))
+    return d | dict(prompt=text) if whole else d
+
 def too_many()->ApiError:
     "What is said where there is no room for another connection"
     return ApiError('WORKER_BUSY', 'too many connections')
@@ -317,6 +338,11 @@ class Worker:
             uptime_seconds=int(time.monotonic() - self.began), worker_id=s.worker_id, gpu_device=s.gpu_device, capabilities=CAPABILITIES,
             protocol='sse', version=__version__)
 
+    async def metrics(self)->Response:
+        "GET /metrics. Cached state alone, as for /health, but written by a thread"
+        text = await self.work(render, self.jobs.metrics, self.jobs.busy, self.settings.model_ref)
+        return Response(text, headers={'Content-Type': TEXT})
+
     def leave(self)->None:
         "POST /shutdown"
         self.jobs.drain()
@@ -345,7 +371,8 @@ class Worker:
         """
         first, *more = requests
         outbox, model = Outbox(asyncio.get_running_loop()), self.jobs.facts.get('model', '')
-        job = Job(first, http.scope['orcd.id'], outbox, model, sum(len(r.prompt.ids) for r in requests), frames, more)
+        job = Job(first, http.scope['orcd.id'], outbox, model, sum(len(r.prompt.ids) for r in requests), frames, more,
+            http.scope.get('orcd.began'))
         left = remaining_ms(http.headers.get('x-deadline'))
         if left is not None: log.info('deadline', job_id=job.id, remaining_ms=left)
         connection = self.open.get(tuple(http.scope.get('client') or ()))
@@ -386,7 +413,7 @@ class Worker:
             field = 'messages' if prompt.reply else 'prompt'
             message = f'the prompt has {len(prompt.ids)} tokens, the worker takes {most}'
             raise ApiError('INVALID_REQUEST', message, errors=[rule(field, f'tokens(1..={most})', message)])
-        return replace(request, prompt=prompt)
+        return replace(request, prompt=prompt, about=described(request.prompt, self.settings.log_prompts))
 
     def limit(self,
         connections:int, # at most

@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -114,6 +114,10 @@ def make_app(
     @app.get('/health', response_class=JSONResponse, **_says(503))
     async def health(): return json_response(worker.health(), 503 if worker.jobs.fatal else 200)
 
+    @app.head('/metrics', include_in_schema=False)
+    @app.get('/metrics', response_class=PlainTextResponse, **_says(401, 500))
+    async def metrics(request:HTTPRequest): return await safely(worker.metrics(), request)
+
     @app.post('/shutdown', status_code=202, response_class=JSONResponse, **_says(401))
     async def shutdown():
         worker.leave()
@@ -121,7 +125,6 @@ def make_app(
 
     for d in dialects: d.register(app, worker)
     app.add_exception_handler(HTTPException, partial(_router_error, dialects=dialects))
-    # Prometheus' /metrics would be one more route here.
     return app
 
 # %% ../../nbs/6_serve/38_worker.ipynb #af726d41
@@ -135,23 +138,25 @@ class RequestMiddleware:
 
     Args:
         app: the routes
-        settings: for its token
+        settings: for its tokens
         names: of this machine, when only it can reach us
         dialects: whose clients want errors in their shape
     """
     def __init__(self,
         app:ASGIApp,                       # the routes
-        settings:Settings,                 # for its token
+        settings:Settings,                 # for its tokens
         names:set[str] | None=None,        # of this machine, when only it can reach us
         dialects:Sequence[Dialect]=DIALECTS, # whose clients want errors in their shape
     )->None:
         self.app, self.token, self.names, self.dialects = app, settings.token, names, dialects
+        self.tokens = {'/health': None, '/metrics': settings.metrics_token}       # of paths that have their own
 
     async def __call__(self, scope:Scope, receive:Receive, send:Send)->None:
         if scope['type'] != 'http': return await self.app(scope, receive, send)
         scope['orcd.id'] = cid = correlation_id(_header(scope, b'x-correlation-id'))
         scope['headers'] = [h for h in scope['headers'] if h[0] != b'cookie']
-        began, status = time.monotonic(), None
+        scope['orcd.began'] = began = time.monotonic()
+        status = None
         async def tagged(message:Message)->None:
             nonlocal status
             if message['type'] == 'http.response.start':
@@ -164,7 +169,7 @@ class RequestMiddleware:
         except Exception as e:
             if status is not None: raise
             await error_response(e, cid, shape_of(scope['path'], self.dialects))(scope, receive, tagged)
-        if scope['path'] != '/health':
+        if scope['path'] not in self.tokens or (status != 200 and scope['path'] != '/health'):     # probes come all the time
             ms = round((time.monotonic() - began) * 1000)
             log.info('request', method=scope['method'][:32], path=scope['path'][:200], status=status, ms=ms, correlation_id=cid)
 
@@ -172,10 +177,11 @@ class RequestMiddleware:
         "No requests of web pages, sent behind their reader's back; the bearer token, compared in constant time"
         if any(k == b'origin' for k, _ in scope['headers']):
             raise ApiError('INVALID_REQUEST', 'requests of web pages are not accepted', status=403)
-        if self.token is None: return self.check_host(_header(scope, b'host') or '')
-        if scope['path'] == '/health': return
+        if self.token is None: self.check_host(_header(scope, b'host') or '')
+        token = self.tokens.get(scope['path'], self.token)
+        if token is None: return
         scheme, _, given = (_header(scope, b'authorization') or '').strip().partition(' ')
-        if scheme.lower() != 'bearer' or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
+        if scheme.lower() != 'bearer' or not hmac.compare_digest(given.strip().encode(), token.encode()):
             raise ApiError('INVALID_REQUEST', 'a bearer token is required', status=401)
 
     def check_host(self, host:str)->None:
@@ -624,7 +630,7 @@ class Process:
     )->None:
         self.settings, self.loop, self.load, self.signals, self.flush, self.exit_code = settings, loop, load, signals, flush, 0
         self.heard, self.said, self.lock, self.ending, self.over = 0, False, threading.Lock(), threading.Event(), threading.Event()
-        self.jobs = Jobs(self.get_model, settings.queue_depth, settings.inference_timeout_sec, self.fatal)
+        self.jobs = Jobs(self.get_model, settings.queue_depth, settings.inference_timeout_sec, self.fatal, settings.check_s)
         self.worker = Worker(settings, self.jobs)
 
     async def run(self)->int:

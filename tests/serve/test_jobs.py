@@ -4,6 +4,7 @@ from types import SimpleNamespace as NS
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from fake_engine import EOS, fake_model, piece, say
+from orcd.engine.generation import Encoded
 from orcd.errors import CODES, CUDAError, OrcdError, OutOfVRAM
 from orcd.serve.jobs import STOPPED, ExecuteFrames, Job, Jobs, Outbox
 from orcd.serve.protocol import ApiError, read_events
@@ -17,7 +18,8 @@ def quiet():
 
 
 def request(job_id='1', prompt='hi', stop=(), **params):
-    return NS(job_id=job_id, prompt=prompt, params=dict(max_tokens=16) | params, stop=stop)
+    encoded = Encoded([ord(c) for c in prompt], False)
+    return NS(job_id=job_id, prompt=encoded, params=dict(max_tokens=16) | params, stop=stop, about={})
 
 
 async def read(job, timeout=60):
