@@ -55,18 +55,24 @@ def test_opening(path):
     assert md and re.match(r'# \S.*\n+> \S', md[0]), 'the first text cell is "# Title" and "> summary"'
 
 
+PAGES = {'operating'}      # chapters that make no module
+
+
 def test_chapters_are_numbered_without_gaps():
-    """00, 01, … through the folders in their order, errors before and the making of the book after them; a chapter is named after the
-    module it exports, and lies in a folder of the module's"""
-    chapters = [p for p in NOTEBOOKS if p.name != 'index.ipynb']
-    assert [int(p.name[:2]) for p in chapters] == list(range(len(chapters))), 'python -m orcd.book numbers them anew'
+    """00, 01, … through the folders in their order, errors before and the making of the book after them; a new chapter may stand behind its
+    predecessor with a letter. A chapter is named after the module it exports, and lies in a folder of the module's"""
+    chapters = [(re.fullmatch(r'(\d\d)([a-z]?)_(\w+)', p.stem), p) for p in NOTEBOOKS if p.name != 'index.ipynb']
+    assert all(m for m, _ in chapters), chapters
+    numbers = [int(m[1]) for m, _ in chapters if not m[2]]
+    assert numbers == list(range(len(numbers))), 'python -m orcd.book numbers them anew'
     around = [chapters[0], *chapters[-2:]]
-    assert [p for p in chapters if p.parent.name == 'nbs'] == around and [p.stem[3:] for p in around] == ['errors', 'book', 'docstrings']
-    folders = [p.parent.name for p in chapters[1:-2]]
+    assert [p for _, p in chapters if p.parent.name == 'nbs'] == [p for _, p in around]
+    assert [m[3] for m, _ in around] == ['errors', 'book', 'docstrings']
+    folders = [p.parent.name for _, p in chapters[1:-2]]
     assert folders == sorted(folders)
-    for p in chapters:
+    for m, p in chapters:
         folder = '' if p.parent.name == 'nbs' else p.parent.name[2:] + '.'
-        assert module_of(p) == f'{folder}{p.stem[3:]}', p
+        assert module_of(p) == (None if m[3] in PAGES else f'{folder}{m[3]}'), p
 
 
 def test_cuda_files_match_cells():
