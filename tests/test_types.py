@@ -19,17 +19,23 @@ with orcd.load('demo', device='reference', context_length=None, kv_cache_mb=None
     assert_type(model, orcd.Model)
     assert_type(model.config.n_layer, int)
     assert_type(model.vram, orcd.Ledger | None)
-    if model.vram: assert_type(model.vram.by_kind(), dict[str, int])
+    if model.vram: assert_type((model.vram.by_kind(), model.vram.planned), tuple[dict[str, int], str])
     out = model.generate('Write a haiku', max_tokens=48, temperature=.7, seed=42, stop=['END'])
     for token in out: assert_type((token.id, token.text, token.logprob), tuple[int, str, float])
     assert_type(out.run(), orcd.Generation)
     assert_type((out.text, out.ids, out.stop_reason, out.seed), tuple[str, list[int], str | None, int])
     model.generate([dict(role='user', content='Hello')])
     model.generate([151644, 872], stop='END', seed=None)
+    answer = model.chat('Write a haiku', max_tokens=48, temperature=.7, seed=42, stop=['END'],
+        tools=None, response_format=dict(type='text'))
+    assert_type(answer, orcd.Generation)
+    assert_type(str(model.chat([dict(role='system', content='Be brief'), dict(role='user', content='Hello')])), str)
     print(model.logits([1, 2]).shape)
     if model.tokenizer: print(model.tokenizer.encode('rain'))
 
-with orcd.GGUF(Path('x.gguf')) as g:
+orcd.load('demo', device=0)
+
+with orcd.GGUF('demo') as g, orcd.GGUF(Path('x.gguf')):
     t = g.tensors['token_embd.weight']
     assert_type((t.shape, t.n_bytes, t.offset, t.type.block_size), tuple[tuple[int, ...], int, int, int])
     assert_type(g.read('token_embd.weight', 0, 2), np.ndarray)
@@ -56,9 +62,11 @@ except orcd.OrcdError as e: assert_type((e.code, e.retriable), tuple[str, bool])
 '''
 # what an editor has to underline
 WRONG = '''import orcd
-model = orcd.load('demo', device=0)
+model = orcd.load('demo', device=1.5)
 model.generate('rain', max_token=3)
 for token in model.generate('rain'): print(token.word)
+model.chat('rain', max_token=3)
+model.chat(5)
 orcd.nothing_here
 '''
 
@@ -128,7 +136,7 @@ def test_programs_that_use_the_public_names(found): assert 'program.py' not in f
 
 
 def test_mistakes_are_seen(found):
-    assert [line for line, *_ in found['wrong.py']] == [2, 3, 4, 5], found['wrong.py']
+    assert [line for line, *_ in found['wrong.py']] == [2, 3, 4, 5, 6, 7], found['wrong.py']
 
 
 def test_package_is_clean(found):
@@ -155,7 +163,7 @@ def test_help_says_what_arguments_are():
     for f, names in wanted.items(): assert not set(names) - said(f).keys(), (f, said(f))
     text = json.loads((ROOT / 'nbs' / '5_engine' / '32_generation.ipynb').read_text())['cells']
     load = next(s for c in text if 'def load(' in (s := ''.join(c['source'])))
-    comment = re.search(r"^ +device:str='cuda:0', +# (.*)$", load, re.M)
+    comment = re.search(r"^ +device:str \| int='cuda:0', +# (.*)$", load, re.M)
     assert comment and said(orcd.load)['device'] == comment[1], 'nbdev-export has not run'
 
 

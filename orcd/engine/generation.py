@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Prompt', 'BUSY', 'CLOSED', 'Progress', 'Engine', 'prefix_table', 'StopMatcher', 'TextStream', 'Token', 'Stop',
-           'limit', 'Generation', 'Encoded', 'encode_prompt', 'check_request', 'Model', 'device_number', 'device_name',
-           'progress_bar', 'load']
+           'limit', 'Generation', 'Encoded', 'encode_prompt', 'check_request', 'has_chat', 'Asked', 'Model',
+           'device_number', 'device_name', 'progress_bar', 'load']
 
 # %% ../../nbs/5_engine/32_generation.ipynb #c6d5c6c0
 import html, numbers, os, sys, threading, time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TypedDict, TypeVar, Unpack, cast, overload
 
 # %% ../../nbs/5_engine/32_generation.ipynb #9d3e5a10
 import numpy as np
@@ -228,7 +228,7 @@ BUSY, CLOSED = 'this model is at work in another call; one at a time', 'the mode
 
 # %% ../../nbs/5_engine/32_generation.ipynb #5063a18a
 class Generation:
-    """Iterator of `Token`. `run()` goes to the end; Jupyter shows the text while it is made.
+    """Iterator of `Token`. `run()` goes to the end, `str()` gives the text at the end; Jupyter shows it while it is made.
 
     Args:
         model: whose `generate` was called
@@ -297,6 +297,8 @@ class Generation:
         "Stop here, also from another thread: before the next token. The model is free for the next text."
         self._stop.asked = True
         if self.stop_reason is None: self._model._alone(self._closed, wait=True)
+
+    def __str__(self)->str: return self.run().text    # f'{model.chat("…")}'
 
     def __repr__(self)->str:
         return f'Generation({self.text!r}, tokens_out={self.tokens_out}, stop_reason={self.stop_reason!r}, seed={self.seed})'
@@ -382,6 +384,7 @@ def _check_count(x, n_ctx):
 def _is_id(i): return isinstance(i, numbers.Integral) and not isinstance(i, bool)
 def _is_list(x): return isinstance(x, (list, tuple, range)) or getattr(x, 'ndim', 0) == 1
 def _is_ids(x): return _is_list(x) and all(map(_is_id, x))
+def _are_prompts(x): return isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(p, str) or p and (_is_ids(p) or _is_messages(p)) for p in x)
 def _is_messages(x): return isinstance(x, (list, tuple)) and any(isinstance(m, dict) for m in x)
 
 def _text_size(x):
@@ -414,6 +417,8 @@ class Encoded(NamedTuple):
 def _kind(prompt:Prompt, t)->str:
     "'text', 'ids' or 'messages'"
     kind = 'text' if isinstance(prompt, str) else 'ids' if _is_ids(prompt) else 'messages' if _is_messages(prompt) else None
+    if kind is None and _are_prompts(prompt):
+        raise _broken('prompt', 'one', 'several prompts at once need slots, and a model has one: generate them one after another')
     if kind is None: raise _broken('prompt', 'type(text, messages or ids)', 'a prompt is a string, a list of {role, content}, or of token ids')
     if kind != 'ids' and t is None: raise _broken('prompt', 'type(ids)', 'this model has no vocabulary: prompts are lists of token ids')
     return kind
@@ -476,6 +481,25 @@ def check_request(
     if errors: raise request_error(errors)
     return prompt
 
+def has_chat(
+    t:Any,   # a tokenizer, or None
+)->bool:
+    """Is there a chat template?
+
+    Args:
+        t: a tokenizer, or None
+    """
+    return bool(getattr(t, 'chat_template', None))
+
+def _check_chat(t, messages, tools, response_format):
+    "Can `chat` do what is asked for?"
+    if not has_chat(t): raise _broken('messages', 'chat template', 'this model has no chat template; generate(text) continues a text')
+    if not isinstance(messages, str) and not _is_messages(messages):
+        raise _broken('messages', 'type(text or messages)', 'chat takes a question, or a list of {role, content}')
+    if tools: raise _broken('tools', 'none', 'tools cannot be called from here yet')
+    kind = response_format.get('type') if isinstance(response_format, Mapping) else response_format
+    if kind not in (None, 'text'): raise _broken('response_format', 'text', 'response_format: only {"type": "text"} is possible here yet')
+
 def _decoder(t, prompt:Encoded)->Any:
     if t is None: return None
     return t.parse_reply(after=prompt.ids) if prompt.reply else t.stream(after=prompt.ids)
@@ -483,13 +507,37 @@ def _decoder(t, prompt:Encoded)->Any:
 # %% ../../nbs/5_engine/32_generation.ipynb #f8804959
 _T = TypeVar('_T')
 
+class Asked(TypedDict, total=False):
+    """What `chat` hands on to `generate`
+
+    Attributes:
+        temperature: 0: argmax
+        top_k: 0: off
+        top_p: 1: off
+        min_p: 0: off
+        repetition_penalty: 1: off
+        seed: None: a random one
+        stop: a string or up to four
+        cancelled: called before every token and every chunk of the prompt; True ends it
+    """
+    max_tokens: int | None
+    temperature: float | None         # 0: argmax
+    top_k: int | None                 # 0: off
+    top_p: float | None               # 1: off
+    min_p: float | None               # 0: off
+    repetition_penalty: float | None  # 1: off
+    seed: int | None                  # None: a random one
+    stop: str | Sequence[str] | None  # a string or up to four
+    cancelled: Callable[[], bool] | None   # called before every token and every chunk of the prompt; True ends it
+
 class Model:
-    """A loaded model: `generate`, `logits`, `close`. Also a context manager; `del` gives the memory back too.
+    """A loaded model: `chat`, `generate`, `logits`, `close`. Also a context manager; `del` gives the memory back too.
 
     Args:
         engine: follows the engine protocol
         tokenizer: a `Tokenizer`; None: the file has no vocabulary, prompts are ids
         g: the `GGUF`, closed with the model
+        plan: makes the ledger where nothing is in VRAM
 
     Attributes:
         engine: follows `Engine`; None once the model is closed
@@ -509,17 +557,22 @@ class Model:
         engine:Engine,                 # follows the engine protocol
         tokenizer:Any=None,            # a `Tokenizer`; None: the file has no vocabulary, prompts are ids
         g:Any=None,                    # the `GGUF`, closed with the model
+        plan:Callable[[], Ledger] | None=None,   # makes the ledger where nothing is in VRAM
     )->None:
         self.engine = None    # for `__del__`
+        if not hasattr(engine, 'prefill'): raise RequestError(f'a model is made by orcd.load(path), of an engine, not of {type(engine).__name__}')
         if getattr(engine, 'has_model', False): raise OrcdError('this engine holds a model already; close that one first')
-        self.engine, self.tokenizer, self._g = engine, tokenizer, g
+        self.engine, self.tokenizer, self._g, self._plan = engine, tokenizer, g, plan
         self.engine.has_model, self.config = True, self.engine.config
         self.stop_ids = frozenset() if tokenizer is None else frozenset(tokenizer.stop_ids)
         if tokenizer is not None: engine.n_valid = min(self.config.n_vocab, tokenizer.n_valid)
         self._lock, self._holder, self._running, self.closing = threading.Lock(), None, None, False
 
     @property
-    def vram(self)->Ledger | None: "The ledger of device memory, or None"; return getattr(self.engine, 'vram', None)
+    def vram(self)->Ledger | None:
+        "The ledger of device memory; on the reference engine what a GPU would hold (`planned` says so), or a `ModelError` when none can run it; None once closed"
+        if self._plan is None or self.engine is None: return getattr(self.engine, 'vram', None)
+        return self._plan()
 
     def generate(self,
         prompt:Prompt | Encoded,          # str, list of {role, content}, list of ids, or what `encode` made of one
@@ -554,6 +607,24 @@ class Model:
         limit, seed = int(asked.pop('max_tokens', 2048)), int(asked.pop('seed', random_seed()))
         text = TextStream(_decoder(self.tokenizer, encoded), [stop] if isinstance(stop, str) else list(stop or ()))
         return Generation(self, encoded.ids, SamplingParams(**asked, seed=seed), limit, text, cancelled)
+
+    def chat(self,
+        messages:str | Sequence[Mapping[str, Any]],   # a question, or a conversation: a list of {role, content}
+        *,
+        tools:Sequence[Mapping[str, Any]] | None=None,      # that the model may call
+        response_format:Mapping[str, Any] | None=None,      # what the answer must look like; {'type': 'text'}: like anything
+        **asked:Unpack[Asked],                              # as for `generate`
+    )->Generation:
+        """Ask an instruct model: the question goes through its chat template, where `generate` would continue it as a raw text
+
+        Args:
+            messages: a question, or a conversation: a list of {role, content}
+            tools: that the model may call
+            response_format: what the answer must look like; {'type': 'text'}: like anything
+            **asked: as for `generate`
+        """
+        _check_chat(self.tokenizer, messages, tools, response_format)
+        return self.generate([dict(role='user', content=messages)] if isinstance(messages, str) else messages, **asked)
 
     def logits(self,
         ids:Sequence[int] | np.ndarray, # token ids
@@ -654,21 +725,21 @@ class Model:
 
 # %% ../../nbs/5_engine/32_generation.ipynb #f07a81e8
 def device_number(
-    device:str,   # 'cuda', 'cuda:N' or 'reference'
-)->int | None:    # N; None for the reference engine
+    device:str | int,   # 'cuda', 'cuda:N', 'N' or N; or 'reference'
+)->int | None:          # N; None for the reference engine
     """Which GPU a device name means
 
     Args:
-        device: 'cuda', 'cuda:N' or 'reference'
+        device: 'cuda', 'cuda:N', 'N' or N; or 'reference'
 
     Returns:
         N; None for the reference engine
     """
-    kind, _, n = str(device).partition(':')
-    if device == 'reference': return None
-    if kind != 'cuda' or not (n.isascii() and n.isdigit() or ':' not in str(device)):
-        raise _broken('device', 'cuda:N or reference', f'device {str(device)[:40]!r} is neither "cuda:N" nor "reference"')
-    return int(n or 0)
+    name = str(device) if isinstance(device, str) or _is_id(device) else ''
+    if name == 'reference': return None
+    n = '0' if name == 'cuda' else name.removeprefix('cuda:')
+    if n.isascii() and n.isdigit() and len(n) < 5: return int(n)
+    raise _broken('device', 'N, cuda:N or reference', f'device {str(device)[:40]!r} is neither the number of a GPU, as 0 or "cuda:0", nor "reference"')
 
 def device_name(
     device:int | str, # the number of a GPU, or 'reference'
@@ -721,7 +792,7 @@ def _reference(g, context_length, kv_cache_mb, chunk_bytes, progress)->Engine:
     if progress: progress(g.file_size, g.file_size)
     return engine
 
-def _engine(device:str)->Callable[..., Engine]:
+def _engine(device:str | int)->Callable[..., Engine]:
     "A function that makes the engine for a device. What it needs is imported here."
     n = device_number(device)
     if n is None: return _reference
@@ -736,7 +807,7 @@ def _engine(device:str)->Callable[..., Engine]:
 # %% ../../nbs/5_engine/32_generation.ipynb #18bcfede
 def load(
     path:str | os.PathLike[str],       # a GGUF file, the name of a pulled model, or 'demo'
-    device:str='cuda:0',               # 'cuda:N', or 'reference' for the NumPy engine
+    device:str | int='cuda:0',         # 'cuda:N' or N, or 'reference' for the NumPy engine
     context_length:int | None=None,    # positions; by default what the model was trained for, or what fits
     kv_cache_mb:int | None=None,       # budget of the KV cache
     progress:bool | Progress=True,     # a bar; or a function (done_bytes, total_bytes); or False
@@ -747,7 +818,7 @@ def load(
 
     Args:
         path: a GGUF file, the name of a pulled model, or 'demo'
-        device: 'cuda:N', or 'reference' for the NumPy engine
+        device: 'cuda:N' or N, or 'reference' for the NumPy engine
         context_length: positions; by default what the model was trained for, or what fits
         kv_cache_mb: budget of the KV cache
         progress: a bar; or a function (done_bytes, total_bytes); or False
@@ -756,7 +827,10 @@ def load(
     """
     from orcd.files.gguf import GGUF
     _check_load(context_length=context_length, kv_cache_mb=kv_cache_mb, chunk_bytes=chunk_bytes)
-    device_number(device)
+    if not isinstance(progress, bool) and not callable(progress) and progress is not None:
+        raise _broken('progress', 'bool or callable', 'progress must be True, False or a function (done_bytes, total_bytes)')
+    if not isinstance(text, bool): raise _broken('text', 'bool', 'text must be True or False')
+    number = device_number(device)
     file = find_model(path)
     told = progress_bar(file.name) if progress is True else progress or None
     g = GGUF(file)
@@ -767,11 +841,18 @@ def load(
         with ThreadPoolExecutor(1, 'orcd-tokenizer') as pool:
             checked, tokenizer = pool.submit(_check_tokenizer, g, text), pool.submit(_tokenizer, g)
             engine = make(g, context_length, kv_cache_mb, chunk_bytes, _watch(checked, tokenizer, told))
-        return Model(engine, tokenizer.result(), g)
+        return Model(engine, tokenizer.result(), g, None if number is not None else _planner(g, engine.n_ctx, kv_cache_mb))
     except BaseException:
         if engine is not None: engine.close()
         g.close()
         raise
+
+def _planner(g:'GGUF', n_ctx:int, kv_cache_mb:int | None)->Callable[[], Ledger]:
+    "What makes the ledger of a GPU that is not there"
+    def plan()->Ledger:
+        from orcd.engine.view import planned
+        return planned(g, n_ctx=n_ctx, kv_cache_mb=kv_cache_mb)
+    return plan
 
 def _check_load(**sizes:object)->None:
     bad = [k for k, v in sizes.items() if v is not None and (isinstance(v, bool) or not isinstance(v, numbers.Integral) or v < 1)]

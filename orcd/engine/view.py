@@ -107,7 +107,7 @@ def planned(
         **limits: of `plan`: n_ctx, kv_cache_mb, free
     """
     _, config, bound = model = open_model(g)
-    p, ledger = plan(g, model=model, is_hopper=is_hopper, **limits), Ledger()
+    p, ledger = plan(g, model=model, is_hopper=is_hopper, **limits), Ledger('planned: what a GPU would hold')
     exponents = sum(row_max_exponents(bound, is_hopper).values())
     for t in bound.unique: ledger.add('weights', t.name, aligned(padded_bytes(t.shape, t.type)))
     for i in range(config.n_layer):

@@ -7,6 +7,7 @@ __all__ = ['ALIGN', 'PAGE', 'OUT_OF_MEMORY', 'aligned', 'mib', 'Entry', 'Ledger'
            'Scratch', 'is_resident', 'import_cupy', 'use_device', 'begin_context']
 
 # %% ../../nbs/5_engine/28_vram.ipynb #70111408
+import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -58,9 +59,19 @@ class Entry(NamedTuple):
     n_bytes:int
 
 class Ledger:
-    "What lives in VRAM, by kind and by name"
+    """What lives in VRAM, by kind and by name
+
+    Args:
+        planned: as the attribute
+
+    Attributes:
+        planned: '' when it is there; else whose VRAM is meant, and that nothing is there yet
+    """
     entries: list[Entry]
-    def __init__(self)->None: self.entries = []
+    planned: str    # '' when it is there; else whose VRAM is meant, and that nothing is there yet
+    def __init__(self,
+        planned:str='',   # as the attribute
+    )->None: self.entries, self.planned = [], planned
 
     @property
     def total(self)->int:
@@ -91,13 +102,16 @@ class Ledger:
         for e in self.entries: kinds[e.kind] = kinds.get(e.kind, 0) + e.n_bytes
         return dict(sorted(kinds.items(), key=lambda kv: -kv[1]))
 
-    def __repr__(self)->str: return '\n'.join(f'{k:<12} {mib(n):>14}' for k, n in (self.by_kind() | dict(total=self.total)).items())
+    def __repr__(self)->str:
+        rows = [f'{k:<12} {mib(n):>14}' for k, n in (self.by_kind() | dict(total=self.total)).items()]
+        return '\n'.join([f'({self.planned})'] * bool(self.planned) + rows)
 
     def _repr_html_(self)->str:
         def row(tag, *cells): return '<tr>' + ''.join(f'<{tag}{align}>{c}</{tag}>' for align, c in zip(('', right, right), cells)) + '</tr>'
         right = ' style="text-align:right"'
         rows = ''.join(row('td', k, mib(n), f'{n/max(self.total, 1):.0%}') for k, n in self.by_kind().items())
-        return f'<table><tr><th>VRAM</th><th>size</th><th>share</th></tr>{rows}{row("th", "total", mib(self.total), "")}</table>'
+        caption = f'<caption>{html.escape(self.planned)}</caption>' if self.planned else ''
+        return f'<table>{caption}<tr><th>VRAM</th><th>size</th><th>share</th></tr>{rows}{row("th", "total", mib(self.total), "")}</table>'
 
 # %% ../../nbs/5_engine/28_vram.ipynb #f195f8fb
 def alloc(

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 from ..files.blocks import GGMLType
 from ..files.gguf import GGUF, TensorInfo
 from .config import Hyper, ModelConfig, read_config, short
-from ..errors import ModelError
+from ..errors import ModelError, RequestError
 
 # %% ../../nbs/3_families/11_arch.ipynb #7e665575
 @dataclass(frozen=True)
@@ -200,6 +200,7 @@ def open_model(
     Args:
         g: an opened file
     """
+    if not hasattr(g, 'metadata'): raise RequestError(f'this takes an opened file, orcd.GGUF(path), not {type(g).__name__}')
     name = g.metadata.get('general.architecture')
     if name == 'gptoss':
         raise ModelError("the architecture is 'gptoss', which is another program's own format (its experts have type id 4): "

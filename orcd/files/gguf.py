@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'INTEGERS', 'MAX_HEADER', 'MAX_STRINGS', 'MAX_ENTRIES', 'MAX_KEY', 'MAX_NAME', 'MAX_DIMS', 'MAX_ALIGNMENT',
-           'NEAR', 'Kind', 'Pairs', 'PIECE', 'GGUFType', 'read_at', 'short', 'Metadata', 'cut_pairs', 'TensorInfo',
-           'Tensors', 'types_table', 'GGUF']
+           'NEAR', 'Kind', 'Pairs', 'PIECE', 'GGUFType', 'read_at', 'short', 'nearest', 'Metadata', 'cut_pairs',
+           'TensorInfo', 'Tensors', 'types_table', 'GGUF']
 
 # %% ../../nbs/1_files/02_gguf.ipynb #4eff1750
 import html, mmap, os, stat, struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import IntEnum
 from math import prod
 from operator import index
@@ -24,7 +25,8 @@ import numpy as np
 
 # %% ../../nbs/1_files/02_gguf.ipynb #ae20121b
 from .blocks import GGMLType, dequantize, ggml_type
-from ..errors import GGUFError, MissingError
+from .hub import find_model, is_name
+from ..errors import GGUFError, MissingError, ModelError
 
 # %% ../../nbs/1_files/02_gguf.ipynb #31fe3aa1
 class GGUFType(IntEnum):
@@ -137,6 +139,26 @@ def short(
     text = text if len(text) <= 80 else text[:79] + '…'
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
+def nearest(
+    name:object,           # that is not there
+    names:Iterable[str],   # that are
+)->str:                    # words for the end of a message; nothing when none is near
+    """What somebody may have meant who asked for `name`
+
+    Args:
+        name: that is not there
+        names: that are
+
+    Returns:
+        words for the end of a message; nothing when none is near
+    """
+    if not isinstance(name, str): return f'; a name is a string, not {type(name).__name__}'
+    if len(name) > 200: return ''
+    names = list(names)
+    whole = [n for n in names if name and (n.endswith('.' + name) or n.startswith(name + '.') or n.lower() == name.lower())]
+    near = list(dict.fromkeys(whole + get_close_matches(name, names[:4096], 3, .7)))[:3]
+    return f'; the nearest: {", ".join(map(short, near))}' if near else ''
+
 # %% ../../nbs/1_files/02_gguf.ipynb #f5e7e8f3
 _u64 = struct.Struct('<Q').unpack_from
 NEAR = 64 # bytes of the window that are searched for each string that is left
@@ -222,8 +244,11 @@ class Metadata(Mapping[str, Any]):
     def __contains__(self, key:object)->bool: return isinstance(key, str) and key in self._values
 
     def _find(self, key:str)->Any:
-        if key not in self: raise MissingError(f'there is no metadata {short(key)!r}; the file has {len(self)} keys', self._path)
+        if key not in self:
+            raise MissingError(f'there is no metadata {short(key)!r}; the file has {len(self)} keys{nearest(key, self)}', self._path)
         return self._values[key]
+
+    def get(self, key:str, default:Any=None, /)->Any: return self[key] if key in self else default     # without a message that nobody reads
 
     def __getitem__(self, key:str)->Any:
         v = self._find(key)
@@ -261,6 +286,7 @@ class Metadata(Mapping[str, Any]):
         """
         return self._types.get(key, (None, None, None)) if key in self else (None, None, None)
 
+    def _ipython_key_completions_(self)->list[str]: return list(self)     # what Jupyter offers after g.metadata["
     def __repr__(self)->str: return f'Metadata({len(self)} keys: {", ".join(list(self)[:4])}, …)'
 
 # %% ../../nbs/1_files/02_gguf.ipynb #6aa7253d
@@ -448,8 +474,12 @@ class Tensors(dict[str, TensorInfo]):
         super().__init__(tensors)
         self.path = path
 
+    def __getitem__(self, name:str)->TensorInfo: return super().__getitem__(name) if isinstance(name, str) else self.__missing__(name)
+    def __contains__(self, name:object)->bool: return isinstance(name, str) and super().__contains__(name)
+    def _ipython_key_completions_(self)->list[str]: return list(self)
+
     def __missing__(self, name:object)->NoReturn:
-        raise MissingError(f'there is no tensor {short(name)!r}; the file has {len(self)} tensors', self.path)
+        raise MissingError(f'there is no tensor {short(name)!r}; the file has {len(self)} tensors{nearest(name, self)}', self.path)
 
 def _place(c:_Cursor, tensors:list[TensorInfo], alignment:int)->tuple[Tensors, int, bool]:
     "Absolute offsets for the tensors; returns the dict, the start of the data and whether there are any"
@@ -525,6 +555,14 @@ def _preamble(c:_Cursor)->list[int]:
     return counts
 
 # %% ../../nbs/1_files/02_gguf.ipynb #1af97c58
+def _named(path:object)->str:
+    "The file that a path or a name stands for"
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str):
+        raise GGUFError(f'a model file is a path or a name, not {type(path).__name__}')
+    if ('/' in text or text.endswith('.gguf')) and not is_name(text): return os.path.expanduser(text)    # `_open` says what is wrong
+    try: return str(find_model(text))
+    except ModelError as e: raise GGUFError(str(e)) from None
+
 def _open(path:str)->IO[bytes]:
     "A file object for a regular file"
     def refuse(st):
@@ -586,7 +624,7 @@ class GGUF:
     """A GGUF file: `metadata`, `tensors`, and the bytes of each tensor. A context manager; the header alone is read when it is opened.
 
     Args:
-        path: of the file; `~` works
+        path: of the file (`~` works), the name of a pulled model, or 'demo'
 
     Attributes:
         path: of the file
@@ -606,11 +644,11 @@ class GGUF:
     has_data: bool       # False: the file is a header alone
 
     def __init__(self,
-        path:str | os.PathLike[str],   # of the file; `~` works
+        path:str | os.PathLike[str],   # of the file (`~` works), the name of a pulled model, or 'demo'
     )->None:
         self._file: IO[bytes] | None = None
         self._map: mmap.mmap | None = None
-        self.path = os.path.expanduser(str(path))
+        self.path = _named(path)
         self._file = _open(self.path)
         try: self._parse()
         except BaseException:

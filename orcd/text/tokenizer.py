@@ -422,8 +422,10 @@ def as_ids(
     Args:
         ids: a list, an array, an iterator
     """
-    try: return list(ids)
-    except TypeError: raise RequestError(f'token ids come in a list, not as {type(ids).__name__}') from None
+    try:
+        if not isinstance(ids, (str, bytes, bytearray, set, frozenset, dict)): return list(ids)
+    except TypeError: pass
+    raise RequestError(f'token ids come in a list, not as {type(ids).__name__}')
 
 def check_text(
     text:object,   # what shall be tokenised

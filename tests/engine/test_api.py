@@ -62,7 +62,7 @@ def model(path):
 
 def test_what_a_model_has(model):
     assert model.config.arch == 'qwen2' and model.config.n_layer == 2 and model.config.context_length == 96 and model.engine.n_ctx == 96
-    assert model.tokenizer.kind == 'gguf-bpe' and model.vram is None and model.engine.kind == 'reference' and not model.engine.resident
+    assert model.tokenizer.kind == 'gguf-bpe' and model.engine.kind == 'reference' and not model.engine.resident
     assert model.engine.n_valid == model.config.n_vocab - 5
     x = model.logits([1, 2, 3])
     assert x.shape == (3, model.config.n_vocab) and x.dtype == np.float32 and np.isfinite(x).all()
@@ -235,7 +235,9 @@ def test_failures_name_the_cure(path, tmp_path, monkeypatch):
 
 
 def test_device_names():
-    assert [device_number(d) for d in ('reference', 'cuda', 'cuda:0', 'cuda:12')] == [None, 0, 0, 12]
+    assert [device_number(d) for d in ('reference', 'cuda', 'cuda:0', 'cuda:12', 0, 3, '3', np.int64(2))] == [None, 0, 0, 12, 0, 3, 3, 2]
+    for d in (True, -1, 1.0, None, [0], '-1', '٣', '1.0'):
+        with pytest.raises(RequestError, match='neither the number of a GPU'): device_number(d)
 
 
 @pytest.mark.skipif(has_gpu(), reason='this machine has a GPU')
@@ -358,3 +360,82 @@ def test_broken_template(tmp_path, monkeypatch):
             assert e.value.code == 'INVALID_REQUEST' and e.value.errors[0]['field'] == 'messages'
             for t in threading.enumerate():
                 if t.name == 'orcd-template': t.join()
+
+
+# --- questions
+
+@pytest.fixture(scope='module')
+def haiku(demo):
+    with orcd.load('demo', device='reference', progress=False) as m: yield m
+
+
+def test_chat_asks_and_generate_continues(haiku):
+    "What the template makes of a question, written out by hand; the same text given to `generate` is another prompt"
+    question, how = 'Write a haiku about rain', dict(max_tokens=24, temperature=.7, seed=5)
+    a, b = haiku.chat(question, **how), haiku.chat([dict(role='user', content=question)], **how)
+    text = haiku.tokenizer.chat([dict(role='user', content=question)])
+    assert question in text and text != question
+    raw = haiku.generate(text, **how)
+    assert a.prompt_ids == b.prompt_ids == raw.prompt_ids == haiku.tokenizer.encode(text) and str(a) == str(b) == str(raw) != ''
+    assert haiku.generate(question, **how).prompt_ids == haiku.tokenizer.encode(question)
+
+
+def test_str_runs_to_the_end(haiku):
+    out = haiku.chat('Write a haiku about snow', temperature=0)
+    first = next(out)
+    assert out.stop_reason is None
+    whole = f'{out}'
+    assert out.stop_reason == 'EOS' and whole == out.text == str(out) and whole.startswith(first.text) and len(out.ids) > 5
+
+
+@pytest.mark.parametrize('messages, more, says', [
+    (5, {}, 'a question, or a list'), ([1, 2], {}, 'a question, or a list'), ([], {}, 'a question, or a list'),
+    ([dict(role='boss', content='x')], {}, "messages.0..role is 'boss', it must be one of system, developer, user, assistant, tool"),
+    ('x', dict(response_format={'type': 'xml'}), 'response_format'), ('x', dict(response_format='json'), 'response_format'),
+    ('x', dict(top_p=3), 'top_p')])
+def test_chat_refuses(haiku, messages, more, says):
+    with pytest.raises(RequestError, match=says): haiku.chat(messages, **more)
+
+
+def test_chat_without_a_template(tmp_path, monkeypatch):
+    "A model that has none continues texts, and says so"
+    with orcd.load(write_model(tmp_path / 'm.gguf', monkeypatch, template=''), device='reference', progress=False) as m:
+        with pytest.raises(RequestError, match='no chat template; generate'): m.chat('hello')
+        assert len(m.generate('hello', max_tokens=2).run().ids) <= 2
+
+
+@pytest.mark.parametrize('prompts', [['a', 'b'], [[1, 2], [3]], [[dict(role='user', content='a')], 'b'], ('a',)])
+def test_several_prompts_need_slots(haiku, prompts):
+    with pytest.raises(RequestError, match='one after another'): haiku.generate(prompts)
+
+
+def test_vram_of_the_reference_engine_is_a_plan(path, tmp_path):
+    "The figures that `orcd info` prints, and what is planned says so"
+    from orcd.engine.cuda_engine import plan
+    with orcd.load(path, device='reference', progress=False) as m:
+        with pytest.raises(ModelError, match='no kernel for heads of 16'): m.vram        # no GPU would hold it
+    fits = make_models.make_model(tmp_path / 'm.gguf', 'qwen2', head_dim=32, context_length=96)
+    with orcd.load(fits, device='reference', progress=False, context_length=64) as m, orcd.GGUF(fits) as g:
+        p = plan(g, 64)
+        assert m.vram.by_kind() == dict(weights=p.weights, kv_cache=p.kv_cache, workspace=p.workspace)
+        assert {e.name for e in m.vram.entries} > set(g.tensors)
+        assert repr(m.vram).startswith('(planned: ') and 'planned' in m.vram._repr_html_()
+    assert m.vram is None
+    assert orcd.Ledger().planned == '' and 'planned' not in repr(orcd.Ledger()) + orcd.Ledger()._repr_html_()
+
+
+@pytest.mark.parametrize('misuse', [
+    lambda m: orcd.load(5), lambda m: orcd.load(None), lambda m: orcd.load(b'demo'), lambda m: orcd.load('demo', device=True),
+    lambda m: orcd.load('demo', device='reference', progress=3), lambda m: orcd.load('demo', device='reference', text='yes'),
+    lambda m: orcd.pull(5), lambda m: orcd.pull(None), lambda m: orcd.pull(['a']), lambda m: orcd.pull('demo'),
+    lambda m: orcd.pull('a/b/c.gguf', endpoint=5), lambda m: orcd.pull('a/b/c.gguf', verify='no'),
+    lambda m: orcd.GGUF(5), lambda m: orcd.GGUF(None), lambda m: orcd.GGUF(b'demo'), lambda m: orcd.GGUF(''),
+    lambda m: orcd.GGUF('nothing'),
+    lambda m: m.tokenizer.decode('abc'), lambda m: m.tokenizer.decode(5), lambda m: m.tokenizer.decode([1.5]),
+    lambda m: m.tokenizer.decode({1, 2}), lambda m: m.tokenizer.decode(b'ab'),
+    lambda m: m.tokenizer.encode(5), lambda m: m.tokenizer.encode(b'abc'), lambda m: m.tokenizer.encode(['a']),
+    lambda m: orcd.Tokenizer.from_gguf('demo'), lambda m: orcd.Tokenizer.from_json(5),
+    lambda m: orcd.ReferenceEngine('demo'), lambda m: orcd.Model(5)])
+def test_misuse_is_an_error_of_ours(haiku, misuse):
+    with pytest.raises(OrcdError) as e: misuse(haiku)
+    assert str(e.value) and '\n' not in str(e.value)

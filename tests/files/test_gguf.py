@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np, pytest
 from orcd.errors import GGUFError, MissingError, OrcdError
+from orcd.files import hub
 from orcd.files.gguf import GGUF, GGUFType, MAX_STRINGS
 from conftest import PUBLISHED
 from doubling import doubling
@@ -302,7 +303,7 @@ def test_not_a_regular_file(tmp_path):
     t = threading.Thread(target=look, daemon=True)     # whoever waits for a writer waits for ever
     t.start(); t.join(60)
     assert said
-    refused('a\0b', 'cannot be opened')
+    refused('a\0b', 'null byte')
     write(tmp_path, raw()).chmod(0)
     if os.geteuid(): refused(tmp_path / 'x.gguf', 'cannot be opened')
 
@@ -556,3 +557,40 @@ def test_a_file_name_steers_no_terminal(tmp_path):
     small(tmp_path/'x.gguf')
     os.rename(tmp_path/'x.gguf', path)
     with GGUF(path) as g: assert repr(g).isprintable() and 'a\\x1b[31m' in repr(g) and '\x1b' not in g._repr_html_()
+
+
+# --- names
+
+def test_demo_and_pulled_names_are_files(tmp_path, monkeypatch):
+    monkeypatch.setenv('ORCD_CACHE_DIR', str(tmp_path))
+    with GGUF('demo') as g: assert g.metadata['general.architecture'] == 'qwen2' and os.path.isabs(g.path)
+    with pytest.raises(GGUFError, match='orcd pull phi-3-mini'): GGUF('phi-3-mini')
+    with pytest.raises(GGUFError, match='orcd pull me/repo/x.gguf'): GGUF('me/repo/x.gguf')
+    there = hub.place(hub.remote('phi-3-mini'))
+    there.parent.mkdir(parents=True)
+    there.write_bytes(Path(write(tmp_path, raw([ONE]))).read_bytes())
+    with GGUF('phi-3-mini') as g: assert g.path == str(there)
+
+
+@pytest.mark.parametrize('asked, meant', [
+    ('block_count', 'qwen2.block_count'), ('general.nam', 'general.name'), ('QWEN2.BLOCK_COUNT', 'qwen2.block_count'),
+    ('tokenizer.chat_templat', 'tokenizer.chat_template'), ('zzz', None), ('', None)])
+def test_a_missing_key_names_the_nearest(asked, meant):
+    with GGUF('demo') as g:
+        with pytest.raises(KeyError) as e: g.metadata[asked]
+        assert isinstance(e.value, OrcdError) and (f'nearest: {meant}' in str(e.value) if meant else 'nearest' not in str(e.value))
+        with pytest.raises(MissingError, match='nearest: .*blk.0.attn_q.weight'): g.tensors['blk.0.attn_q']
+        with pytest.raises(MissingError, match='nearest: token_embd.weight'): g.blocks('token_embed.weight')
+        for store in g.metadata, g.tensors:
+            assert store.get(asked) is None and store.get(asked, 7) == 7 and asked not in store and [] not in store
+            for odd in 5, None, []:
+                with pytest.raises(MissingError, match='a name is a string'): store[odd]
+            assert store._ipython_key_completions_() == list(store)
+
+
+def test_jupyter_completes_keys():
+    completer = pytest.importorskip('IPython.core.completer')
+    with GGUF('demo') as g:
+        c = completer.IPCompleter(shell=None, namespace=dict(g=g), global_namespace={})
+        with completer.provisionalcompleter(): found = {x.text for x in c.completions('g.metadata["qwen2.bl', 20)}
+    assert 'qwen2.block_count' in found

@@ -459,8 +459,11 @@ def test_not_there(fake):
 def test_no_network(fake, monkeypatch):
     import time
     monkeypatch.setattr(time, 'sleep', lambda s: None)                     # between its attempts
-    with pytest.raises(HubError) as e: hub.pull('toy', progress=False, endpoint='http://127.0.0.1:9')
-    assert '\n' not in str(e.value)
+    for name in 'toy', 'other/repo/x.gguf':
+        says = 'the hub cannot be reached .*Connection refused.*look at the network.*Run the same command again'
+        with pytest.raises(HubError, match=says) as e:
+            hub.pull(name, progress=False, endpoint='http://127.0.0.1:9')
+        assert '\n' not in str(e.value)
 
 
 def test_full_disk(fake, monkeypatch):
