@@ -53,7 +53,8 @@ with orcd.GGUF('demo') as g, orcd.GGUF(Path('x.gguf')):
     assert_type(d.push(ids[0]) + d.flush(), str)
     with orcd.ReferenceEngine(g) as engine:
         engine.prefill(ids)
-        for i, logprob in engine.decode(orcd.SamplingParams(temperature=0, seed=1), 8): assert_type((i, logprob), tuple[int, float])
+        for i, logprob, top in engine.decode(orcd.SamplingParams(temperature=0, seed=1, top_logprobs=2), 8):
+            assert_type((i, logprob, top), tuple[int, float, tuple[tuple[int, float], ...]])
 
 try: assert_type(orcd.pull('qwen2.5-0.5b', progress=False), Path)
 except orcd.errors.InsufficientVRAM as e: assert_type((e.required_bytes, e.max_context), tuple[int, int | None])

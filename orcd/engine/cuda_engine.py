@@ -24,7 +24,7 @@ from ..families.arch import open_model
 from ..files.blocks import GGMLType
 from ..errors import Cancelled, CUDAError, InsufficientVRAM, KernelError, ModelError, OutOfVRAM, RequestError
 from .lower import CACHE, EXPONENTS, Layers, Program, cache_bytes, cache_shape, files_of, is_float_array, needs_exponents
-from ..text.sampling import SamplingParams
+from ..text.sampling import Drawn, SamplingParams
 from .loader import Copy, Loader, PinnedBuffer
 from .vram import OUT_OF_MEMORY, PAGE, Arena, Ledger, aligned, device_array, is_resident, mib, use_device
 
@@ -549,14 +549,18 @@ def decode(self:CudaEngine,
     params,         # `SamplingParams`
     n:int,          # tokens at most
     cancelled=None, # asked before every token; true ends with `Cancelled`
-):                  # iterator of (id, log probability)
+    constraint=None, # says what may come
+):                  # iterator of `Drawn`
     """Draw tokens, feeding each back. Raises `OutOfVRAM` when the KV cache is full before `n` tokens are drawn.
 
     Args:
         params: `SamplingParams`
         n: tokens at most
         cancelled: asked before every token; true ends with `Cancelled`
+        constraint: says what may come
     """
+    refused = [f for f in ('frequency_penalty', 'presence_penalty', 'logit_bias', 'top_logprobs') if getattr(params, f)] + ['constraint']*(constraint is not None)
+    if refused: raise RequestError(f'{", ".join(refused)}: not on the GPU yet; the reference engine has it (--device reference)')
     if not self.length: raise RequestError('decode without a prompt: call prefill first')
     start, self.length, queued = self.length, 0, 0
     room = self.n_kv - start + 1 # the first token is drawn without a new row
@@ -570,7 +574,7 @@ def decode(self:CudaEngine,
                 if step == queued: raise OutOfVRAM(f'the KV cache of {mib(self.plan.kv_cache)} is full after {self.n_kv} tokens')
                 self.events[step % len(self.events)].synchronize()
                 ids, logprobs = sampler.unpack_ring(self.drawn[step % RING:step % RING + 1])
-                yield int(ids[0]), float(logprobs[0])
+                yield Drawn(int(ids[0]), float(logprobs[0]))
     finally:
         stream = self.stream             # read once: another thread may be closing the engine
         if stream is not None:

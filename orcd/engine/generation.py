@@ -21,7 +21,7 @@ import numpy as np
 from ..files.hub import find_model
 from ..errors import Cancelled, ChatTemplateError, DeviceError, ModelError, OrcdError, RequestError, for_output
 from ..text.chat import check_messages
-from ..text.sampling import SamplingParams, check_params, random_seed, request_error
+from ..text.sampling import Constraint, Drawn, SamplingParams, check_params, random_seed, request_error
 from .vram import Ledger
 if TYPE_CHECKING:     # their modules are imported when a model is loaded
     from orcd.families.config import ModelConfig
@@ -41,8 +41,9 @@ class Engine(Protocol):
     n_ctx: int        # positions a job may use
     n_valid: int      # ids from here on are padding and are never drawn
     def prefill(self, ids:Sequence[int], cancelled:Callable[[], bool] | None=None)->None: "Forget everything, run a prompt"
-    def decode(self, params:SamplingParams, n:int, cancelled:Callable[[], bool] | None=None)->Generator[tuple[int, float], None, None]:
-        "(id, log probability) of at most `n` tokens that follow"
+    def decode(self, params:SamplingParams, n:int, cancelled:Callable[[], bool] | None=None,
+        constraint:Constraint | None=None)->Generator[Drawn, None, None]:
+        "At most `n` tokens that follow"
         ...
     def logits(self, ids:Sequence[int])->np.ndarray: "float32 (len(ids), n_vocab), from a fresh context"; ...
     def close(self)->None: "Give every byte back"
@@ -160,10 +161,12 @@ class Token(NamedTuple):
         id: of the token
         text: what may be shown with it: whole characters, often one word, may be ''
         logprob: natural logarithm of its probability in the model's own distribution
+        top: with `top_logprobs`: id, text and log probability of the likeliest, best first
     """
     id: int         # of the token
     text: str       # what may be shown with it: whole characters, often one word, may be ''
     logprob: float  # natural logarithm of its probability in the model's own distribution
+    top: list[tuple[int, str, float]] = []   # with `top_logprobs`: id, text and log probability of the likeliest, best first
 
 class Stop:
     """What an engine asks before every token and every chunk of a prompt: shall it stop?
@@ -235,6 +238,7 @@ class Generation:
         prompt: token ids
         text: makes text of the ids
         cancelled: asked before every token and every chunk of the prompt
+        constraint: says what may come, and when it is complete
 
     Attributes:
         prompt_ids: the prompt's tokens
@@ -260,13 +264,14 @@ class Generation:
         max_tokens:int,
         text:TextStream,                           # makes text of the ids
         cancelled:Callable[[], bool] | None=None,  # asked before every token and every chunk of the prompt
+        constraint:Constraint | None=None,         # says what may come, and when it is complete
     )->None:
-        self.prompt_ids, self.params, self.max_tokens = prompt, params, max_tokens
+        self.prompt_ids, self.params, self.max_tokens, self._constraint = prompt, params, max_tokens, constraint
         self.ids, self.stop_reason = [], None
         self.prefill_time_ms = self.decode_time_ms = self._began = 0.0
         self._model, self._text, self._stop, self._parts = model, text, Stop(model, cancelled), []
         self._limit, self._reason = max_tokens, 'MAX_TOKENS'
-        self._steps: Generator[tuple[int, float], None, None] | None = None    # the engine's iterator
+        self._steps: Generator[Drawn, None, None] | None = None                # the engine's iterator
         self._ticket: object = None                                            # what says that it is still ours
 
     @property
@@ -304,7 +309,7 @@ class Generation:
         return f'Generation({self.text!r}, tokens_out={self.tokens_out}, stop_reason={self.stop_reason!r}, seed={self.seed})'
     def _ipython_display_(self)->None: _animate(self) if _in_jupyter() else _print(self)
 
-    def _start(self)->Generator[tuple[int, float], None, None]:
+    def _start(self)->Generator[Drawn, None, None]:
         "Run the prompt"
         engine = self._model._begin(self)
         self._limit, self._reason = limit(self.max_tokens, engine.n_ctx - len(self.prompt_ids))
@@ -312,7 +317,8 @@ class Generation:
         engine.prefill(self.prompt_ids, self._stop)
         self._began = time.perf_counter()
         self.prefill_time_ms = (self._began - start) * 1e3
-        return engine.decode(self.params, self._limit, self._stop)
+        constrained: dict[str, Any] = {} if self._constraint is None else dict(constraint=self._constraint)
+        return engine.decode(self.params, self._limit, self._stop, **constrained)
 
     def _step(self)->Token | None:
         "The next token, or None at the end; the model is ours"
@@ -322,7 +328,8 @@ class Generation:
             if self._steps is None: self._steps = self._start()
             elif self._model._running is not self._ticket:
                 raise RequestError('a newer call of this model has taken over; read one generation to its end before the next')
-            return self._token(*next(self._steps, (None, 0.0)))
+            drawn = next(self._steps, None)
+            return self._last(None, 0.0, []) if drawn is None else self._token(*drawn)
         except Cancelled:
             if not self._model.closing: return self._end('CANCELLED')
             self._end('ERROR')
@@ -331,22 +338,33 @@ class Generation:
             self._end('ERROR' if isinstance(e, Exception) else 'CANCELLED')
             raise
 
-    def _token(self, i:int | None, logprob:float)->Token | None:
-        "What becomes of id `i`; None: the engine has no more"
-        if i is None or i in self._model.stop_ids: return self._last(i, logprob)
+    def _token(self, i:int, logprob:float, top:Sequence[tuple[int, float]]=())->Token | None:
+        "What becomes of id `i`"
+        alternatives = self._named(top)
+        if i in self._model.stop_ids: return self._last(i, logprob, alternatives)
         self.ids.append(i)
         text = self._text.push(i)
         if self._text.stopped: self._finish('STOP_SEQUENCE')
+        elif self._complete(): text += self._finish('EOS')
         elif len(self.ids) == self._limit: text += self._finish(self._reason)
         if text: self._parts.append(text)
-        return Token(i, text, logprob)
+        return Token(i, text, logprob, alternatives)
 
-    def _last(self, i:int | None, logprob:float)->Token | None:
-        "Nothing more is shown, or what was held back"
-        text = self._finish(self._reason if i is None else 'EOS')
+    def _last(self, i:int | None, logprob:float, top:list[tuple[int, str, float]])->Token | None:
+        "Nothing more is shown, or what was held back; no id: the engine has no more"
+        text = self._finish(self._reason if i is None and not self._complete() else 'EOS')
         if text: self._parts.append(text)
         elif i is None or self.stop_reason == 'EOS': return None
-        return Token(cast(int, i), text, logprob)
+        return Token(cast(int, i), text, logprob, top)
+
+    def _complete(self)->bool:
+        "Does the constraint say so?"
+        return self._constraint is not None and self._constraint.done
+
+    def _named(self, top:Sequence[tuple[int, float]])->list[tuple[int, str, float]]:
+        "Alternatives with their texts"
+        t = self._model.tokenizer
+        return [(i, '' if t is None else t.token_bytes(i).decode(errors='replace'), logprob) for i, logprob in top]
 
     def _finish(self, reason:str)->str:
         "The end is reached: returns the text that was held back"
@@ -461,6 +479,8 @@ def check_request(
     encode:Callable[[], Encoded],         # tokenises the prompt, or raises `RequestError`
     count_stop:Callable[[str], int] | None,   # tokens of a stop string; None: there is no vocabulary
     cancelled:object=None,                # what asks for the end
+    n_valid:int | None=None,              # ids that may be drawn; None: those of `logit_bias` are not looked at
+    constraint:object=None,               # what says what may come
 )->Encoded:                               # the prompt
     """Look at everything. Raises one `RequestError` whose `.errors` lists every broken rule.
 
@@ -469,11 +489,15 @@ def check_request(
         encode: tokenises the prompt, or raises `RequestError`
         count_stop: tokens of a stop string; None: there is no vocabulary
         cancelled: what asks for the end
+        n_valid: ids that may be drawn; None: those of `logit_bias` are not looked at
+        constraint: what says what may come
 
     Returns:
         the prompt
     """
-    errors, prompt = check_params(asked, max_tokens=None, count_tokens=count_stop), Encoded([], False)
+    errors, prompt = check_params(asked, max_tokens=None, count_tokens=count_stop, n_valid=n_valid), Encoded([], False)
+    if constraint is not None and not all(hasattr(constraint, name) for name in ('mask', 'commit', 'done')):
+        errors += _broken('constraint', 'type(Constraint)', 'a constraint has mask(), commit(id) and done').errors
     if asked.get('stop') and count_stop is None: errors += _broken('stop', 'vocabulary', 'a model without vocabulary has no text to stop at').errors
     if cancelled is not None and not callable(cancelled): errors += _broken('cancelled', 'callable', 'cancelled must be a function').errors
     try: prompt = encode()
@@ -585,6 +609,11 @@ class Model:
         repetition_penalty:float | None=1.0, # 1: off
         seed:int | None=None,             # None: a random one
         stop:str | Sequence[str] | None=(),  # a string or up to four
+        frequency_penalty:float | None=0.0,  # taken from a logit for every time that the token was generated; 0: off
+        presence_penalty:float | None=0.0,   # taken once from the logit of a token that was generated; 0: off
+        logit_bias:Mapping[int, float] | None=None,  # added to the logits of some ids
+        top_logprobs:int | None=None,     # as many of the likeliest in `token.top`
+        constraint:Constraint | None=None,   # says what may come, and when it is complete; a new one for every text
         cancelled:Callable[[], bool] | None=None, # called before every token and every chunk of the prompt; True ends it
     )->Generation:
         """Generate text. Raises `RequestError`, whose `.errors` lists every broken rule, before the engine does anything.
@@ -598,15 +627,22 @@ class Model:
             repetition_penalty: 1: off
             seed: None: a random one
             stop: a string or up to four
+            frequency_penalty: taken from a logit for every time that the token was generated; 0: off
+            presence_penalty: taken once from the logit of a token that was generated; 0: off
+            logit_bias: added to the logits of some ids
+            top_logprobs: as many of the likeliest in `token.top`
+            constraint: says what may come, and when it is complete; a new one for every text
             cancelled: called before every token and every chunk of the prompt; True ends it
         """
         given = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, seed=seed)
+            repetition_penalty=repetition_penalty, seed=seed, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
+            logit_bias=logit_bias, top_logprobs=top_logprobs)
         asked: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        encoded = check_request(asked | dict(stop=stop), lambda: self.encode(prompt), self.count_stop if self.tokenizer else None, cancelled)
+        count_stop, n_valid = self.count_stop if self.tokenizer else None, self._open().n_valid if logit_bias else None
+        encoded = check_request(asked | dict(stop=stop), lambda: self.encode(prompt), count_stop, cancelled, n_valid, constraint)
         limit, seed = int(asked.pop('max_tokens', 2048)), int(asked.pop('seed', random_seed()))
         text = TextStream(_decoder(self.tokenizer, encoded), [stop] if isinstance(stop, str) else list(stop or ()))
-        return Generation(self, encoded.ids, SamplingParams(**asked, seed=seed), limit, text, cancelled)
+        return Generation(self, encoded.ids, SamplingParams(**asked, seed=seed), limit, text, cancelled, constraint)
 
     def chat(self,
         messages:str | Sequence[Mapping[str, Any]],   # a question, or a conversation: a list of {role, content}

@@ -20,7 +20,7 @@ from .config import ModelConfig
 from ..files.blocks import GGMLType, dequantize
 from ..files.gguf import GGUF, TensorInfo
 from ..errors import Cancelled, RequestError
-from ..text.sampling import Sampler, SamplingParams
+from ..text.sampling import Constraint, Drawn, Sampler, SamplingParams
 
 # %% ../../nbs/3_families/13_reference.ipynb #3f32664e
 def rms_norm(
@@ -512,26 +512,27 @@ class ReferenceEngine:
         params:SamplingParams,                     # how to draw them
         n:int,                                     # at most so many tokens
         cancelled:Callable[[], bool] | None=None,  # called before each token
-    )->Generator[tuple[int, float], None, None]:   # (id, log probability) of each
+        constraint:Constraint | None=None,         # says what may come; ends it when it is done
+    )->Generator[Drawn, None, None]:
         """Draw tokens, each from what the one before led to. Ends early when the context is full. Raises `Cancelled`.
 
         Args:
             params: how to draw them
             n: at most so many tokens
             cancelled: called before each token
-
-        Returns:
-            (id, log probability) of each
+            constraint: says what may come; ends it when it is done
         """
         if self.current is None: raise RequestError('there is nothing to continue: call prefill first')
         sampler = Sampler(self.config.n_vocab, self.n_valid)
         sampler.reset(params)
         for step in range(n):
             if cancelled and cancelled(): raise Cancelled()
-            token, logprob = sampler.draw(self.current, step)
-            yield token, logprob
+            if constraint and constraint.done: return
+            drawn = sampler.draw(self.current, step, constraint.mask() if constraint else None)
+            if constraint: constraint.commit(drawn.id)
+            yield drawn
             if self.pos >= self.n_ctx: return
-            self.feed(token)
+            self.feed(drawn.id)
 
     def logits(self, ids:Sequence[int] | np.ndarray)->np.ndarray:
         "float32 (len(ids), n_vocab), from a fresh context"

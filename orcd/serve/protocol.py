@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_BODY', 'MAX_DEPTH', 'MAX_DIGITS', 'MAX_PARTS', 'LONGEST_PROMPT', 'MAX_TOKENS', 'JOB_ID', 'PROMPT', 'MESSAGES',
-           'FIELDS', 'EVENT', 'CANCEL', 'BROKEN_RULE', 'ERROR', 'HEARTBEAT', 'ApiError', 'public_error', 'error_body',
-           'parse_json', 'Text', 'Conversation', 'fields', 'as_markdown', 'shown', 'rule', 'check_id', 'Request',
-           'parse_request', 'execute_schema', 'to_json', 'frame', 'token_frame', 'read_events', 'is_uuid',
+           'SAMPLING', 'FIELDS', 'EVENT', 'CANCEL', 'BROKEN_RULE', 'ERROR', 'HEARTBEAT', 'ApiError', 'public_error',
+           'error_body', 'parse_json', 'Text', 'Conversation', 'fields', 'as_markdown', 'shown', 'rule', 'check_id',
+           'Request', 'parse_request', 'execute_schema', 'to_json', 'frame', 'token_frame', 'read_events', 'is_uuid',
            'correlation_id', 'remaining_ms', 'means_us']
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #bccb29aa
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 # %% ../../nbs/6_serve/35_protocol.ipynb #c44d242f
 from ..text.chat import ROLES, check_messages, text_of
 from ..errors import CODES, UNSAFE, OrcdError, RequestError
-from ..text.sampling import RULES, STOP, Rule, StopRule, check_params, has_half_pair
+from ..text.sampling import RULES, BiasRule, Rule, StopRule, check_params, has_half_pair, rules_for
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #b86115b6
 class ApiError(OrcdError):
@@ -220,7 +220,8 @@ JOB_ID   = Text(1, 256, 'names the job, for `/cancel` and the log')
 PROMPT   = Text(1, LONGEST_PROMPT, 'the text to go on with, as it is; special tokens in it are parsed')
 MESSAGES = Conversation(1024, LONGEST_PROMPT, "a conversation, for the model's chat template; instead of `prompt`")
 
-FIELDS: dict[str, Text | Conversation | Rule | StopRule] = {'job_id': JOB_ID, 'prompt': PROMPT, 'messages': MESSAGES, **RULES, 'stop': STOP}
+SAMPLING = rules_for('execute')
+FIELDS: dict[str, Text | Conversation | Rule | StopRule | BiasRule] = {'job_id': JOB_ID, 'prompt': PROMPT, 'messages': MESSAGES, **SAMPLING}
 
 def fields(
     max_tokens_out:int=MAX_TOKENS, # `--max-tokens-out`
@@ -325,9 +326,9 @@ def parse_request(
     """
     most = fields(max_tokens_out)['max_tokens'].high
     d = {k: v for k, v in d.items() if v is not None}
-    errors = [*check_id(d.get('job_id')), *_check_text(d), *check_params(d, max_tokens=most, count_tokens=tokens)]
+    errors = [*check_id(d.get('job_id')), *_check_text(d), *check_params(d, max_tokens=most, count_tokens=tokens, dialect='execute')]
     if errors: raise ApiError('INVALID_REQUEST', f"{'; '.join(e['field'] + ': ' + e['message'] for e in errors)}", errors=errors)
-    params, stop = dict(max_tokens=most) | {k: d[k] for k in RULES if k in d}, d.get('stop', ())
+    params, stop = dict(max_tokens=most) | {k: d[k] for k in SAMPLING if k in d and k != 'stop'}, d.get('stop', ())
     return Request(d['job_id'], d.get('prompt', d.get('messages')), params, (stop,) if isinstance(stop, str) else tuple(stop))
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #f1e1d506

@@ -24,7 +24,7 @@ def decode(e, ids, n=256, warm=16):
     "(tokens a second, tokens): greedy, the first `warm` not counted"
     e.prefill(ids)
     tokens = []
-    for token, _ in e.decode(SamplingParams(temperature=0), n):
+    for token, *_ in e.decode(SamplingParams(temperature=0), n):
         tokens.append(token)
         if len(tokens) == warm: t = time.perf_counter()
     return (n - warm)/(time.perf_counter() - t), tokens

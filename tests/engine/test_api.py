@@ -84,7 +84,8 @@ def test_same_twice_and_a_b_a(model):
 
 
 @pytest.mark.parametrize('kw', [dict(temperature=0), dict(seed=3), dict(temperature=1.7, top_k=20, min_p=.01, seed=4),
-    dict(top_p=.8, repetition_penalty=1.8, seed=5), dict(temperature=0, repetition_penalty=1.5)], ids=str)
+    dict(top_p=.8, repetition_penalty=1.8, seed=5), dict(temperature=0, repetition_penalty=1.5),
+    dict(seed=6, frequency_penalty=1.5, presence_penalty=.5, logit_bias={300: 3})], ids=str)
 def test_against_logits_and_a_loop(model, kw):
     "generate is: logits of everything so far, draw, append"
     prompt = model.tokenizer.encode('The rain falls')
@@ -92,9 +93,75 @@ def test_against_logits_and_a_loop(model, kw):
     s, ids = Sampler(model.config.n_vocab, model.tokenizer.n_valid), list(prompt)
     s.reset(SamplingParams(**kw))
     for step, token in enumerate(got):
-        i, lp = s.draw(model.logits(ids)[-1], step)
+        i, lp, _ = s.draw(model.logits(ids)[-1], step)
         assert token.id == i and abs(token.logprob - lp) < 1e-3
         ids.append(i)
+
+
+class Script:
+    "A constraint that allows one sequence of tokens, or `also` in place of any of them"
+    def __init__(self, ids, also=()): self.ids, self.also, self.at, self.told = list(ids), set(also), 0, []
+    @property
+    def done(self): return self.at == len(self.ids)
+    def mask(self):
+        words = np.zeros(64, np.uint32)
+        for i in {self.ids[self.at], *self.also}: words[i // 32] |= np.uint32(1 << i % 32)
+        return words
+    def commit(self, id): self.told.append(id); self.at += 1
+
+
+def test_a_constraint_decides(model):
+    want = model.tokenizer.encode('The rain falls')
+    for kw in dict(temperature=0), dict(seed=1, temperature=2., frequency_penalty=2, presence_penalty=2, logit_bias={want[0]: -100}):
+        c = Script(want)
+        tokens = list(g := model.generate('Write', max_tokens=50, constraint=c, **kw))
+        assert g.ids == want == c.told and g.text == 'The rain falls' and g.stop_reason == 'EOS' and len(tokens) == len(want)
+    assert model.generate('Write', constraint=Script(want[:0])).run().stop_reason == 'EOS'
+    assert model.generate('Write', constraint=Script(want), max_tokens=2).run().stop_reason == 'MAX_TOKENS'
+    assert model.generate('Write', constraint=Script(want), max_tokens=len(want)).run().stop_reason == 'EOS', 'complete with the last token'
+    eos = min(model.stop_ids)
+    g = model.generate('Write', constraint=Script([want[0], eos, want[1]])).run()
+    assert g.ids == want[:1] and g.stop_reason == 'EOS'
+
+
+def test_same_seed_same_text_with_a_constraint(model):
+    def text(seed):
+        constraint = Script([1]*12, range(300, 400))
+        return model.generate('Write', seed=seed, temperature=2., presence_penalty=1, constraint=constraint).run().ids
+    assert text(5) == text(5) != text(6) and set(text(5)) <= {1, *range(300, 400)}
+
+
+def test_a_constraint_that_allows_nothing(model):
+    class Nothing(Script):
+        def mask(self): return np.zeros(64, np.uint32)
+    with pytest.raises(RequestError, match='allows no token'): model.generate('Write', constraint=Nothing([1])).run()
+    assert model.generate('Write', max_tokens=3).run().tokens_out == 3
+    for bad in 7, 'json', {}:
+        with pytest.raises(RequestError, match='a constraint has') as e: model.generate('Write', constraint=bad)
+        assert e.value.errors[0]['field'] == 'constraint'
+
+
+def test_top_logprobs(model):
+    prompt = model.tokenizer.encode('The rain falls')
+    plain, tokens = [list(model.generate(prompt, max_tokens=6, seed=4, **kw)) for kw in ({}, dict(top_logprobs=5))]
+    assert [t.id for t in tokens] == [t.id for t in plain] and all(t.top == [] for t in plain)
+    ids = list(prompt)
+    for t in tokens:
+        x = model.logits(ids)[-1, :model.tokenizer.n_valid].astype('f8'); p = x - np.log(np.exp(x).sum())
+        assert [i for i, *_ in t.top] == np.argsort(-p)[:5].tolist()
+        assert np.allclose([q for *_, q in t.top], np.sort(p)[::-1][:5], atol=1e-3)
+        assert [s for _, s, _ in t.top] == [model.tokenizer.decode([i]) for i, *_ in t.top]
+        ids.append(t.id)
+    assert all(t.top == [] for t in model.generate(prompt, max_tokens=2, top_logprobs=0))
+
+
+def test_bias_and_penalties(model):
+    prompt = model.tokenizer.encode('The rain falls')
+    assert set(model.generate(prompt, max_tokens=4, temperature=0, logit_bias={77: 100}).run().ids) == {77}
+    ids = model.generate(prompt, max_tokens=30, temperature=0, frequency_penalty=2, logit_bias=dict.fromkeys(range(50, 60), 100)).run().ids
+    assert set(ids) == set(range(50, 60)), 'whatever was said often has to wait'
+    with pytest.raises(RequestError) as e: model.generate('x', logit_bias={10**6: 1}, top_logprobs=21, frequency_penalty=3)
+    assert [x['field'] for x in e.value.errors] == ['frequency_penalty', 'top_logprobs', 'logit_bias']
 
 
 def test_text_is_the_decoded_ids(model):

@@ -31,7 +31,7 @@ def compare(path, n=300):
         want, got = theirs.logits(ids), ours.logits(ids)
         ours.prefill(ids[:20])
         return (abs(got - want).max()/want.std(),
-            (got - want).std()/want.std()), [i for i, _ in ours.decode(SamplingParams(temperature=0.), 30)], theirs.greedy(ids[:20], 30)
+            (got - want).std()/want.std()), [i for i, *_ in ours.decode(SamplingParams(temperature=0.), 30)], theirs.greedy(ids[:20], 30)
 
 
 @pytest.mark.parametrize('heads', HEADS)
@@ -83,7 +83,7 @@ def test_trained(path):
         assert (got - want).std()/want.std() < .08
         ours.prefill(ids)
         haiku = []
-        for i, _ in ours.decode(SamplingParams(temperature=0.), 60):
+        for i, *_ in ours.decode(SamplingParams(temperature=0.), 60):
             if i in tok.stop_ids: break
             haiku.append(i)
         assert tok.decode(theirs.greedy(ids, 60, tok.stop_ids)) == tok.decode(haiku)

@@ -115,7 +115,7 @@ def test_padding_is_never_drawn(model):
     e = ReferenceEngine(model('qwen2'))
     e.n_valid = 3
     e.prefill([1, 2])
-    assert {i for i, _ in e.decode(SamplingParams(temperature=2.), 50)} <= {0, 1, 2}
+    assert {i for i, *_ in e.decode(SamplingParams(temperature=2.), 50)} <= {0, 1, 2}
 
 
 def test_cancel(model):
@@ -129,7 +129,7 @@ def test_cancel(model):
     calls.clear()
     drawn = []
     with pytest.raises(Cancelled):
-        for i, _ in e.decode(GREEDY, 10, cancelled=after(4)): drawn.append(i)
+        for i, *_ in e.decode(GREEDY, 10, cancelled=after(4)): drawn.append(i)
     assert len(drawn) == 4
 
 

@@ -113,7 +113,7 @@ def test_captured_chunks(name, model_file, monkeypatch):
         def run(n):
             out = engine.logits(ids[:n])
             engine.prefill(ids[:n])
-            return out, [i for i, _ in engine.decode(SamplingParams(temperature=0.), 20)]
+            return out, [i for i, *_ in engine.decode(SamplingParams(temperature=0.), 20)]
         for n, cost in ((1, engine_module.LAUNCH_COST_ROWS), (40, engine_module.LAUNCH_COST_ROWS), (129, engine_module.LAUNCH_COST_ROWS), (480, engine_module.LAUNCH_COST_ROWS), (300, 0)): # a graph that costs nothing: two of them
             monkeypatch.setattr(engine_module, 'LAUNCH_COST_ROWS', cost)
             if not cost: assert len(engine._pieces(n)) == 2
@@ -131,13 +131,13 @@ def test_decode_is_prefill(name, model_file):
     with cuda(model_file(name)) as engine:
         ids = prompt(20)
         engine.prefill(ids)
-        drawn = [i for i, _ in engine.decode(SamplingParams(temperature=1., seed=5), 60)]
+        drawn = [i for i, *_ in engine.decode(SamplingParams(temperature=1., seed=5), 60)]
         want = engine.logits(ids + drawn)
         std = want.std()
         for n in (1, 2, 17, 40, 60): # the row that decode's step n-1 left
             engine.prefill(ids)
             steps = engine.decode(SamplingParams(temperature=1., seed=5), n)
-            assert [i for i, _ in steps] == drawn[:n]
+            assert [i for i, *_ in steps] == drawn[:n]
             engine.prefill(ids + drawn[:n])
             assert np.abs(engine.row.get(stream=engine.stream) - want[len(ids) + n - 1]).max() == 0
         import orcd.engine.cuda_engine
@@ -226,7 +226,7 @@ def test_cancel(model_file):
         engine.prefill(prompt(30))
         seen = []
         with pytest.raises(Cancelled):
-            for i, _ in engine.decode(SamplingParams(), 50, cancelled=lambda: len(seen) == 5): seen.append(i)
+            for i, *_ in engine.decode(SamplingParams(), 50, cancelled=lambda: len(seen) == 5): seen.append(i)
         assert len(seen) == 5
 
 
@@ -243,7 +243,7 @@ def test_kv_budget(model_file):
             engine.prefill(prompt(rows - 10))
             got = []
             with pytest.raises(OutOfVRAM, match='full'):
-                for i, _ in engine.decode(SamplingParams(), 100): got.append(i)
+                for i, *_ in engine.decode(SamplingParams(), 100): got.append(i)
             assert len(got) == 11 # the last one is drawn from the last row
             engine.prefill(prompt(10))
             assert len(list(engine.decode(SamplingParams(), 10))) == 10

@@ -103,7 +103,7 @@ def test_full_shape(path):
         with recorded(engine.config.n_layer) as took: logits = engine.logits(ids)
         residuals = engine.residuals(ids)
         engine.prefill(ids)
-        tokens = [i for i, _ in engine.decode(SamplingParams(temperature=0), 16)]
+        tokens = [i for i, *_ in engine.decode(SamplingParams(temperature=0), 16)]
         assert tokens[0] == int(logits[-1].argmax())
         for context in (128, n_ctx // 2):
             engine.prefill((ids * (context // 64 + 1))[:context])
@@ -119,7 +119,7 @@ def test_full_shape(path):
             t = time.perf_counter(); engine.prefill(prompt); engine.stream.synchronize(); t = time.perf_counter() - t
             print(f'prefill {n}: {n / t:.0f} tok/s')
         engine.prefill(ids)
-        assert [i for i, _ in engine.decode(SamplingParams(temperature=0), 16)] == tokens
+        assert [i for i, *_ in engine.decode(SamplingParams(temperature=0), 16)] == tokens
         engine.close()
     after = cp.cuda.runtime.memGetInfo()[0]
     print(f'VRAM not given back after close: {(before - after) / 2**20:.1f} MiB (loaded kernels)')

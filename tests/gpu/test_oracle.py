@@ -108,7 +108,7 @@ def test_decode_equals_prefill(case, kind, arch):
     prompt = np.random.default_rng(2).integers(0, 320, 120)
     engine.prefill(prompt)
     drawn = list(engine.decode(GREEDY, 40))                # from before position 128 to behind it
-    text = np.concatenate([prompt, [i for i, _ in drawn]])
+    text = np.concatenate([prompt, [i for i, *_ in drawn]])
     fresh, truth = engine.logits(text[:-1])[119:], hf.run(text[:-1])[0][119:]
     close(kind, arch, fresh, truth, 'logits along the drawn text')
     for step, (token, logprob) in enumerate(drawn):

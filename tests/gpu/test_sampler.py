@@ -56,8 +56,8 @@ def test_same_tokens_as_numpy(n_vocab, n_valid, jobs):
         want, g = [cpu.draw(x, step) for step in range(6)], cp.asarray(x)
         for _ in range(6): d.draw(g)
         ids, lp = ks.unpack_ring(d.ring.get()[:6])
-        assert ids.tolist() == [i for i, _ in want], (p, x)
-        assert np.allclose(lp, [v for _, v in want], rtol=1e-5, atol=1e-4, equal_nan=True), (p, lp, want)
+        assert ids.tolist() == [i for i, *_ in want], (p, x)
+        assert np.allclose(lp, [v.logprob for v in want], rtol=1e-5, atol=1e-4, equal_nan=True), (p, lp, want)
         assert d.state.get().tolist() == [13, want[-1][0], 6, 0]
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from orcd.errors import OrcdError, RequestError
-from orcd.text.sampling import (RULES, Sampler, SamplingParams, check_params, kept, kept_simply, logprob, philox4x32, philox_u64, prepare,
-    random_seed, weights)
+from orcd.text.sampling import (BIAS, RULES, STOP, Sampler, SamplingParams, check_params, kept, kept_simply, logprob, philox4x32,
+    philox_u64, prepare, random_seed, rules_for, shape, top_logprobs, weights)
 
 F = np.float32
 
@@ -19,11 +19,14 @@ def weight(z):
     return math.floor(float(p) * 2.0 ** (int(n) + 32))
 
 
-def slow_draw(logits, n_valid, p, step, seen):
-    "(id drawn, ids kept) by the definition, in Python integers"
+def slow_draw(logits, n_valid, p, step, seen, may=None):
+    "(id drawn, ids kept) by the definition, in Python integers; `seen` has how often, `may` what a constraint allows"
     l = []
     for i, x in enumerate(logits[:n_valid]):
+        if may is not None: x = F(-np.inf) if i not in may else F(-1e30) if np.isnan(x) or x < F(-1e30) else x
         x = F(-np.inf) if np.isnan(x) else F(x)
+        if i in p.logit_bias: x = F(x + F(p.logit_bias[i]))
+        if i in seen: x = F(x - F(F(F(seen[i]) * F(p.frequency_penalty)) + F(p.presence_penalty)))
         if p.temperature >= 1e-6: x = F(x / F(p.temperature))
         if i in seen and p.repetition_penalty != 1: x = F(x / F(p.repetition_penalty)) if x > 0 else F(x * F(p.repetition_penalty))
         l.append(x)
@@ -49,6 +52,11 @@ params = st.builds(SamplingParams, temperature=st.one_of(st.sampled_from([0, 1e-
     top_k=st.integers(0, 45),
     top_p=st.one_of(st.sampled_from([0, 1, .5]), st.floats(0, 1)), min_p=st.one_of(st.sampled_from([0, 1]), st.floats(0, 1)),
     repetition_penalty=st.floats(1e-3, 2), seed=st.integers(0, 2**64 - 1))
+penalty = st.one_of(st.sampled_from([0, -2, 2]), st.floats(-2, 2))
+shaped = st.builds(SamplingParams, temperature=st.sampled_from([0, 1e-6, .7, 1, 2]), top_k=st.sampled_from([0, 0, 3]),
+    top_p=st.sampled_from([1, 1, .6]), repetition_penalty=st.sampled_from([1, 1, 1.3, 1e-6]), seed=st.integers(0, 2**64 - 1),
+    frequency_penalty=penalty, presence_penalty=penalty,
+    logit_bias=st.dictionaries(st.integers(0, 39), st.one_of(st.sampled_from([-100, 0, 100]), st.floats(-100, 100)), max_size=9))
 
 
 @given(rows, params, st.integers(0, 2**40), st.integers(1, 40))
@@ -59,16 +67,113 @@ params = st.builds(SamplingParams, temperature=st.one_of(st.sampled_from([0, 1e-
 @np.errstate(all='ignore')
 def test_equals_the_definition(row, p, step, n_valid):
     x, n_valid = np.array(row, F), min(n_valid, len(row))
-    s, seen = Sampler(len(row), n_valid), set()
+    s, seen = Sampler(len(row), n_valid), {}
     s.reset(p)
     for i in range(3):
         want, keep = slow_draw(x, n_valid, p, step + i, seen)
         if p.T and not np.isneginf(prepare(x[:n_valid], p, seen).max()):
             l = prepare(x[:n_valid], p, seen)
             assert set(kept(l, p)[0]) == set(kept_simply(l, p)) == keep
-        got, lp = s.draw(x, step + i)
+        got, lp, _ = s.draw(x, step + i)
         assert got == want < n_valid and (lp <= 1e-6 or math.isnan(lp))
-        seen.add(got)
+        seen[got] = seen.get(got, 0) + 1
+
+
+def words(may, n):
+    "A constraint's mask, bit by bit"
+    return np.array([sum(1 << i for i in range(32) if 32*w + i in may) for w in range(n)], np.uint32)
+
+
+@given(st.lists(st.one_of(st.floats(-30, 30, width=32), special), min_size=40, max_size=45), shaped,
+    st.one_of(st.none(), st.sets(st.integers(0, 39), min_size=1)), st.integers(0, 2**40))
+@settings(max_examples=400, deadline=None)
+@example([math.nan] * 40, SamplingParams(), {7, 9}, 0)
+@example([-math.inf] * 40, SamplingParams(temperature=0, repetition_penalty=1e-6), {7}, 0)
+@example([math.inf] * 40, SamplingParams(temperature=1e-6, logit_bias={3: 100}), {7, 39}, 0)
+@np.errstate(all='ignore')
+def test_mask_bias_and_penalties_equal_the_definition(row, p, may, step):
+    x = np.array(row, F)
+    s, seen = Sampler(len(row), 40), {}
+    s.reset(p)
+    for i in range(5):
+        got = s.draw(x, step + i, None if may is None else words(may, 2)).id
+        assert got == slow_draw(x, 40, p, step + i, seen, may)[0] and (may is None or got in may)
+        seen[got] = seen.get(got, 0) + 1
+
+
+# --- as it was before there were masks and biases ---
+
+LOGITS = (np.random.default_rng(5).normal(size=3000) * 3).astype(F)
+
+@pytest.mark.parametrize('kw, want', [
+    (dict(seed=9), [1969, 1725, 1876, 2513, 185, 639, 1650, 625, 1073, 632, 554, 1650]),
+    (dict(seed=9, top_k=50), [2059, 1969, 1980, 2522, 185, 803, 1749, 639, 1121, 639, 639, 1650]),
+    (dict(seed=9, top_p=.9, temperature=.6), [2488, 2488, 2488, 2522, 220, 803, 2488, 639, 1650, 639, 639, 2204]),
+    (dict(seed=9, repetition_penalty=1.4, min_p=.01), [1980, 1838, 1969, 2522, 185, 639, 1650, 625, 1073, 632, 554, 1645])], ids=str)
+def test_the_tokens_that_version_0_1_drew(kw, want):
+    s = Sampler(3000, 2990); s.reset(SamplingParams(**kw))
+    assert [s.draw(LOGITS, i).id for i in range(12)] == want
+    s.reset(SamplingParams(**kw, frequency_penalty=0, presence_penalty=0, logit_bias={}, top_logprobs=3))
+    assert [s.draw(LOGITS, i, words(range(3000), 94)).id for i in range(12)] == want, 'a mask that allows everything changes nothing'
+
+
+# --- penalties and bias in float64, by the formula of OpenAI's documentation ---
+
+def test_penalties_in_float64():
+    "mu[j] - c[j]*frequency - (c[j] > 0)*presence, then softmax: what comes after a history, against frequencies"
+    x = (np.random.default_rng(2).normal(size=12) * 1.5).astype(F)
+    p = SamplingParams(seed=3, frequency_penalty=.7, presence_penalty=-.4, logit_bias={4: 2.5, 9: -100}, temperature=1.3)
+    history = {0: 3, 4: 1, 7: 9}
+    mu = x.astype('f8')
+    for j, b in p.logit_bias.items(): mu[j] += b
+    for j, c in history.items(): mu[j] = mu[j] - c*p.frequency_penalty - (c > 0)*p.presence_penalty
+    q = np.exp(mu/1.3); q /= q.sum()
+    s = Sampler(12); s.reset(p); drawn = []
+    for i in range(6000):
+        s.seen = dict(history)
+        drawn.append(s.draw(x, i).id)
+    count, big = np.bincount(drawn, minlength=12), 6000*q > 5
+    assert count[9] == 0 and ((count - 6000*q)[big]**2/(6000*q)[big]).sum() < 45      # 11 degrees of freedom: by chance once in 10^5
+    assert np.allclose(shape(x, p, history), mu, atol=1e-5)
+
+
+@pytest.mark.parametrize('mask', [np.zeros(2, np.uint32), words({40, 41}, 2)], ids=['nothing', 'only padding'])
+def test_an_empty_mask_says_so(mask):
+    s = Sampler(64, 40)
+    with pytest.raises(RequestError, match='allows no token'): s.draw(np.zeros(64, F), 0, mask)
+
+
+@pytest.mark.parametrize('mask', [np.ones(1, np.uint32), np.ones(40, bool), np.ones((2, 2), np.uint32), np.ones(2, np.int32)],
+    ids=['short', 'bools', 'square', 'signed'])
+def test_a_mask_that_is_none(mask):
+    with pytest.raises(RequestError, match='at least 2 uint32'): Sampler(64, 40).draw(np.zeros(64, F), 0, mask)
+
+
+@given(st.lists(st.one_of(st.floats(-30, 30, width=32), st.sampled_from([0.0, 0.0, 5.0, math.inf, -math.inf, math.nan])), min_size=1,
+    max_size=40), st.integers(1, 20))
+@settings(deadline=None)
+@example([0.0, 5.0, 1e-8], 2)
+def test_top_logprobs(row, n):
+    "By sorting everything, in float64"
+    x = np.array(row, F); l = np.where(np.isnan(x), -np.inf, x.astype('f8')); m = l.max()
+    with np.errstate(invalid='ignore'): d = np.where(l == m, 0, l - m)
+    want = d - np.log(np.exp(d).sum())
+    order = sorted(range(len(x)), key=lambda i: (-l[i], i))[:n]
+    got = top_logprobs(x, n)
+    assert [i for i, _ in got] == order and np.allclose([v for _, v in got], want[order], atol=1e-5)
+    assert [v for _, v in got] == [logprob(x, i) for i, _ in got]
+    s = Sampler(len(x) + 5, len(x)); s.reset(SamplingParams(temperature=.3, top_logprobs=n, logit_bias={0: 100}, frequency_penalty=2))
+    assert s.draw(np.append(x, [99]*5), 0).top == got, "the model's own distribution"
+
+
+def test_a_large_vocabulary_is_not_sorted(monkeypatch):
+    x = np.round(np.random.default_rng(0).normal(size=200_000), 2).astype(F)
+    sizes, argsort = [], np.argsort
+    monkeypatch.setattr(np, 'argsort', lambda a, *k, **kw: (sizes.append(len(a)), argsort(a, *k, **kw))[1])
+    got = top_logprobs(x, 20)
+    assert [i for i, _ in got] == sorted(range(len(x)), key=lambda i: (-x[i], i))[:20] and max(sizes) < 1000
+    s = Sampler(len(x)); s.reset(SamplingParams()); sizes.clear()
+    assert s.draw(x, 0).top == () and not sizes
 
 
 # --- float64 ---
@@ -125,7 +230,7 @@ def test_logprob():
     d = x.astype('f8'); want = d - (d.max() + np.log(np.exp(d - d.max()).sum()))
     assert max(abs(logprob(x, i) - want[i]) for i in range(0, 5000, 97)) < 1e-5
     s = Sampler(5000, 100); s.reset(SamplingParams(temperature=.1, repetition_penalty=2., top_k=3))
-    i, lp = s.draw(x, 0)
+    i, lp, _ = s.draw(x, 0)
     d = d[:100]
     assert abs(lp - (d[i] - d.max() - np.log(np.exp(d - d.max()).sum()))) < 1e-5  # over the valid ids alone, before temperature
     assert logprob(np.array([np.nan, 1, np.nan], F), 1) == 0.0
@@ -209,14 +314,41 @@ def test_philox():
     ('min_p', [0, 1, .5], [-.1, 1.1, math.nan, {}]),
     ('repetition_penalty', [1e-9, 2, 1], [0, 0.0, -1, 2.1, math.nan]),
     ('seed', [0, 2**64 - 1], [-1, 2**64, 1.0, '42', True]),
+    ('frequency_penalty', [0, -2, 2, .5], [-2.1, 2.1, math.nan, '1', True]),
+    ('presence_penalty', [0, -2, 2, .5], [-2.1, 2.1, math.nan, [1]]),
+    ('top_logprobs', [0, 20, np.int64(4)], [-1, 21, 1.0, True, '5']),
+    ('logit_bias', [{}, {0: 1}, {'0': 1, '17': -100}, {np.int64(3): 100}, dict.fromkeys(range(300), 0)],
+        [[], 'a', {-1: 0}, {'01': 1}, {'': 1}, {' 1': 1}, {'1': 1, 1: 1}, {True: 1}, {1.0: 1}, {'\u0661': 1}, {1: 101}, {1: math.nan},
+            {1: None}, {1: '1'}, {1: True}, dict.fromkeys(range(301), 0), {'9'*99: 0}]),
     ('stop', ['a', [], ['a', 'b', 'c', 'd'], ('\n',)], ['', [''], list('abcde'), [1], 7, {'a': 1}, ['\ud800']])])
 def test_rules(field, good, bad):
     for v in good: assert check_params({field: v}) == []
     for v in bad:
         (e, *_) = check_params({field: v})
         assert (e['field'] == field and e['message'] and e['constraint']
-            and ('value' not in e or (isinstance(e['value'], str) and len(e['value']) <= 64 and e['value'].encode())))
+            and ('value' not in e or (isinstance(e['value'], str) and len(e['value']) <= 64 and isinstance(e['value'].encode(), bytes))))
     assert check_params({field: None}) == []
+
+
+def test_the_dialects_fields():
+    "The table of `/execute` is the contract's; what OpenAI's dialect adds is ignored there"
+    execute, openai = map(rules_for, ('execute', 'openai'))
+    assert list(execute) == ['max_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed', 'stop']
+    more = {'frequency_penalty', 'presence_penalty', 'logit_bias', 'top_logprobs'}
+    assert openai == RULES | dict(logit_bias=BIAS, stop=STOP) and openai.keys() == execute.keys() | more
+    wrong = dict.fromkeys([*more, 'top_k'], 'x')
+    assert [e['field'] for e in check_params(wrong, dialect='execute')] == ['top_k']
+    assert {e['field'] for e in check_params(wrong, dialect='openai')} == more | {'top_k'}
+    for r in openai.values(): assert r.words and r.meaning and 'null' in str(r.schema)
+
+
+def test_ids_of_a_bias():
+    assert check_params(dict(logit_bias={99: 1}), n_valid=100) == []
+    assert check_params(dict(logit_bias={100: 1}), n_valid=100)[0]['constraint'] == 'ids(0..=99)'
+    with pytest.raises(RequestError, match='id of a token'): Sampler(128, 100).reset(SamplingParams(logit_bias={100: 1}))
+    given = {'5': 1}
+    p = SamplingParams(logit_bias=given); given['6'] = 2
+    assert p.logit_bias == {5: 1.0} and hash(p) == hash(SamplingParams()) and p != SamplingParams()
 
 
 def test_rules_form():
@@ -246,7 +378,7 @@ def test_the_longest_stop_string():
     assert check_params(dict(stop=['='*4096]*4), count_tokens=lambda s: len(s)//128) == []
 
 
-@given(st.dictionaries(st.sampled_from([*RULES, 'stop', 'model']),
+@given(st.dictionaries(st.sampled_from([*RULES, 'logit_bias', 'stop', 'model']),
     st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
         lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=4)))
 @settings(deadline=None)
