@@ -24,7 +24,7 @@ from ..families.arch import open_model
 from ..files.blocks import GGMLType
 from ..errors import Cancelled, CUDAError, InsufficientVRAM, KernelError, ModelError, OutOfVRAM, RequestError
 from .lower import CACHE, EXPONENTS, Layers, Program, cache_bytes, cache_shape, files_of, is_float_array, needs_exponents
-from ..text.sampling import Drawn, SamplingParams
+from ..text.sampling import Drawn, SamplingParams, allowed, check_ids
 from .loader import Copy, Loader, PinnedBuffer
 from .vram import OUT_OF_MEMORY, PAGE, Arena, Ledger, aligned, device_array, is_resident, mib, use_device
 
@@ -87,7 +87,7 @@ def workspace(
     draw, seen = sampler.workspace_bytes(config.n_vocab)
     return dict(scratch=((scratch,), np.uint8), x=((chunk, config.n_embd), np.float32), ids=((n_ctx,), np.int32), logits=((config.n_vocab,), np.float32),
         state=((attention.STATE_SIZE,), np.int32), inv_freq=((config.rope.n_rot // 2,), np.float32), sampler=((draw,), np.uint8), seen=((seen // 4,), np.uint32),
-        params=((sampler.PARAMS.itemsize,), np.uint8), ring=((RING,), np.uint64), exponents=((exponents,), np.uint8))
+        params=((sampler.PARAMS.itemsize,), np.uint8), ring=((RING,), np.uint64), exponents=((exponents,), np.uint8), **sampler.shape_memory(config.n_vocab, RING))
 
 def workspace_bytes(*args): return sum(aligned(prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in workspace(*args).values())
 
@@ -221,6 +221,7 @@ class CudaEngine:
         progress=None,          # called with (bytes done, bytes in all) while weights are copied
     ):
         self.device, self.vram, self.arenas, self.stream, self.host, self.graph, self.graphs, self.programs, self.pins = device, Ledger(), [], None, None, None, {}, {}, None
+        self.halves = self.exchange = None    # what jobs of more wishes need, made for the first of them
         self.family, self.config, bound = model = open_model(g)
         use_device(device)
         try:
@@ -267,6 +268,7 @@ class CudaEngine:
         self.cache = [tuple(kv.take(cache_shape(c, i, p.n_kv), np.float16, f'kv.{i}.{x}') for x in 'kv') for i in range(c.n_layer)]
         self.x, self.ids, self.row, self.state, self.params, self.ring, self.inv_freq = (w[k] for k in ('x', 'ids', 'logits', 'state', 'params', 'ring', 'inv_freq'))
         self.draw_memory = w['sampler'], w['seen']
+        self.shape_memory = {name: w[name] for name in sampler.shape_memory(c.n_vocab, RING)}
         self.addresses = self._addresses(dict(scratch=w['scratch'], x=self.x, state=self.state, inv_freq=self.inv_freq))
         return copies
 
@@ -537,19 +539,117 @@ def _warm_up(self:CudaEngine):
 @patch
 def _launch(self:CudaEngine, step):
     "Queue the draw of token `step` and its copy to the host. The token before it takes a row of the cache."
-    from cupy.cuda import runtime
     if step: self.graph.launch(self.stream)
     else: self._draw()
+    self._fetch(step)
+
+@patch
+def _fetch(self:CudaEngine, step):
+    "Queue the copy of token `step` to the host, and what says that it is there"
+    from cupy.cuda import runtime
     at = 8*(step % RING)
     runtime.memcpyAsync(self.host.ptr + at, self.ring.data.ptr + at, 8, runtime.memcpyDeviceToHost, self.stream.ptr)
     self.events[step % len(self.events)].record(self.stream)
+
+@patch
+def _drawn(self:CudaEngine, step)->Drawn:
+    "Wait for token `step`"
+    self.events[step % len(self.events)].synchronize()
+    ids, logprobs = sampler.unpack_ring(self.drawn[step % RING:step % RING + 1])
+    return Drawn(int(ids[0]), float(logprobs[0]))
+
+@patch
+def _plain(self:CudaEngine, params, n, room, cancelled):
+    "Tokens of a job that asks for nothing special: `DEPTH` steps ahead"
+    queued = 0
+    for step in range(n):
+        if cancelled and cancelled(): raise Cancelled()
+        while queued < min(n, room, step + DEPTH): self._launch(queued); queued += 1
+        if step == queued: raise self._full()
+        yield self._drawn(step)
+
+@patch
+def _full(self:CudaEngine): return OutOfVRAM(f'the KV cache of {mib(self.plan.kv_cache)} is full after {self.n_kv} tokens')
+
+# %% ../../nbs/5_engine/31_cuda_engine.ipynb #31de0c02
+@patch
+def _halves(self:CudaEngine):
+    "A decode step as two graphs, (layers and head, draw), made for the first job that needs them, with memory for what goes to and fro"
+    if self.halves is None:
+        nvrtc.wait_for(nvrtc.load_all([('shape', ())], self.device).values())
+        def captured(launch):
+            self.stream.begin_capture()
+            launch()
+            graph = self.stream.end_capture()
+            graph.upload(self.stream)
+            return graph
+        halves = captured(self._think), captured(self._choose)
+        n_words, n_top = self.shape_memory['mask'].size, RING*sampler.MOST_TOP
+        self.exchange = PinnedBuffer(8*n_top + 4*n_words)
+        self.top_drawn = np.frombuffer(self.exchange.view, np.uint64, n_top).reshape(RING, sampler.MOST_TOP)
+        self.mask_words = np.frombuffer(self.exchange.view, np.uint32, n_words, 8*n_top)
+        self.halves = halves
+    return self.halves
+
+@patch
+def _think(self:CudaEngine):
+    "From the drawn token to the logits of the next"
+    x = self.x[:1]
+    elementwise.embed(self.model.token_embd, self.state[1:2], x, stream=self.stream)
+    self._layers(1, decode=True)
+    self._head(x)
+
+@patch
+def _choose(self:CudaEngine):
+    "From the logits to a token, by way of mask, bias and penalties; `ids` keeps the job's tokens, since the prompt's are no longer needed"
+    memory, seen = self.draw_memory
+    m, row = self.shape_memory, self.row
+    sampler.shape_logits(row, m, self.state, self.ids, stream=self.stream)
+    sampler.draw(m['shaped'], self.params, memory, self.state, seen, self.ring, stream=self.stream)
+    sampler.own_logprobs(row, m, self.state, self.ring, stream=self.stream)
+
+@patch
+def _upload_mask(self:CudaEngine, mask):
+    "A constraint's mask to the device, in stream order. Raises `RequestError` when it allows nothing."
+    from cupy.cuda import runtime
+    words = -(-self.n_valid // 32)
+    self.mask_words[0] = mask is not None      # the last copy has ended: its token was read
+    if mask is not None:
+        allowed(mask, self.n_valid)
+        self.mask_words[1:1 + words] = mask[:words]
+    n_bytes = 4 if mask is None else 4*(1 + words)
+    runtime.memcpyAsync(self.shape_memory['mask'].data.ptr, self.exchange.ptr + self.top_drawn.nbytes, n_bytes, runtime.memcpyHostToDevice, self.stream.ptr)
+
+@patch
+def _shaped(self:CudaEngine, params, n, room, cancelled, constraint):
+    "Tokens of a job with a constraint, bias, penalties or `top_logprobs`"
+    from cupy.cuda import runtime
+    think, choose = self._halves()
+    self.shape_memory['shape'].set(sampler.pack_shape(params, self.n_valid), self.stream)
+    self._upload_mask(None)
+    for step in range(n):
+        if cancelled and cancelled(): raise Cancelled()
+        if constraint is not None and constraint.done: return
+        if step == room: raise self._full()
+        if constraint is not None: self._upload_mask(constraint.mask())
+        choose.launch(self.stream)
+        row = step % RING
+        if params.n_top:
+            at, n_bytes = 8*sampler.MOST_TOP*row, 8*params.n_top
+            runtime.memcpyAsync(self.exchange.ptr + at, self.shape_memory['top'].data.ptr + at, n_bytes, runtime.memcpyDeviceToHost, self.stream.ptr)
+        self._fetch(step)
+        if step + 1 < min(n, room): think.launch(self.stream)    # while it runs, the host learns the token and works out the next mask
+        drawn = self._drawn(step)
+        if params.n_top: drawn = drawn._replace(top=sampler.unpack_top(self.top_drawn[row], params.n_top))
+        if constraint is not None: constraint.commit(drawn.id)
+        yield drawn
 
 @patch
 def decode(self:CudaEngine,
     params,         # `SamplingParams`
     n:int,          # tokens at most
     cancelled=None, # asked before every token; true ends with `Cancelled`
-    constraint=None, # says what may come
+    constraint=None, # says what may come; ends it when it is done
 ):                  # iterator of `Drawn`
     """Draw tokens, feeding each back. Raises `OutOfVRAM` when the KV cache is full before `n` tokens are drawn.
 
@@ -557,24 +657,18 @@ def decode(self:CudaEngine,
         params: `SamplingParams`
         n: tokens at most
         cancelled: asked before every token; true ends with `Cancelled`
-        constraint: says what may come
+        constraint: says what may come; ends it when it is done
     """
-    refused = [f for f in ('frequency_penalty', 'presence_penalty', 'logit_bias', 'top_logprobs') if getattr(params, f)] + ['constraint']*(constraint is not None)
-    if refused: raise RequestError(f'{", ".join(refused)}: not on the GPU yet; the reference engine has it (--device reference)')
     if not self.length: raise RequestError('decode without a prompt: call prefill first')
-    start, self.length, queued = self.length, 0, 0
+    check_ids(params, self.n_valid)
+    start, self.length = self.length, 0
     room = self.n_kv - start + 1 # the first token is drawn without a new row
     use_device(self.device)
     try:
         with cuda_errors('decode'):
             self._begin(params)
-            for step in range(n):
-                if cancelled and cancelled(): raise Cancelled()
-                while queued < min(n, room, step + DEPTH): self._launch(queued); queued += 1
-                if step == queued: raise OutOfVRAM(f'the KV cache of {mib(self.plan.kv_cache)} is full after {self.n_kv} tokens')
-                self.events[step % len(self.events)].synchronize()
-                ids, logprobs = sampler.unpack_ring(self.drawn[step % RING:step % RING + 1])
-                yield Drawn(int(ids[0]), float(logprobs[0]))
+            if constraint is None and not params.shapes and not params.n_top: yield from self._plain(params, n, room, cancelled)
+            else: yield from self._shaped(params, n, room, cancelled, constraint)
     finally:
         stream = self.stream             # read once: another thread may be closing the engine
         if stream is not None:
@@ -615,11 +709,11 @@ def close(self:CudaEngine):
         if self.stream is not None: self.stream.synchronize()
     except Exception: pass # a lost context: its memory is gone with it
     self.graphs, self.programs = {}, {}
-    self.graph = self.model = self.layers = self.cache = self.drawn = self.inv_freq = None
-    for buffer in (self.host, *self.arenas):
+    self.graph = self.halves = self.model = self.layers = self.cache = self.drawn = self.inv_freq = self.mask_words = self.top_drawn = None
+    for buffer in (self.host, self.exchange, *self.arenas):
         try: buffer and buffer.free()
         except Exception: pass
-    self.arenas, self.stream, self.host, self.pins, self.length = [], None, None, None, 0
+    self.arenas, self.stream, self.host, self.exchange, self.pins, self.length = [], None, None, None, None, 0
     self.vram.clear()
 
 @patch

@@ -1,5 +1,5 @@
-#include "math/input_prologue.cu"
-constexpr int THREADS = 256, CHUNK = 1024, BINS = 2048;  // a block takes CHUNK ids
+#include "math/logit_keys.cu"
+constexpr int BINS = 2048;
 
 struct Params {              // as SAMPLER_PARAMS in Python
     float temperature, penalty;
@@ -22,10 +22,6 @@ struct Chunk { u64 best, mass; float max, sum; u32 ties, pad; };  // what a bloc
 
 __device__ __forceinline__ Chunk* chunks(Header* h) { return (Chunk*)(h + 1); }
 __device__ __forceinline__ float* adjusted(Header* h, int n_chunk) { return (float*)(chunks(h) + n_chunk); }
-
-// floats as integers of the same order
-__device__ __forceinline__ u32 to_key(float x) { const u32 b = __float_as_uint(x); return b & 0x80000000u ? ~b : b | 0x80000000u; }
-__device__ __forceinline__ float from_key(u32 k) { return __uint_as_float(k & 0x80000000u ? k & 0x7fffffffu : ~k); }
 
 // floor(exp(l - max) 2^32), the same bits as in NumPy: every operation is rounded by itself
 __device__ u64 weight(float l, float max) {
@@ -56,18 +52,6 @@ __device__ u64 block_scan(u64 v, u64& total) {
     for (int i = 0; i < THREADS / 32; i++) { if (i < warp) before += part[i]; total += part[i]; }
     return before + s - v;
 }
-
-// the largest of all threads, in every thread
-__device__ u64 block_best(u64 v) {
-    __shared__ u64 part[THREADS / 32];
-    for (int o = 16; o; o >>= 1) { const u64 x = __shfl_xor_sync(~0u, v, o); v = x > v ? x : v; }
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
-    __syncthreads();
-    for (int i = 0; i < THREADS / 32; i++) v = part[i] > v ? part[i] : v;
-    return v;
-}
-__device__ float block_max(float v) { return from_key(block_best(to_key(v))); }
 
 // true in every thread of the block that finishes last
 __device__ bool last_block(Header* h) {
