@@ -161,6 +161,50 @@ def test_same_bits_whatever_ran_before(model_file):
     with cuda(model_file('gpt-oss')) as engine: assert job(engine, 50, 1) == a
 
 
+class Multiples:
+    "A constraint: the next token is a multiple of a number that depends on the last; anything now and then"
+    def __init__(self, n, length=10**6): self.n, self.length, self.told = n, length, []
+    @property
+    def done(self): return len(self.told) == self.length
+    def mask(self):
+        if len(self.told) % 4 == 3: return None
+        may = np.zeros(-(-self.n//32)*32, bool)
+        may[::3 + (self.told[-1] % 5 if self.told else 0)] = True
+        return np.packbits(may, bitorder='little').view(np.uint32)
+    def commit(self, id): self.told.append(id)
+
+
+@pytest.mark.parametrize('kw', [dict(), dict(temperature=0, top_logprobs=20), dict(frequency_penalty=1.5, presence_penalty=.5, logit_bias={9: 4}, top_logprobs=3)], ids=str)
+@pytest.mark.parametrize('constrained', [False, True])
+def test_masks_bias_penalties(model_file, kw, constrained):
+    "The NumPy sampler on the logits that decode left, over more tokens than the ring holds; jobs without wishes draw the same before and after, and nothing stays in VRAM"
+    from orcd.text.sampling import Sampler, SamplingParams
+    with cuda(model_file('gpt-oss')) as engine:
+        ids, plain = prompt(20), SamplingParams(seed=4)
+        def run(p, constraint=None):
+            engine.prefill(ids)
+            return list(engine.decode(p, 80, constraint=constraint))
+        before = run(plain)
+        p, s = SamplingParams(seed=4, **kw), Sampler(engine.config.n_vocab, engine.n_valid)
+        first, again = [run(p, Multiples(engine.n_valid) if constrained else None) for _ in range(2)]
+        left = free()
+        assert first == again and run(plain) == before and free() == left
+        engine.prefill(ids)
+        s.reset(p); constraint = Multiples(engine.n_valid) if constrained else None
+        rows = [engine.row.get(stream=engine.stream)]
+        think, _ = engine._halves()
+        for d in first[:-1]:                        # one token after the other, by the graph of layers and head alone
+            with engine.stream: engine.state[1], engine.state[0] = d.id, len(ids) - 1 + len(rows)
+            think.launch(engine.stream)
+            rows.append(engine.row.get(stream=engine.stream))
+        for step, (d, row) in enumerate(zip(first, rows)):
+            want = s.draw(row, step, constraint.mask() if constraint else None)
+            if constraint: constraint.commit(want.id)
+            assert d.id == want.id and [i for i, _ in d.top] == [i for i, _ in want.top], step
+            assert np.allclose([d.logprob, *(v for _, v in d.top)], [want.logprob, *(v for _, v in want.top)], atol=1e-4)
+        assert [d.id for d in run(p, Multiples(engine.n_valid, 5))] == [d.id for d in run(p, Multiples(engine.n_valid))][:5]
+
+
 def test_every_byte_comes_back(model_file):
     "close(), del in the middle of a generation, an error, Ctrl-C in `generate`; again and again"
     import _thread, threading

@@ -61,6 +61,54 @@ def test_same_tokens_as_numpy(n_vocab, n_valid, jobs):
         assert d.state.get().tolist() == [13, want[-1][0], 6, 0]
 
 
+class Shaped(Device):
+    "With the kernels around the draw"
+    def __init__(self, n_vocab, n_valid, ring=8):
+        super().__init__(n_vocab, n_valid, ring)
+        self.memory = {name: cp.full(shape, 255, dtype) for name, (shape, dtype) in ks.shape_memory(n_vocab, ring).items()}
+        self.history = cp.full(64, -7, cp.int32)
+
+    def begin(self, p, pos=7):
+        super().begin(p, pos)
+        self.memory['shape'].set(ks.pack_shape(p, self.n_valid))
+
+    def draw(self, g, mask=None, stream=None):
+        self.memory['mask'][0] = mask is not None
+        if mask is not None: self.memory['mask'][1:1 + len(mask)] = cp.asarray(mask)
+        ks.shape_logits(g, self.memory, self.state, self.history, stream=stream)
+        ks.draw(self.memory['shaped'], self.params, self.work, self.state, self.seen, self.ring, stream=stream)
+        ks.own_logprobs(g, self.memory, self.state, self.ring, stream=stream)
+
+
+def random_mask(rng, n_valid):
+    "None, a few tokens, or nearly all"
+    kind, words = rng.integers(3), -(-n_valid//32)
+    if kind == 0: return None
+    may = np.zeros(32*words, bool)
+    may[rng.integers(n_valid, size=4)] = True
+    if kind == 2: may[may.argmax() + 1:] ^= True
+    return np.packbits(may, bitorder='little').view(np.uint32)
+
+
+@pytest.mark.parametrize('n_vocab,n_valid,jobs', [(1, 1, 20), (33, 31, 200), (1025, 1025, 100), (4099, 4099, 100), (201088, 200019, 40), (300001, 300000, 20)])
+def test_masks_bias_penalties_and_the_likeliest(n_vocab, n_valid, jobs):
+    rng = np.random.default_rng()
+    d, cpu = Shaped(n_vocab, n_valid), Sampler(n_vocab, n_valid)
+    for _ in range(jobs):
+        ids = rng.choice(n_valid, min(n_valid, int(some(rng, 0, 3, 300))), replace=False)
+        kw = dict(random_params(rng).__dict__, logit_bias={int(i): float(rng.uniform(-9, 9)) for i in ids}, frequency_penalty=some(rng, 0., -2., .3), presence_penalty=some(rng, 0., 1.7))
+        p = SamplingParams(**{k: kw[k] for k in SamplingParams.__dataclass_fields__} | dict(top_logprobs=int(some(rng, 0, 1, 20))))
+        d.begin(p); cpu.reset(p)
+        for step in range(10):              # more than the ring holds
+            x, mask = random_logits(rng, n_vocab), random_mask(rng, n_valid)
+            want = cpu.draw(x, step, mask)
+            d.draw(cp.asarray(x), mask)
+            ids, lp = ks.unpack_ring(d.ring.get()[step % 8:step % 8 + 1])
+            top = ks.unpack_top(d.memory['top'].get()[step % 8], p.n_top)
+            assert ids[0] == want.id and [i for i, _ in top] == [i for i, _ in want.top], (p, x, mask)
+            assert np.allclose([lp[0], *(v for _, v in top)], [want.logprob, *(v for _, v in want.top)], rtol=1e-5, atol=1e-4), (p, x)
+
+
 def test_every_kept_token_appears_and_no_other():
     rng = np.random.default_rng(1)
     x = np.round(rng.normal(size=500).astype('f4') * 2)
