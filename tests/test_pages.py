@@ -17,7 +17,8 @@ ORCD = '''import sys
 from orcd.files import hub
 for name, r in hub.MODELS.items(): hub.MODELS[name] = hub.Remote(r.repo, r.file, r.revision, {size}, {sha!r})
 args = sys.argv[1:]
-if {reference} and args and args[0] in {engine} and not {{'--device', '--gpu-device'}} & {{*args}}: args += ['--device', 'reference']
+said = {{'--device', '--gpu-device', '--http'}} & {{*args}}
+if {reference} and args and args[0] in {engine} and not said: args += ['--device', 'reference']
 from orcd.serve.start import main
 sys.argv[1:] = args
 main()
