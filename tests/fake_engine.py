@@ -42,6 +42,7 @@ class FakeTokenizer:
     bos_id, eos_id, add_bos = None, EOS, False
     def encode(self, text, add_special=True, parse_special=True): return list(text.encode())
     def decode(self, ids, skip_special=False): return b''.join(_bytes[i] for i in ids).decode('utf-8', 'replace')
+    def token_bytes(self, i): return _bytes[i]
     def stream(self, skip_special=False, after=()): return FakeStream()
     def parse_reply(self, after=()): return FakeStream()
     def chat(self, messages, add_generation_prompt=True): return ''.join(f"{m['role']}: {m['content']}\n" for m in messages)

@@ -68,7 +68,7 @@ class Output:
 
 
 class Engine:
-    kind, n_ctx = 'reference', 4096
+    kind, n_ctx, n_valid = 'reference', 4096, 1000
     def info(self): return dict(gpu_device=0, sm=90, name='fake', cuda_runtime_version='13.0', resident=True, vram_bytes_used=1234)
 
 

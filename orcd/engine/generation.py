@@ -410,11 +410,11 @@ def _text_size(x):
     if isinstance(x, str): return len(x)
     return sum(map(_text_size, x.values() if isinstance(x, dict) else x)) if isinstance(x, (dict, list, tuple)) else 0
 
-def _encode_messages(t, messages, n_ctx):
+def _encode_messages(t, messages, n_ctx, variables):
     try:
         messages = check_messages(messages)
-        _check_size(_text_size(messages), t, n_ctx, 'messages')
-        return t.encode_chat(messages)
+        _check_size(_text_size([messages, variables]), t, n_ctx, 'messages')
+        return t.encode_chat(messages, **variables)
     except (RequestError, ChatTemplateError) as e: raise _broken('messages', 'list({role, content})', str(e)) from None
 
 def _is_utf8(s):
@@ -451,6 +451,7 @@ def encode_prompt(
     t:Any,           # a tokenizer, or None
     n_vocab:int,     # ids that the model knows
     n_ctx:int,       # its context
+    **variables:Any, # for the chat template
 )->list[int]:        # at least one
     """Token ids of a prompt. Raises `RequestError` that says what is wrong with it.
 
@@ -459,6 +460,7 @@ def encode_prompt(
         t: a tokenizer, or None
         n_vocab: ids that the model knows
         n_ctx: its context
+        **variables: for the chat template
 
     Returns:
         at least one
@@ -466,7 +468,7 @@ def encode_prompt(
     _check_count(prompt, n_ctx)
     kind = _kind(prompt, t)
     if kind == 'text': ids = _encode_text(t, cast(str, prompt), n_ctx)
-    else: ids = _encode_messages(t, prompt, n_ctx) if kind == 'messages' else [int(i) for i in cast(Sequence[int], prompt)]
+    else: ids = _encode_messages(t, prompt, n_ctx, variables) if kind == 'messages' else [int(i) for i in cast(Sequence[int], prompt)]
     if not ids: raise _broken('prompt', 'tokens(1..)', 'the prompt is empty')
     bad = next((i for i in (min(ids), max(ids)) if not 0 <= i < n_vocab), None)
     if bad is not None: raise _broken('prompt', f'ids(0..={n_vocab - 1})', f'the prompt contains id {bad}, the vocabulary has {n_vocab}')
@@ -683,13 +685,15 @@ class Model:
 
     def encode(self,
         prompt:Prompt | Encoded,   # as for `generate`
+        **variables:Any,           # for the chat template, when it is messages
     )->Encoded:
         """Check and tokenise a prompt, once; raises `RequestError` when it cannot be used
 
         Args:
             prompt: as for `generate`
+            **variables: for the chat template, when it is messages
         """
-        return prompt if isinstance(prompt, Encoded) else Encoded(self._encode(prompt), _is_messages(prompt))
+        return prompt if isinstance(prompt, Encoded) else Encoded(self._encode(prompt, **variables), _is_messages(prompt))
 
     def count(self,
         prompt:Prompt,    # as for `generate`
@@ -727,8 +731,8 @@ class Model:
         state = 'closed' if engine is None else f'{engine.kind}, context {engine.n_ctx}'
         return f'Model({c.name or c.arch!r}, {c.arch}, {c.n_layer} layers, {state})'
 
-    def _encode(self, prompt:Prompt)->list[int]:
-        return encode_prompt(prompt, self.tokenizer, self.config.n_vocab, self._open().n_ctx)
+    def _encode(self, prompt:Prompt, **variables:Any)->list[int]:
+        return encode_prompt(prompt, self.tokenizer, self.config.n_vocab, self._open().n_ctx, **variables)
 
     def _within(self)->bool: return self._lock.locked() and self._holder == threading.get_ident()
 

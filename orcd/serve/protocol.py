@@ -6,8 +6,8 @@
 __all__ = ['MAX_BODY', 'MAX_DEPTH', 'MAX_DIGITS', 'MAX_PARTS', 'LONGEST_PROMPT', 'MAX_TOKENS', 'JOB_ID', 'PROMPT', 'MESSAGES',
            'SAMPLING', 'FIELDS', 'EVENT', 'CANCEL', 'BROKEN_RULE', 'ERROR', 'HEARTBEAT', 'ApiError', 'public_error',
            'error_body', 'parse_json', 'Text', 'Conversation', 'fields', 'as_markdown', 'shown', 'rule', 'check_id',
-           'Request', 'parse_request', 'execute_schema', 'to_json', 'frame', 'token_frame', 'read_events', 'is_uuid',
-           'correlation_id', 'remaining_ms', 'means_us']
+           'Request', 'parse_request', 'execute_schema', 'to_json', 'frame', 'quoted', 'token_frame', 'read_events',
+           'is_uuid', 'correlation_id', 'remaining_ms', 'means_us']
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #bccb29aa
 import ipaddress, json, re, time, uuid
@@ -304,6 +304,7 @@ class Request:
     Attributes:
         params: max_tokens, temperature, …, seed: arguments of `model.generate`
         about: what the log says of the prompt
+        template: what the chat template gets besides messages
     """
     job_id:str
     # str, or the list of messages; the worker puts what `model.encode` makes of it in its place
@@ -311,6 +312,7 @@ class Request:
     params:dict = field(default_factory=dict)    # max_tokens, temperature, …, seed: arguments of `model.generate`
     stop:tuple = ()
     about:dict = field(default_factory=dict)     # what the log says of the prompt
+    template:dict = field(default_factory=dict)  # what the chat template gets besides messages
 
 def parse_request(
     d:dict,                                    # what `parse_json` returned
@@ -389,6 +391,17 @@ def frame(
 # %% ../../nbs/6_serve/35_protocol.ipynb #049c843d
 HEARTBEAT = b': still here\n\n'
 
+def quoted(
+    text:str, # whole, valid UTF-8
+)->str:
+    """`to_json(text)`, but in a quarter of a microsecond
+
+    Args:
+        text: whole, valid UTF-8
+    """
+    t = _quote(text)
+    return t if t.isascii() and '\x7f' not in t else to_json(text)
+
 def token_frame(
     text:str, # whole, valid UTF-8
     i:int,    # index of the event
@@ -399,9 +412,7 @@ def token_frame(
         text: whole, valid UTF-8
         i: index of the event
     """
-    t = _quote(text)
-    if not t.isascii() or '\x7f' in t: t = to_json(text)
-    return f'event: token\ndata: {{"type":"token","t":{t},"i":{i}}}\n\n'.encode()
+    return f'event: token\ndata: {{"type":"token","t":{quoted(text)},"i":{i}}}\n\n'.encode()
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #c12c9601
 def read_events(

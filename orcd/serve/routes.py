@@ -408,7 +408,7 @@ class Worker:
 
     def encoded(self, request:Request)->Request:
         "The request with its prompt tokenised, which nobody does again; refuses one that cannot run (`RequestError`, `ApiError`)"
-        prompt, most = self.jobs.model.encode(request.prompt), self.settings.max_tokens_in
+        prompt, most = self.jobs.model.encode(request.prompt, **request.template), self.settings.max_tokens_in
         if most is not None and len(prompt.ids) > most:
             field = 'messages' if prompt.reply else 'prompt'
             message = f'the prompt has {len(prompt.ids)} tokens, the worker takes {most}'

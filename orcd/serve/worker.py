@@ -32,6 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .. import __version__
 from ..errors import Cancelled, ModelError, OrcdError
 from .jobs import Jobs
+from .openai import OPENAI
 from .logs import LoadProgress, configure, log
 from orcd.serve.routes import (CAPABILITIES, CLOSE, HEADERS, Answer, Dialect, Settings, Worker, error_response, in_thread, json_response,
     safely, too_many)
@@ -40,7 +41,7 @@ from .protocol import (CANCEL, ERROR, EVENT, FIELDS, ApiError, correlation_id, e
     public_error, shown, to_json)
 
 # %% ../../nbs/6_serve/38_worker.ipynb #ceb91a2c
-DIALECTS: tuple[Dialect, ...] = ()     # beside the worker's own
+DIALECTS: tuple[Dialect, ...] = (OPENAI,)     # beside the worker's own
 
 def shape_of(
     path:str,                              # that was asked for
