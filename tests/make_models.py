@@ -80,12 +80,13 @@ def weight(rng, name, shape, gain):
 def make_model(path, arch='qwen2', *, types='F32', seed=0, n_layer=2, n_embd=64, n_head=4, n_head_kv=2, head_dim=16, n_ff=96, n_vocab=160,
                context_length=512, window=None, n_expert=4, n_expert_used=2, n_ff_exp=64, tied=False, rope_freqs=False, n_rot=None,
                rms_eps=1e-5,
-               rope_theta=10000., yarn=None, gain=1.5, biases=(), keys=(), change=(), leave_out=()):
+               rope_theta=10000., yarn=None, gain=1.5, biases=(), keys=(), change=(), leave_out=(), weights=True):
     """Write a model and return its path.
     types: one type name, or {part of a tensor's name: type}; window: sliding window (gpt-oss: 8 by default, even layers);
     yarn: (factor, original context), for gpt-oss (32, 64) by default; biases: roles that have one beside those of the family;
     keys: extra metadata {key: value};
-    change: {tensor: float32 array} instead of the random one; leave_out: tensors not to write."""
+    change: {tensor: float32 array} instead of the random one; leave_out: tensors not to write;
+    weights: False for a file of the right size with nothing in it."""
     rng, path = np.random.default_rng(seed), Path(path)
     n_rot = n_rot or head_dim
     if arch == 'gpt-oss': window, yarn = 8 if window is None else window, yarn or (32., 64)
@@ -107,10 +108,22 @@ def make_model(path, arch='qwen2', *, types='F32', seed=0, n_layer=2, n_embd=64,
     for k, v in dict(keys).items():
         {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}[type(v)](k, v)
     table = shapes(arch, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_expert, n_ff_exp, tied, rope_freqs, n_rot, biases)
+    sizes = []
     for name, shape in table.items():
         if name in leave_out: continue
+        if not weights:
+            t = type_of(name, shape, types)
+            size = int(np.prod(shape))//t.block_size*t.type_size
+            sizes.append(size)
+            w.add_tensor_info(name, shape, np.dtype(np.float32), size, gguf.GGMLQuantizationType(int(t)))
+            continue
         x = np.asarray(dict(change).get(name, weight(rng, name, shape, gain)), np.float32)
         t = type_of(name, x.shape, types)
         w.add_tensor(name, quantize(x, t) if t.name != 'F32' else x, raw_dtype=gguf.GGMLQuantizationType(int(t)))
-    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    w.write_header_to_file(); w.write_kv_data_to_file()
+    if weights: w.write_tensors_to_file()
+    else: w.write_ti_data_to_file()
+    w.close()
+    if not weights:
+        with open(path, 'r+b') as f: f.truncate(sum(-(-n//32)*32 for n in (f.seek(0, 2), *sizes)))
     return path

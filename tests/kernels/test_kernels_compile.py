@@ -1,65 +1,68 @@
-"""Every .cu file compiles with NVRTC, without a GPU, for the architectures in ORCD_ARCHS, and spills next to nothing.
+"""Everything that `lower` can name compiles with NVRTC, without a GPU, for the cards in ORCD_ARCHS, and spills next to nothing.
 
-Without ORCD_ARCHS that is sm_90 alone, and of the file that takes longest the one type that published files have; the gate compiles all.
+Without ORCD_ARCHS that is sm_90 and some small models; the gate compiles all: every family, type, size class and pair of types (`lowered.py`).
 
-Where the sources ask nothing that tells an architecture from an earlier one in the list, the same text has been compiled for that one with all
-optimisations; this one is compiled in a fifth of the time, with few of them. That happens in a process of its own: after one `--Ofast-compile`, NVRTC 13.5 compiles
-everything that comes later in the same process with few optimisations too, and the registers of sm_90 would be said to spill."""
+What no published file has, two types that are not mixed there, is compiled with few optimisations, which takes a third of the time. So is an
+architecture where the sources ask nothing that tells it from an earlier one in the list. That happens in a process of its own: after one
+`--Ofast-compile`, NVRTC 13.5 compiles everything that comes later in the same process so, and the registers of sm_90 would be said to spill."""
 import multiprocessing, os, re
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 import pytest
-from orcd.kernels import attention, nvrtc
-from orcd.files.blocks import GGMLType
+from lowered import CARDS, is_published, lowered
+from orcd.kernels import nvrtc
 
-CUDA = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / 'orcd' / 'kernels' / 'cuda').glob('*/*.cu'))
+EVERYTHING = 'ORCD_ARCHS' in os.environ
 ARCHS = os.environ.get('ORCD_ARCHS', '90').split()
-SLOW = 'expert_wgmma'       # a minute for all types on Hopper, which is as long as all other files together: a test for each of them
-QUANTS = [t for t in GGMLType if t.block_size > 1] if 'ORCD_ARCHS' in os.environ else [GGMLType.MXFP4]
-ASKED = sorted({int(n) for name in CUDA for n in re.findall(r'__CUDA_ARCH__ \S+ (\d+)', nvrtc.read_source(name))})
+ENTRY = sorted(p.stem for p in (nvrtc.CUDA_DIR/'entry').glob('*.cu'))
+OTHERS = sorted(p.stem for p in nvrtc.CUDA_DIR.glob('*/*.cu') if p.stem not in ENTRY)     # what they include, by itself
+ASKED = sorted({int(n) for name in (*ENTRY, *OTHERS) for n in re.findall(r'__CUDA_ARCH__ \S+ (\d+)', nvrtc.read_source(name))})
 # what the preprocessor may see
-CODE = {a: (*(10*int(a) >= n for n in ASKED), nvrtc.target('#include "math/wgmma.cu"', f'sm_{a}').endswith('a')) for a in ARCHS}
+CODE = {a: (*(10*int(a) >= n for n in ASKED), CARDS[a].is_hopper) for a in ARCHS}
 FAST = {a for i, a in enumerate(ARCHS) if CODE[a] in [CODE[b] for b in ARCHS[:i]]}
+SPILLS = {'90': 64}     # bytes a thread, at most; the tensor-core tiles spill up to 40
 
 
-def variants(name, arch):
-    "Label and defines of each time that a file is compiled"
-    if (name, arch) == (SLOW, '90'): return [(f'-{t.name}', nvrtc.type_defines(t)) for t in QUANTS]
-    return [(f'-{d}', attention.head_defines(d)) for d in attention.HEAD_DIMS] if name == 'attention' else [('', ())]
+def parts(arch, name):
+    "Tests that share a file's variants, so that they run side by side"
+    if not EVERYTHING: return 1
+    return dict(gemv=4, gemm_wgmma=24 if CARDS[arch].is_hopper else 1, expert_wgmma=9 if CARDS[arch].is_hopper else 1).get(name, 1)
 
 
-JOBS = [(name, arch, *v) for name in CUDA for arch in ARCHS for v in variants(name, arch)]
-
-
-def compiled_fast(*job):
-    "Does NVRTC make machine code of it? Runs in a process whose NVRTC compiles fast alone."
+def compiled_fast(jobs):
+    "Does NVRTC make machine code of all? Runs in a process whose NVRTC compiles fast alone."
     if '--Ofast-compile=max' not in nvrtc.OPTIONS: nvrtc.OPTIONS = (*nvrtc.OPTIONS, '--Ofast-compile=max')
-    return nvrtc.compile_text(*job).cubin[:4] == b'\x7fELF'
+    return all(nvrtc.compile_text(*job).cubin[:4] == b'\x7fELF' for job in jobs)
 
 
 @pytest.fixture(scope='module')
 def fast():
     "A process that compiles fast; it starts with the first job"
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool: yield lambda *job: pool.submit(compiled_fast, *job).result()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool: yield lambda jobs: pool.submit(compiled_fast, jobs).result()
 
 
-@pytest.mark.parametrize('name, arch, defines', [(n, a, d) for n, a, _, d in JOBS], ids=[f'{n}-{a}{label}' for n, a, label, _ in JOBS])
-def test_compiles(fast, name, arch, defines):
+@pytest.mark.parametrize('arch, name, part', [(a, n, i) for a in ARCHS for n in (*ENTRY, *OTHERS) for i in range(parts(a, n))])
+def test_compiles(fast, arch, name, part):
     source = nvrtc.read_source(name)
-    job = name, source, nvrtc.target(source, f'sm_{arch}'), defines
-    if arch in FAST:
-        assert fast(*job)
-        return
-    c = nvrtc.compile_text(*job)
-    assert c.cubin[:4] == b'\x7fELF'
-    if arch == '90':
-        assert c.resources or not c.log.count('Compiling entry')
-        spilling = {k: r['spills'] for k, r in c.resources.items() if r['spills'] > 64} # bytes a thread; the tensor-core tiles spill up to 40
-        assert not spilling, f'{name}: registers spilled to memory: {spilling}'
+    variants = lowered(arch, EVERYTHING).get(name, [()])     # as it is what no model launches there: benchmarks do, and other files include it
+    jobs = [(name, source, nvrtc.target(source, f'sm_{arch}'), v) for v in variants[part::parts(arch, name)]]
+    quick = [j for j in jobs if arch in FAST or not is_published(j[-1])]
+    assert not quick or fast(quick)
+    for job in jobs:
+        if job in quick: continue
+        c = nvrtc.compile_text(*job)
+        assert c.cubin[:4] == b'\x7fELF' and (c.resources or not c.log.count('Compiling entry'))
+        spilling = {k: r['spills'] for k, r in c.resources.items() if r['spills'] > SPILLS.get(arch, 128)}
+        assert not spilling, f'{name} {job[-1]}: registers spilled to memory: {spilling}'
 
 
 def test_every_question_about_the_architecture_is_known():
     "Sources ask in one way only, which `ASKED` finds"
-    for name in CUDA:
+    for name in (*ENTRY, *OTHERS):
         source = nvrtc.read_source(name)
         assert len(re.findall(r'__CUDA_ARCH(?!_FEAT_SM90_ALL)', source)) == len(re.findall(r'__CUDA_ARCH__ (?:>=|<) \d+', source)), name
+
+
+@pytest.mark.skipif(not EVERYTHING, reason='needs ORCD_ARCHS')
+def test_every_kernel_is_launched_somewhere():
+    "`lowered` reaches all that is there but what measures bandwidth"
+    assert {*ENTRY} - {file for arch in ('80', '90') for file in lowered(arch)} == {'read'}
