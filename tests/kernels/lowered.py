@@ -49,7 +49,7 @@ def models(folder, card, everything):
 @lru_cache(None)
 def lowered(arch, everything=True):
     "file -> defines, of all that such models launch on a card, from the load to the last token"
-    card, found = CARDS[arch], {('sampler', ()), ('state', ())}
+    card, found = CARDS[arch], {('sampler', ()), ('shape', ()), ('state', ())}
     with tempfile.TemporaryDirectory() as folder:
         for path in models(folder, card, everything):
             with orcd.GGUF(path) as g: family, config, bound = open_model(g)
