@@ -340,7 +340,8 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()), max_size=8),
     lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=4), x, max_size=4), max_leaves=8)
 FIELDS = '''messages prompt model max_tokens max_completion_tokens temperature top_p top_k min_p repetition_penalty seed stop stream
-    stream_options n logprobs top_logprobs logit_bias frequency_penalty presence_penalty response_format tools tool_choice parallel_tool_calls
+    stream_options n logprobs top_logprobs logit_bias frequency_penalty presence_penalty response_format tools tool_choice
+    parallel_tool_calls
     reasoning_effort chat_template_kwargs echo suffix tokens add_special_tokens add_generation_prompt'''.split()
 
 
