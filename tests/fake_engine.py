@@ -14,6 +14,7 @@ import codecs, threading, time
 from types import SimpleNamespace
 import numpy as np
 from orcd.text.chat import text_of
+from orcd.text.sampling import Drawn
 from orcd.errors import Cancelled, OrcdError
 
 PIECES = [b'Ha', b'ik', b'u ', b'\n\n', b'END', b'ND', b'EN', '雨'.encode()[:2], '雨'.encode()[2:], '🌧'.encode()[:1], '🌧'.encode()[1:3],
@@ -103,12 +104,13 @@ class FakeEngine:
             self.pos = len(ids)
         finally: self.busy.release()
 
-    def decode(self, params, n, cancelled=None):
+    def decode(self, params, n, cancelled=None, constraint=None):
+        "The script; a constraint is told of it and ends it, and its masks are not looked at"
         self.params.append(params)
         assert self.pos + n <= self.n_ctx, 'the caller must keep within the context'
         script, i = iter(self.script), 0
         try:
-            while i < n:
+            while i < n and not (constraint and constraint.done):
                 self._open()
                 try:
                     if cancelled and cancelled(): raise Cancelled()
@@ -117,7 +119,8 @@ class FakeEngine:
                 finally: self.busy.release()
                 if item is None: continue
                 i += 1; self.drawn.append(item)
-                yield item, -0.5
+                if constraint: constraint.commit(item)
+                yield Drawn(item, -0.5, ((item, -0.5), (ord('?'), -1.5))[:params.n_top if params else 0])
         finally: self.finished += 1
 
     def logits(self, ids):

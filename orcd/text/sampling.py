@@ -653,7 +653,9 @@ def top_logprobs(
 
 def _distances(x):
     "(logits without NaN, distance of each to the largest, logarithm of the sum of the exponentials of these)"
-    x = np.where(np.isnan(x), np.float32(-np.inf), x)
     m = x.max()
-    with np.errstate(invalid='ignore'): d = np.where(x == m, np.float32(0), x - m)
+    if np.isnan(m):                             # one of them is enough
+        x = np.where(np.isnan(x), np.float32(-np.inf), x)
+        m = x.max()
+    with np.errstate(invalid='ignore'): d = x - m if np.isfinite(m) else np.where(x == m, np.float32(0), x - m)
     return x, d, math.log(np.exp(d).sum(dtype=np.float64))

@@ -182,6 +182,14 @@ def test_every_field_is_in_every_place(app):
     assert protocol.as_markdown() in outputs, 'the table that the chapter shows is an old one'
 
 
+def test_what_execute_does_not_have_is_ignored_there():
+    "Other dialects have them; here clients may send anything"
+    wrong = dict.fromkeys(['frequency_penalty', 'presence_penalty', 'logit_bias', 'top_logprobs'], 'x')
+    right = dict(frequency_penalty=1, presence_penalty=1, logit_bias={'65': 100}, top_logprobs=3)
+    for more in wrong, right: assert parse_request(dict(job_id='1', prompt='a', **more)) == parse_request(dict(job_id='1', prompt='a'))
+    assert not set(wrong) & set(protocol.FIELDS)
+
+
 ONE = dict(role='user', content='a')
 NEAR = [0, 1, -1, 2, 2048, 2049, 0.0, 2.0, 2.1, 1e-9, -1e-9, 2**64 - 1, 2**64, 10**30, None, True, {},
     *['x' * n for n in (0, 1, 256, 257, 4096, 4097, 32768, 32769)], [], ['a'] * 4, ['a'] * 5, [''], ['x' * 4097],

@@ -342,6 +342,16 @@ def test_the_dialects_fields():
     for r in openai.values(): assert r.words and r.meaning and 'null' in str(r.schema)
 
 
+@pytest.mark.parametrize('field', ['frequency_penalty', 'presence_penalty', 'logit_bias', 'top_logprobs'])
+def test_the_schema_says_what_is_checked(field):
+    "A validator of JSON Schema and ours agree on values that JSON can have, around every limit"
+    schema = pytest.importorskip('jsonschema').Draft202012Validator(rules_for('openai')[field].schema)
+    keys = ('0', '7', '07', '', 'a', '-1', '1.0', '99999')
+    values = [0, 1, -2, 2, 2.1, -2.1, 20, 21, -1, .5, 'x', True, [], *({k: 1} for k in keys), {},
+        *({'3': v} for v in (100, -100, 100.1, -101, None, 'x', True, {})), {str(i): 0 for i in range(300)}, {str(i): 0 for i in range(301)}]
+    for v in values: assert (check_params({field: v}) == []) == schema.is_valid(v), v
+
+
 def test_ids_of_a_bias():
     assert check_params(dict(logit_bias={99: 1}), n_valid=100) == []
     assert check_params(dict(logit_bias={100: 1}), n_valid=100)[0]['constraint'] == 'ids(0..=99)'
