@@ -348,7 +348,8 @@ def test_the_schema_says_what_is_checked(field):
     schema = pytest.importorskip('jsonschema').Draft202012Validator(rules_for('openai')[field].schema)
     keys = ('0', '7', '07', '', 'a', '-1', '1.0', '99999')
     values = [0, 1, -2, 2, 2.1, -2.1, 20, 21, -1, .5, 'x', True, [], *({k: 1} for k in keys), {},
-        *({'3': v} for v in (100, -100, 100.1, -101, None, 'x', True, {})), {str(i): 0 for i in range(300)}, {str(i): 0 for i in range(301)}]
+        *({'3': v} for v in (100, -100, 100.1, -101, None, 'x', True, {})),
+        {str(i): 0 for i in range(300)}, {str(i): 0 for i in range(301)}]
     for v in values: assert (check_params({field: v}) == []) == schema.is_valid(v), v
 
 
