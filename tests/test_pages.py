@@ -146,6 +146,7 @@ def terminal(tmp_path, monkeypatch):
     for program in 'bash', 'curl', 'make':
         if not shutil.which(program): pytest.skip(f'needs the program {program}')
     pytest.importorskip('huggingface_hub', reason='needs the extra hub: pip install "orcd[hub]"')
+    pytest.importorskip('openai')
     t = Terminal(tmp_path, monkeypatch)
     yield t
     if t.worker and t.worker.poll() is None: os.killpg(t.worker.pid, signal.SIGKILL)
@@ -171,14 +172,14 @@ def typed(terminal, text):
 
 def test_front_page(terminal):
     done = typed(terminal, (ROOT / 'README.md').read_text())
-    for what in 'make demo', 'orcd serve', 'curl', 'orcd pull', 'orcd generate', 'orcd chat', 'pip install', 'import orcd': \
+    for what in 'make demo', 'orcd serve', 'curl', 'orcd pull', 'orcd generate', 'orcd chat', 'pip install', 'import orcd', 'from openai': \
         assert any(d.startswith(what) for d in done), what
 
 
 def test_operators_page(terminal):
     done = typed(terminal, page())
     assert len(done) > 20
-    for what in 'orcd serve', 'curl', 'orcd info', 'orcd doctor', 'orcd generate', 'docker run', 'kubectl apply': \
+    for what in 'orcd serve', 'curl', 'orcd info', 'orcd doctor', 'orcd generate', 'docker run', 'kubectl apply', 'from openai': \
         assert any(d.startswith(what) for d in done), what
 
 

@@ -781,7 +781,9 @@ def _nvrtc():
         from orcd.kernels.nvrtc import compile_text
         compile_text('empty', 'extern "C" __global__ void empty() {}')
         return True, 'compiles'
-    except Exception as e: return False, f'{str(e).splitlines()[0][:120]}; pip install "orcd[cuda13]"'
+    except Exception as e:
+        said = str(e).splitlines()[0][:120]
+        return False, said if 'pip install' in said else f'{said}; pip install "orcd[cuda13]"'
 
 @app.command()
 def doctor():
