@@ -45,7 +45,7 @@ def sdist(built, tmp_path_factory):
     "The unpacked source distribution"
     found, = built.glob('*.tar.gz')
     where = tmp_path_factory.mktemp('sdist')
-    with tarfile.open(found) as t: t.extractall(where, filter='data')
+    with tarfile.open(found) as t: t.extractall(where, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
     folder, = where.iterdir()
     return folder
 
