@@ -25,7 +25,8 @@ def refused(path, *words):
     with pytest.raises(GGUFError) as e: GGUF(path)
     text = str(e.value)
     assert '\n' not in text and all(w in text for w in words), text
-    assert text.lstrip("'").startswith(str(path).replace('\0', '\\x00')) and e.value.code == 'MODEL_LOAD_FAILED' and isinstance(e.value, OrcdError)
+    assert text.lstrip("'").startswith(str(path).replace('\0', '\\x00'))
+    assert e.value.code == 'MODEL_LOAD_FAILED' and isinstance(e.value, OrcdError)
     return text
 
 
