@@ -43,11 +43,15 @@ class FakeTokenizer:
     bos_id, eos_id, add_bos = None, EOS, False
     def encode(self, text, add_special=True, parse_special=True): return list(text.encode())
     def decode(self, ids, skip_special=False): return b''.join(_bytes[i] for i in ids).decode('utf-8', 'replace')
+    harmony = False
     def token_bytes(self, i): return _bytes[i]
+    def chat_source(self, tools=None): return ''
+    def tool_form(self, tools=None): return SimpleNamespace(tools=False)
+    def begun(self, after=()): return ''
     def stream(self, skip_special=False, after=()): return FakeStream()
     def parse_reply(self, after=()): return FakeStream()
     def chat(self, messages, add_generation_prompt=True): return ''.join(f"{m['role']}: {m['content']}\n" for m in messages)
-    def encode_chat(self, messages, add_generation_prompt=True):
+    def encode_chat(self, messages, add_generation_prompt=True, **variables):
         out = []
         for m in messages: out += [IM_START, *m['role'].encode(), 10, *text_of(m['content']).encode(), IM_END]
         return out + [IM_START] * add_generation_prompt

@@ -194,6 +194,43 @@ def test_known_and_not_honoured(app, field):
     for ask in chat, complete: assert field in fault(ask(app, **{field: KNOWN[field]}), 400, field, 'unsupported_parameter')['message']
 
 
+TOOL = dict(type='function', function=dict(name='weather', description='of a city', parameters=dict(type='object')))
+
+
+@pytest.mark.parametrize('field, given', [('tools', dict(tools=[dict(type='retrieval')])), ('tools', dict(tools=[TOOL, TOOL])),
+    ('tools', dict(tools=[dict(type='function', function=dict(name='a b'))])), ('tools', dict(tools=dict())),
+    ('tools', dict(tools=[dict(TOOL, function=TOOL['function'] | dict(strict=True))])),
+        ('tool_choice', dict(tools=[TOOL], tool_choice='required')),
+    ('parallel_tool_calls', dict(tools=[TOOL], parallel_tool_calls=False)),
+        ('response_format', dict(response_format=dict(type='json_object'))),
+    ('response_format', dict(response_format=dict(type='json_schema'))),
+        ('chat_template_kwargs', dict(chat_template_kwargs=dict(enable_thinking=False))),
+    ('reasoning_effort', dict(reasoning_effort='low')), ('reasoning_effort', dict(reasoning_effort='huge'))])
+def test_nothing_runs_without_what_was_asked_for(app, field, given): fault(chat(app, **given), 400, field)
+
+
+def test_tools_and_thoughts(scripted, monkeypatch):
+    "As the templates of Qwen3 have them; a call is told when it is complete, in both kinds of answers"
+    from fake_engine import FakeTokenizer
+    monkeypatch.setattr(FakeTokenizer, 'chat_source', lambda self, tools=None: '<think></think>{{ tools }}<tool_call>')
+    monkeypatch.setattr(FakeTokenizer, 'tool_form', lambda self, tools=None: type('F', (), dict(tools=True))())
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+    a = scripted(say('<think>Where?</think>\n\nI look.' + call) + [EOS])
+    d = chat(a, tools=[TOOL]).json()
+    c = d['choices'][0]
+    assert (c['message']['content'], c['message']['reasoning_content'], c['finish_reason']) == ('I look.', 'Where?', 'tool_calls')
+    call, = c['message']['tool_calls']
+    assert call['type'] == 'function' and call['function'] == dict(name='weather', arguments='{"city": "Bern"}')
+    assert 0 < d['usage']['completion_tokens_details']['reasoning_tokens'] < d['usage']['completion_tokens']
+    deltas = [c['choices'][0]['delta'] for c in chunks(chat(a, tools=[TOOL], stream=True))]
+    assert [t['function']['name'] for d in deltas for t in d.get('tool_calls', [])] == ['weather']
+    assert ''.join(d.get('content') or '' for d in deltas) == 'I look.'
+    assert ''.join(d.get('reasoning_content', '') for d in deltas) == 'Where?'
+    for other in (dict(tools=[TOOL], tool_choice='none'), {}):        # without tools the call is text
+        m = chat(a, **other).json()['choices'][0]
+        assert '<tool_call>' in m['message']['content'] and m['finish_reason'] == 'stop' and 'tool_calls' not in m['message']
+
+
 def test_unknown_is_ignored(app):
     assert chat(app, user='me', store=False, metadata={}, whatever=[1], temperature=None).status_code == 200
 
