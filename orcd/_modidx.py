@@ -1712,6 +1712,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'orcd.serve.worker.Server.__init__': ('6_serve/worker.html#server.__init__', 'orcd/serve/worker.py'),
                                    'orcd.serve.worker.Server.capture_signals': ( '6_serve/worker.html#server.capture_signals',
                                                                                  'orcd/serve/worker.py'),
+                                   'orcd.serve.worker.Server.connections': ( '6_serve/worker.html#server.connections',
+                                                                             'orcd/serve/worker.py'),
                                    'orcd.serve.worker.Server.on_error': ('6_serve/worker.html#server.on_error', 'orcd/serve/worker.py'),
                                    'orcd.serve.worker.Server.on_tick': ('6_serve/worker.html#server.on_tick', 'orcd/serve/worker.py'),
                                    'orcd.serve.worker.Server.startup': ('6_serve/worker.html#server.startup', 'orcd/serve/worker.py'),

@@ -526,8 +526,8 @@ def info(model:Model, context_length:Context=None, vram_mb:VRAM=None):
         for line in words(g): say(f'  {line}')
         free, hopper, limits = gpu_now()
         if free is not None: say(f'GPU 0 has {mib(free)} of VRAM free beside the CUDA context')
-        card: dict[str, Any] = dict(free=vram_mb << 20 if vram_mb else free, is_hopper=hopper, limits=limits)
-        p = cuda_engine.plan(g, context_length, **card)
+        card: dict[str, Any] = dict(n_ctx=context_length, free=vram_mb << 20 if vram_mb else free, is_hopper=hopper, limits=limits)
+        p = cuda_engine.plan(g, **card)
         say(f'VRAM at a context of {p.n_ctx}: {mib(p.total)} and the CUDA context')
         for what in 'weights', 'kv_cache', 'workspace', 'kernels': say(f'  {what:10} {mib(getattr(p, what, cuda_engine.CODE)):>14}')
 
@@ -761,7 +761,8 @@ def _driver():
 def checks()->Iterator[tuple[str, bool, str]]:
     "(what, is it well, details or the command that mends it)"
     yield 'python', sys.version_info >= (3, 11), sys.version.split()[0]
-    for p in 'numpy', 'tokenizers', 'fastapi', 'uvicorn', 'structlog': yield p, bool(_version(p)), _version(p) or f'pip install {p}'
+    for p in 'numpy', 'tokenizers', 'fastapi', 'uvicorn', 'structlog', 'prometheus-client':
+        yield p, bool(_version(p)), _version(p) or f'pip install {p}'
     gpus = _driver()
     yield 'driver', isinstance(gpus, list), '; '.join(gpus) if isinstance(gpus, list) else gpus
     cupys = [p for p in ('cupy-cuda12x', 'cupy-cuda13x', 'cupy') if _version(p)]
@@ -776,7 +777,7 @@ def checks()->Iterator[tuple[str, bool, str]]:
     yield 'hub (optional)', True, _version('huggingface_hub') or 'orcd pull needs: pip install "orcd[hub]"'
 
 # %% ../../nbs/6_serve/39_cli.ipynb #bda4fc50
-def _nvrtc():
+def _nvrtc()->tuple[bool, str]:
     try:
         from orcd.kernels.nvrtc import compile_text
         compile_text('empty', 'extern "C" __global__ void empty() {}')
@@ -798,7 +799,7 @@ def doctor():
 
 # %% ../../nbs/6_serve/39_cli.ipynb #88f3fa31
 _UsageError = typer.BadParameter.__mro__[1]
-_ClickError = _UsageError.__mro__[1]
+_ClickError: Any = _UsageError.__mro__[1]
 
 @app.callback(invoke_without_command=True)
 def _root(version:Annotated[bool, typer.Option('--version', help='print the version', is_eager=True)]=False):

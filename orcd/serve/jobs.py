@@ -36,7 +36,16 @@ class Outbox:
 
     Args:
         loop: the consumer's
+
+    Attributes:
+        items: tokens and `Event`s
+        waiting: the consumer sleeps
     """
+    loop: asyncio.AbstractEventLoop
+    items: deque[Any]              # tokens and `Event`s
+    awake: asyncio.Event
+    waiting: bool                  # the consumer sleeps
+
     def __init__(self,
         loop:asyncio.AbstractEventLoop, # the consumer's
     )->None:
@@ -58,7 +67,7 @@ class Outbox:
 
     async def take(self,
         timeout:float, # seconds to wait for something
-    )->list:
+    )->list[Any]:
         """Everything that is there, in order; an empty list when nothing came in time
 
         Args:
@@ -103,7 +112,31 @@ class Job:
         frames: write its events down; None: as `/execute` does
         more: further texts, made after the first
         arrived: monotonic time at which the request came; None: now
+
+    Attributes:
+        texts: all that it makes, `request` the first
+        seed: of the first text
+        reason: why it has to stop: a key of `STOPPED`
+        stopped_at: monotonic time, when there is a reason
+        deadline: monotonic time
+        done: it has its terminal event
     """
+    request: Request
+    texts: tuple[Request, ...]     # all that it makes, `request` the first
+    frames: 'Frames'
+    outbox: Outbox
+    clock: Clock
+    correlation_id: str
+    model: str
+    tokens_in: int | None
+    id: str
+    seed: int                      # of the first text
+    reason: str | None             # why it has to stop: a key of `STOPPED`
+    stopped_at: float              # monotonic time, when there is a reason
+    deadline: float | None         # monotonic time
+    started: bool
+    done: bool                     # it has its terminal event
+
     def __init__(self,
         request:Request,            # checked
         correlation_id:str,         # goes into `started` and every log line
@@ -164,14 +197,23 @@ class Job:
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #42098548
 class Frames:
-    "Writes down the events of one job; a dialect has a class with `token` and `event`, and `answer` for answers in one body"
-    every_token = False   # also those that have no text
+    """Writes down the events of one job; a dialect has a class with `token` and `event`, and `answer` for answers in one body
+
+    Attributes:
+        tokens: how many came
+        over: has the job said its last word?
+        every_token: also those that have no text
+    """
+    tokens: int      # how many came
+    over: bool       # has the job said its last word?
+
+    every_token: bool = False   # also those that have no text
 
     def __init__(self)->None:
-        self.tokens, self.over = 0, False     # how many came; has the job said its last word?
+        self.tokens, self.over = 0, False
 
     def __call__(self,
-        items:list, # from `Outbox.take`
+        items:list[Any], # from `Outbox.take`
     )->bytes:
         "What they are on the wire, perhaps nothing"
         out = []
@@ -204,7 +246,7 @@ class Frames:
         """
         raise NotImplementedError
 
-    def answer(self)->tuple[int, dict]:
+    def answer(self)->tuple[int, dict[str, Any]]:
         "Status and body of an answer that is no stream, once it is `over`"
         raise NotImplementedError
 
@@ -215,7 +257,7 @@ class ExecuteFrames(Frames):
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #653131ad
 def run_job(
-    model,   # has `generate`, as `orcd.engine.generation.Model`
+    model:Any,   # has `generate`, as `orcd.engine.generation.Model`
     job:Job,
     metrics:Metrics,
 )->dict[str, Any]: # fields of its event `end`
@@ -233,7 +275,7 @@ def run_job(
     return make_text(model, job, metrics, last)
 
 def make_text(
-    model,            # as above
+    model:Any,        # as above
     job:Job,
     metrics:Metrics,
     request:Request,  # one of the job's
@@ -291,7 +333,7 @@ def how_it_ended(
 
 # %% ../../nbs/6_serve/37_jobs.ipynb #0315af6f
 def memory_used(
-    model, # a loaded model
+    model:Any, # a loaded model
 )->dict[str, int]:
     """What of `/health` changes from job to job
 
@@ -301,7 +343,7 @@ def memory_used(
     return dict(vram_bytes_used=model.engine.info().get('vram_bytes_used') or 0)
 
 def memory_by_kind(
-    model, # a loaded model
+    model:Any, # a loaded model
 )->dict[str, int]:
     """Bytes of device memory by what they hold; nothing on an engine that uses none
 
@@ -312,7 +354,7 @@ def memory_by_kind(
     return ledger.by_kind() if ledger is not None and memory_used(model)['vram_bytes_used'] else {}
 
 def facts(
-    model, # a loaded model
+    model:Any, # a loaded model
 )->dict[str, Any]:
     """What `/health` says about a model. Read once in the engine thread, for only this thread may ask the GPU.
 
@@ -335,7 +377,38 @@ class Jobs:
         on_fatal: called (in any thread) when the process must be replaced
         check_s: seconds between two looks at where the model's memory lies
         metrics: written here; None: some of its own
+
+    Attributes:
+        depth: jobs that may wait
+        model: while it is loaded
+        facts: what `/health` says of it
+        active: by id: the one that runs and those that wait
+        checked: monotonic time of the latest look at the memory
+        cond: guards all of these
+        fatal: why the process must be replaced
+        loaded: the model, or what the load raised
+        thread: the engine's
     """
+    load: Callable[[], Any]
+    on_fatal: Callable[[BaseException], None] | None
+    depth: int                     # jobs that may wait
+    timeout: float
+    check_s: float
+    metrics: Metrics
+    model: Any                     # while it is loaded
+    facts: dict[str, Any]          # what `/health` says of it
+    active: dict[str, Job]         # by id: the one that runs and those that wait
+    waiting: deque[Job]
+    running: Job | None
+    checked: float                 # monotonic time of the latest look at the memory
+    cond: threading.Condition      # guards all of these
+    draining: bool
+    stopping: bool
+    healthy: bool
+    fatal: BaseException | None    # why the process must be replaced
+    loaded: Future[Any]            # the model, or what the load raised
+    thread: threading.Thread       # the engine's
+
     def __init__(self,
         load:Callable[[], Any],    # returns a model; called in the engine thread
         queue_depth:int=0,         # how many jobs may wait
@@ -349,7 +422,7 @@ class Jobs:
         self.active, self.waiting, self.cond = {}, deque(), threading.Condition()
         self.draining = self.stopping = False
         self.healthy, self.fatal, self.facts = True, None, {}
-        self.model: Any = None                 # while it is loaded
+        self.model = None
         self.loaded, self.thread = Future(), threading.Thread(target=self._main, name='orcd-engine', daemon=True)
 
     @property

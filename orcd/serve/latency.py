@@ -64,7 +64,7 @@ class Route(NamedTuple):
         read: data of an event -> True: a token; a text: the end; None: neither
     """
     path: str
-    body: Callable[[str, int], dict]           # (prompt, tokens) -> a request
+    body: Callable[[str, int], dict[str, Any]] # (prompt, tokens) -> a request
     read: Callable[[str], str | bool | None]   # data of an event -> True: a token; a text: the end; None: neither
 
 def _execute(data):
@@ -118,11 +118,23 @@ class Client:
     Args:
         url: of the worker
         body: of the next request
+
+    Attributes:
+        busy: requests that were refused
     """
+    url: SplitResult
+    route: Route
+    body: Callable[[], dict[str, Any]]
+    headers: dict[str, str]
+    clock: Callable[[], float]
+    sleep: Callable[[float], object]
+    busy: int                  # requests that were refused
+    answers: list[Answer]
+
     def __init__(self,
         url:SplitResult,               # of the worker
         route:Route,
-        body:Callable[[], dict],       # of the next request
+        body:Callable[[], dict[str, Any]], # of the next request
         headers:dict[str, str],
         clock:Callable[[], float]=time.perf_counter,
         sleep:Callable[[float], object]=time.sleep,

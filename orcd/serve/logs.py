@@ -43,7 +43,15 @@ class LineWriter:
     Args:
         fd: where to; 2 is stderr
         size: lines that may wait
+
+    Attributes:
+        dropped: lines that nobody will see
+        torn: half a line was written
     """
+    fd: int
+    dropped: int               # lines that nobody will see
+    torn: bool                 # half a line was written
+
     def __init__(self,
         fd:int=2,        # where to; 2 is stderr
         size:int=4096,   # lines that may wait

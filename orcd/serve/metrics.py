@@ -6,7 +6,8 @@
 __all__ = ['FIRST', 'GAPS', 'WHOLE', 'ENDS', 'TEXT', 'Histogram', 'Clock', 'Metrics', 'Load', 'render']
 
 # %% ../../nbs/6_serve/36b_metrics.ipynb #c0a70776
-import threading, time
+import time
+from _thread import LockType, allocate_lock
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,14 @@ class Histogram:
 
     Args:
         bounds: rising; a value that equals one lies below it
+
+    Attributes:
+        counts: one more than bounds
     """
+    bounds: tuple[float, ...]
+    counts: list[int]          # one more than bounds
+    sum: float
+
     def __init__(self,
         bounds:Sequence[float], # rising; a value that equals one lies below it
     )->None:
@@ -55,18 +63,34 @@ class Clock:
 
     Args:
         arrived: monotonic time of its request; None: now
+
+    Attributes:
+        made: monotonic time, as all of them
+        begun: it has its slot
+        first: its first token
+        last: the latest token of the text that is being made
+        tokens: drawn so far, of all its texts
+        prompt_tokens: of the prompts that were run
+        held: tokens of the text that is being made, with its prompt: what the KV cache holds
     """
+    made: float                # monotonic time, as all of them
+    arrived: float
+    begun: float | None        # it has its slot
+    first: float | None        # its first token
+    last: float | None         # the latest token of the text that is being made
+    tokens: int                # drawn so far, of all its texts
+    prompt_tokens: int         # of the prompts that were run
+    held: int                  # tokens of the text that is being made, with its prompt: what the KV cache holds
+    prefill_ms: float
+    decode_ms: float
+
     def __init__(self,
         arrived:float | None=None, # monotonic time of its request; None: now
     )->None:
         self.made = time.monotonic()
         self.arrived = self.made if arrived is None else arrived
-        self.begun: float | None = None        # it has its slot
-        self.first: float | None = None        # its first token
-        self.last: float | None = None         # the latest token of the text that is being made
-        self.tokens = 0                        # drawn so far, of all its texts
-        self.prompt_tokens = 0                 # of the prompts that were run
-        self.held = 0                          # tokens of the text that is being made, with its prompt: what the KV cache holds
+        self.begun = self.first = self.last = None
+        self.tokens = self.prompt_tokens = self.held = 0
         self.prefill_ms = self.decode_ms = 0.0
 
     def begin(self)->None:
@@ -85,14 +109,32 @@ class Clock:
 ENDS = 'EOS', 'MAX_TOKENS', 'STOP_SEQUENCE', 'CONTEXT_LENGTH'   # of a job that ended well
 
 class Metrics:
-    "The counters of one worker"
+    """The counters of one worker
+
+    Attributes:
+        first: seconds to the first token
+        gaps: seconds between two tokens
+        whole: seconds to the end
+        ended: jobs by reason
+        vram: bytes by kind
+        load_seconds: None: nothing is loaded yet
+        lock: of `ended`
+    """
+    first: Histogram               # seconds to the first token
+    gaps: Histogram                # seconds between two tokens
+    whole: Histogram               # seconds to the end
+    prompt_tokens: int
+    generation_tokens: int
+    ended: dict[str, int]          # jobs by reason
+    vram: dict[str, int]           # bytes by kind
+    load_seconds: float | None     # None: nothing is loaded yet
+    lock: LockType                 # of `ended`
+
     def __init__(self)->None:
         self.first, self.gaps, self.whole = Histogram(FIRST), Histogram(GAPS), Histogram(WHOLE)
         self.prompt_tokens = self.generation_tokens = 0
-        self.ended = dict.fromkeys((*ENDS, *CODES), 0)     # by reason; a series that is there from the start can be charted
-        self.vram: dict[str, int] = {}                     # bytes by kind
-        self.load_seconds: float | None = None
-        self.lock = threading.Lock()
+        self.ended = dict.fromkeys((*ENDS, *CODES), 0)     # a series that is there from the start can be charted
+        self.vram, self.load_seconds, self.lock = {}, None, allocate_lock()
 
     def prefilled(self, clock:Clock, n:int)->None:
         "A prompt of `n` tokens was run"

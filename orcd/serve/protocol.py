@@ -11,7 +11,7 @@ __all__ = ['MAX_BODY', 'MAX_DEPTH', 'MAX_DIGITS', 'MAX_PARTS', 'LONGEST_PROMPT',
 
 # %% ../../nbs/6_serve/35_protocol.ipynb #bccb29aa
 import ipaddress, json, re, time, uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -33,11 +33,17 @@ class ApiError(OrcdError):
         errors: broken rules, as `rule` makes them
         lasting: trying again does not help, whatever the code says
     """
+    code: str
+    message: str
+    errors: list[dict[str, str]]
+    lasting: bool
+    own_status: int | None
+
     def __init__(self,
         code:str,              # a key of `CODES`
         message:str,           # one sentence for a person
         status:int | None=None, # HTTP status, when it is not the usual one of the code (404, 413, …)
-        errors=(),             # broken rules, as `rule` makes them
+        errors:Iterable[dict[str, str]]=(), # broken rules, as `rule` makes them
         lasting:bool=False,    # trying again does not help, whatever the code says
     ):
         super().__init__(message)
@@ -49,7 +55,7 @@ class ApiError(OrcdError):
         return self.own_status or super().status
 
     @property
-    def fields(self)->dict:
+    def fields(self)->dict[str, Any]:
         "What every client is told, in a body or in an event"
         return dict(code=self.code, message=self.message, retriable=self.retriable)
 
@@ -309,10 +315,10 @@ class Request:
     job_id:str
     # str, or the list of messages; the worker puts what `model.encode` makes of it in its place
     prompt:Any
-    params:dict = field(default_factory=dict)    # max_tokens, temperature, …, seed: arguments of `model.generate`
-    stop:tuple = ()
-    about:dict = field(default_factory=dict)     # what the log says of the prompt
-    template:dict = field(default_factory=dict)  # what the chat template gets besides messages
+    params:dict[str, Any] = field(default_factory=dict)    # max_tokens, temperature, …, seed: arguments of `model.generate`
+    stop:tuple[str, ...] = ()
+    about:dict[str, Any] = field(default_factory=dict)     # what the log says of the prompt
+    template:dict[str, Any] = field(default_factory=dict)  # what the chat template gets besides messages
 
 def parse_request(
     d:dict,                                    # what `parse_json` returned

@@ -98,7 +98,17 @@ class Answer(Response):
         job: whose events it takes, and nobody else
         settings: time limits
         transport: of the connection, where there is one
+
+    Attributes:
+        sending_since: monotonic time
     """
+    jobs: Jobs
+    job: Job
+    settings: Settings
+    transport: Any
+    done: bool
+    sending_since: float | None    # monotonic time
+
     media_type = 'application/json'
 
     def __init__(self,
@@ -108,8 +118,8 @@ class Answer(Response):
         transport:Any=None,   # of the connection, where there is one
     )->None:
         super().__init__()
-        self.jobs, self.job, self.settings, self.transport, self.done = jobs, job, settings, transport, False
-        self.sending_since: float | None = None
+        self.jobs, self.job, self.settings, self.transport = jobs, job, settings, transport
+        self.done, self.sending_since = False, None
 
     async def __call__(self, scope:Scope, receive:Receive, send:Send)->None:
         watcher = asyncio.create_task(self.watch(receive))
@@ -255,7 +265,7 @@ def is_text_path(
     except UnicodeDecodeError: return False
 
 def described(
-    prompt:str | list,   # a text, messages or token ids
+    prompt:str | list[Any],   # a text, messages or token ids
     whole:bool=False,    # also its text: `--log-prompts`
 )->dict[str, Any]:
     """What the log says of a prompt: enough to see that two are the same, not what is in them. Of messages and ids it is their JSON.
@@ -273,7 +283,7 @@ def too_many()->ApiError:
     return ApiError('WORKER_BUSY', 'too many connections')
 
 def json_response(
-    body:dict,                          # of strings, numbers and the like
+    body:dict[str, Any],                # of strings, numbers and the like
     status:int=200,
     headers:dict[str, str] | None=None,
 )->Response:
@@ -298,17 +308,33 @@ class Worker:
     Args:
         settings: see above
         jobs: the engine's side
+
+    Attributes:
+        began: monotonic time
+        open: connections by client address
+        answers: under way
+        spare: connections for probes, beside those
+        shutdown: set when the worker shall end
+        working: bodies that are being read by a thread
     """
+    settings: Settings
+    jobs: Jobs
+    began: float                               # monotonic time
+    open: dict[tuple[Any, ...] | None, Carrier]  # connections by client address
+    answers: set[Answer]                       # under way
+    max_connections: int
+    spare: int                                 # connections for probes, beside those
+    shutdown: asyncio.Event                    # set when the worker shall end
+    working: asyncio.Semaphore                 # bodies that are being read by a thread
+
     def __init__(self,
         settings:Settings, # see above
         jobs:Jobs,         # the engine's side
     )->None:
         self.settings, self.jobs, self.began = settings, jobs, time.monotonic()
-        self.open: dict[tuple | None, Carrier] = {}      # connections by client address
-        self.answers: set[Answer] = set()                # under way
+        self.open, self.answers = {}, set()
         self.max_connections, self.spare = settings.max_connections, 16
-        self.shutdown = asyncio.Event()                  # set when the worker shall end
-        self.working = asyncio.Semaphore(2)              # bodies that are being read by a thread
+        self.shutdown, self.working = asyncio.Event(), asyncio.Semaphore(2)
 
     # --- what the routes do
 
@@ -460,7 +486,7 @@ HEADERS = {503: {'Retry-After': '1'}, 401: {'WWW-Authenticate': 'Bearer'}, 408: 
 def error_response(
     error:BaseException, # whatever went wrong
     cid:str,             # correlation id
-    shape:Callable[[ApiError, str], dict]=error_body, # of the body, as the client's dialect has it
+    shape:Callable[[ApiError, str], dict[str, Any]]=error_body, # of the body, as the client's dialect has it
 )->Response:
     """The JSON answer to an error before the stream
 
@@ -476,7 +502,7 @@ def error_response(
 async def safely(
     answer:Awaitable[Response], # a route's
     http:HTTPRequest,
-    shape:Callable[[ApiError, str], dict]=error_body, # of an error's body
+    shape:Callable[[ApiError, str], dict[str, Any]]=error_body, # of an error's body
 )->Response:
     """Await a route's answer; an exception becomes an error response
 
@@ -496,5 +522,5 @@ class Dialect(NamedTuple):
         paths: how its paths begin: what goes wrong there outside of its routes has that shape too
     """
     register: Callable[[FastAPI, Worker], None]  # adds its routes; they return `worker.run(…)` or `json_response(…)`, through `safely`
-    error: Callable[[ApiError, str], dict]       # the body of an error, given the correlation id
+    error: Callable[[ApiError, str], dict[str, Any]]       # the body of an error, given the correlation id
     paths: tuple[str, ...]                       # how its paths begin: what goes wrong there outside of its routes has that shape too

@@ -13,21 +13,21 @@ from collections.abc import Callable
 # %% ../../nbs/6_serve/34_start.ipynb #a39c0006
 FILES = 32    # that a process has open at once, with a few to spare
 
-def enough_files():
+def enough_files()->None:
     "Ends the process with a sentence when it may open so few files that it would fail later, who knows where"
     import resource
     n = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if n != resource.RLIM_INFINITY and n < FILES:
         raise SystemExit(f'orcd: this process may open {n} files at once, it needs at least {FILES}: ulimit -n')
 
-def open_standard_files():
+def open_standard_files()->None:
     "Descriptors 0, 1 and 2 are open afterwards, on /dev/null if they were closed"
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2: pass    # the lowest free number is given
     os.close(fd)
     for fd, (name, mode) in enumerate([('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')]):
         if getattr(sys, name) is None: setattr(sys, name, open(fd, mode, closefd=False))    # None is more than some packages can live with
 
-def forgive_terminals():
+def forgive_terminals()->None:
     "What an encoding cannot show is written as an escape, bytes that it cannot read are kept as they are"
     for f, errors in (sys.stdin, 'surrogateescape'), (sys.stdout, 'backslashreplace'), (sys.stderr, 'backslashreplace'):
         if (reconfigure := getattr(f, 'reconfigure', None)): reconfigure(errors=errors)
@@ -38,13 +38,22 @@ ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 def _elsewhere(number, frame): "Python's handler, in the main thread: the signal is heard in `Signals`' thread"
 
 class Signals:
-    "Hears the signals that end a process, whatever the main thread waits for; made in the main thread. A context manager."
+    """Hears the signals that end a process, whatever the main thread waits for; made in the main thread. A context manager.
+
+    Attributes:
+        hear: who is told
+        pipe: None: closed
+    """
+    hear: Callable[[str], object] | None   # who is told
+    pipe: int | None                       # None: closed
+    fd_before: int
+
     def __init__(self)->None:
-        self.hear: Callable[[str], object] | None = None
-        read, self.pipe = os.pipe()
-        os.set_blocking(self.pipe, False)
+        self.hear = None
+        read, self.pipe = pipe = os.pipe()
+        os.set_blocking(pipe[1], False)
         self.before = {s: signal.getsignal(s) for s in ENDING if (s, signal.getsignal(s)) != (signal.SIGHUP, signal.SIG_IGN)}
-        self.fd_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+        self.fd_before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
         for s in self.before: signal.signal(s, _elsewhere)
         threading.Thread(target=self._listen, args=(read,), name='orcd-signals', daemon=True).start()
 
@@ -74,7 +83,7 @@ class Signals:
         os.close(self.pipe)
         self.pipe = None
 
-    def __enter__(self): return self
+    def __enter__(self)->'Signals': return self
     def __exit__(self, *_:object)->None: self.close()
 
 # %% ../../nbs/6_serve/34_start.ipynb #a39c0013
@@ -124,7 +133,7 @@ def _ctrl_c_is(handler)->bool:
 
 # %% ../../nbs/6_serve/34_start.ipynb #a39c0016
 def begin(
-    args:list, # of the command line
+    args:list[str], # of the command line
 )->None:
     """The very first thing; more than once is once
 
