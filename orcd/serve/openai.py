@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_PROMPTS', 'LONGEST_TEXT', 'MESSAGES', 'FLAG', 'OBJECT', 'NAME', 'PROMPT', 'IDS', 'MAX_TOOLS', 'TOOLS', 'EFFORT',
-           'Rules', 'REQUIRED', 'NOT_HONOURED', 'NEUTRAL', 'LATER', 'RESERVED', 'FINISH', 'DONE', 'PAGES', 'PAGE',
-           'STRING', 'TOKENIZE', 'ERROR', 'MODEL', 'USAGE', 'ANSWER', 'TOKENS', 'OPENAI', 'openai_error', 'Shape',
-           'is_tool', 'prompts_of', 'chat_rules', 'completion_rules', 'body_schema', 'not_honoured', 'check_fields',
-           'Asked', 'parse_body', 'check_template', 'finite', 'Entry', 'Entries', 'legacy_logprobs', 'Reply',
-           'reply_of', 'Usage', 'Choice', 'call_of', 'OpenAIFrames', 'file_hash', 'fingerprint', 'Routes', 'register']
+           'Rules', 'REQUIRED', 'NOT_HONOURED', 'NEUTRAL', 'LATER', 'RESERVED', 'Likeliest', 'FINISH', 'DONE', 'PAGES',
+           'PAGE', 'STRING', 'TOKENIZE', 'ERROR', 'MODEL', 'USAGE', 'ANSWER', 'TOKENS', 'OPENAI', 'openai_error',
+           'Shape', 'is_tool', 'prompts_of', 'chat_rules', 'completion_rules', 'body_schema', 'not_honoured',
+           'check_fields', 'Asked', 'parse_body', 'check_template', 'finite', 'Entry', 'Entries', 'legacy_logprobs',
+           'Reply', 'reply_of', 'Usage', 'Choice', 'call_of', 'OpenAIFrames', 'file_hash', 'fingerprint', 'Routes',
+           'register']
 
 # %% ../../nbs/6_serve/37c_openai.ipynb #0a1b5c03
 import hashlib, re, time, uuid
@@ -363,6 +364,8 @@ def finite(
     """
     return max(float(logprob), -9999.0)
 
+Likeliest = tuple[tuple[bytes, float], ...]      # tokens and their log probabilities
+
 class Entry(NamedTuple):
     """A token and what it was drawn from
 
@@ -372,7 +375,7 @@ class Entry(NamedTuple):
     """
     bytes:bytes                                # of the token
     logprob:float
-    top:tuple[tuple[bytes, float], ...] = ()   # the likeliest, best first
+    top:Likeliest = ()                         # the likeliest, best first
 
     def shape(self)->dict[str, Any]:
         "As `/v1/chat/completions` says it"
@@ -801,7 +804,7 @@ class Routes:
         self.check_model(d.get('model'))
         ids = d.get('tokens')
         _refuse([] if IDS.test(ids) else [rule('tokens', IDS.constraint, f'tokens must be {IDS.words}')])
-        bad = next((i for i in ids if not 0 <= i < t.vocab_size), None)
+        bad = next((i for i in ids or () if not 0 <= i < t.vocab_size), None)
         wrong = f'tokens holds the id {shown(bad)}, the vocabulary has {t.vocab_size}'
         _refuse([] if bad is None else [rule('tokens', f'ids(0..={t.vocab_size - 1})', wrong)])
         return dict(prompt=t.decode(ids))
