@@ -6,13 +6,13 @@
 __all__ = ['FORMATS', 'Harmony', 'PlainReply', 'Call', 'read_call', 'read_calls', 'Brackets', 'ReplyFormat', 'written_format',
            'reply_format', 'Delta', 'tool_names', 'ReplyParser', 'reply_parser']
 
-# %% ../../nbs/2_text/08b_replies.ipynb #f4015e92
+# %% ../../nbs/2_text/08b_replies.ipynb #f78ff27e
 import json, re, secrets
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-# %% ../../nbs/2_text/08b_replies.ipynb #1a69fdc9
+# %% ../../nbs/2_text/08b_replies.ipynb #12b53ff8
 _closing, _opening = {'<|end|>', '<|return|>', '<|call|>', '<|start|>', '<|channel|>'}, {'<|start|>', '<|channel|>'}
 _bare_header = re.compile(r'\s*(?:assistant)?\s*(?:t|to|to=.{0,200})?')     # what may stand before the first mark of a header
 _LONGEST_HEADER = 300     # characters before the first mark: what is longer is no header
@@ -176,7 +176,7 @@ class PlainReply:
         "What waited for the rest of a character"
         return self._stream.flush()
 
-# %% ../../nbs/2_text/08b_replies.ipynb #19c18653
+# %% ../../nbs/2_text/08b_replies.ipynb #b281e04e
 def _no_constant(name:str)->Any: raise ValueError(f'{name} is not JSON')
 
 _decoder = json.JSONDecoder(parse_constant=_no_constant)
@@ -258,7 +258,7 @@ def read_calls(
         return calls
     except RecursionError: raise ValueError('nested too deeply') from None
 
-# %% ../../nbs/2_text/08b_replies.ipynb #a9e9d9d6
+# %% ../../nbs/2_text/08b_replies.ipynb #2498a7ed
 _DEEPEST = 100
 _plain, _quoted = re.compile(r'[^"{}\[\]]*'), re.compile('[^"\\\\\x00-\x1f]*')
 _pairs = {'}': '{', ']': '['}
@@ -310,7 +310,7 @@ class Brackets:
             if len(self._stack) > _DEEPEST: self.state = 'wrong'
         return 0 if self.state == 'wrong' else 1
 
-# %% ../../nbs/2_text/08b_replies.ipynb #b9b8c0d4
+# %% ../../nbs/2_text/08b_replies.ipynb #667fbf3f
 FORMATS: tuple[str, ...] = ('harmony', 'hermes', 'llama', 'phi4', 'plain')
 
 class ReplyFormat(NamedTuple):
@@ -355,7 +355,7 @@ def reply_format(
     own = not tools or bool(tokenizer.tool_form(tools).tools)
     return ReplyFormat(written_format(source) if own else 'hermes', thinks)
 
-# %% ../../nbs/2_text/08b_replies.ipynb #44cbad7d
+# %% ../../nbs/2_text/08b_replies.ipynb #e637cb47
 class Delta(NamedTuple):
     """A part of a reply
 
@@ -439,6 +439,15 @@ class ReplyParser:
         "Has what was thought before the answer, or before a call, come to its end?"
         if self._harmony: return self._harmony.where in ('final', 'tool')
         return self._mode not in ('think', 'reasoning') and not (self._mode == 'start' and self.format.thinks)
+
+    @property
+    def where(self)->str:
+        "What is read now: 'start', 'think', 'reasoning', 'thought', 'content', 'call', …; in channels as `Harmony` says"
+        return self._harmony.where if self._harmony else self._mode
+    @property
+    def held(self)->str: "What may be the beginning of a mark"; return self._held
+    @property
+    def behind_mark(self)->str: "Of a call: all that stands behind its mark"; return ''.join([*self._call[2:], *self._json])
 
     def push(self,
         piece:int | str,   # a token id, or a piece of text
@@ -642,7 +651,7 @@ class ReplyParser:
         kind = 'reasoning' if self._mode == 'reasoning' else 'content'
         self._say('markup' if self.calls else kind, self._spaces())
 
-# %% ../../nbs/2_text/08b_replies.ipynb #27cfe2b7
+# %% ../../nbs/2_text/08b_replies.ipynb #28955c07
 def reply_parser(
     tokenizer:Any,             # a `Tokenizer`, to feed ids or texts; or one of `FORMATS`, to feed texts
     tools:Any=None,            # of the request, or their names
