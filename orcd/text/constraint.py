@@ -201,7 +201,8 @@ def check_tools(
         if name in names: raise RequestError(f'{where}.function.name {name} is there twice')
         names.add(name)
         if not isinstance(f.get('description', ''), (str, type(None))): raise RequestError(f'{where}.function.description must be a string')
-        if not isinstance(f.get('parameters'), (dict, type(None))): raise RequestError(f'{where}.function.parameters must be a JSON schema, an object')
+        if not isinstance(f.get('parameters'), (dict, type(None))):
+            raise RequestError(f'{where}.function.parameters must be a JSON schema, an object')
         if not isinstance(f.get('strict'), (bool, type(None))): raise RequestError(f'{where}.function.strict must be true or false')
     try: return json.loads(json.dumps(list(tools), allow_nan=False))
     except (TypeError, ValueError, RecursionError): raise RequestError('tools holds something that JSON cannot') from None
@@ -240,8 +241,11 @@ def asked_choice(
     return Choice(found, True)
 
 # %% ../../nbs/2_text/09b_constraint.ipynb #9ce74b75
-_CALLS = dict(   # before the name, before the arguments, behind them; around a call, or a list of them
-    hermes=('{"name": "', '", "arguments": ', '}'), phi4=('{"name": "', '", "arguments": ', '}'), llama=('{"name": "', '", "parameters": ', '}'))
+_CALLS = dict(   # before the name, before the arguments, behind them
+    hermes=('{"name": "', '", "arguments": ', '}'),
+    phi4=('{"name": "', '", "arguments": ', '}'),
+    llama=('{"name": "', '", "parameters": ', '}'))
+# around a call, or a list of them
 _MARKS = dict(hermes=('<tool_call>', '\n', '\n', '</tool_call>'), phi4=('<|tool_call|>', '[', ']', '<|/tool_call|>'))
 
 class _Grammars:
@@ -273,7 +277,8 @@ class _Grammars:
     def calls(self)->list[str]:
         "Rules of one `call` in a text"
         before, between, behind = _CALLS[self.format.calls]
-        names = [json.dumps(before + t['function']['name'] + between) + f' a{i} {json.dumps(behind)}' for i, t in enumerate(self.choice.tools)]
+        names = [json.dumps(before + t['function']['name'] + between) + f' a{i} {json.dumps(behind)}'
+            for i, t in enumerate(self.choice.tools)]
         return ['call: ' + ' | '.join(names), *(f'a{i}: {rule}' for i, rule in enumerate(self.arguments))]
 
     def marked(self)->list[str]:
@@ -284,7 +289,8 @@ class _Grammars:
         inner = f'{json.dumps(left)} call {json.dumps(right)}'
         if self.format.calls == 'phi4': inner = f'{json.dumps(left)} call{" (sep call)*" if more else ""} {json.dumps(right)}'
         one = f'one: {self.mark(opening)} {inner} {self.mark(closing)}'
-        return ['calls: one' + (r' ("\n" one)*' if more and self.format.calls == 'hermes' else ''), one, *(['sep: ", "'] if self.format.calls == 'phi4' else []), *rules]
+        again = r' ("\n" one)*' if more and self.format.calls == 'hermes' else ''
+        return [f'calls: one{again}', one, *(['sep: ", "'] if self.format.calls == 'phi4' else []), *rules]
 
     def whole(self)->str:
         "All of an answer that has to be of a form"
@@ -488,7 +494,8 @@ def compile(
     schema, choice = asked_format(response_format), asked_choice(tools, tool_choice)
     format, must = reply_format(tokenizer, tools), schema is not None or choice.must
     if format.calls == 'plain' and choice.tools:
-        if choice.must: raise RequestError('tool_choice: the calls of this model have a form that is not known here; only "auto" and "none" can be had')
+        if choice.must:
+            raise RequestError('tool_choice: how this model writes a call is not known here; only "auto" and "none" can be had')
         choice = Choice([])
     if not must and (not choice.tools or format.calls == 'llama'): return None
     v = vocabulary(tokenizer)

@@ -445,9 +445,13 @@ class ReplyParser:
         "What is read now: 'start', 'think', 'reasoning', 'thought', 'content', 'call', …; in channels as `Harmony` says"
         return self._harmony.where if self._harmony else self._mode
     @property
-    def held(self)->str: "What may be the beginning of a mark"; return self._held
+    def held(self)->str:
+        "What may be the beginning of a mark"
+        return self._held
     @property
-    def behind_mark(self)->str: "Of a call: all that stands behind its mark"; return ''.join([*self._call[2:], *self._json])
+    def behind_mark(self)->str:
+        "Of a call: all that stands behind its mark"
+        return ''.join([*self._call[2:], *self._json])
 
     def push(self,
         piece:int | str,   # a token id, or a piece of text
