@@ -3,7 +3,7 @@ import os, re, signal, socket, subprocess, sys, time
 import pytest
 import orcd as package
 from orcd.serve.cli import FLAGS, complete_model, run
-from orcd.files.hub import MODELS, place, remote
+from orcd.files.hub import MODELS, find_model, place, remote
 from test_api import write_model
 from worker_tools import PATH, PATIENCE, ROOT, orcd, soak
 
@@ -58,7 +58,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
     out = ours[0][1]
     assert out.endswith('[]\n'), out[-200:]
     assert min(ours)[0] < 25 * min(bare)[0]      # some five times what an empty program takes
-    for command in 'serve generate chat info bench pull demo doctor'.split(): assert command in out
+    for command in 'serve generate chat info bench pull list rm demo doctor'.split(): assert command in out
 
 
 def test_serve_imports_no_cupy():
@@ -457,3 +457,101 @@ def test_a_password_is_not_repeated():
     for bad in 'http://someone:hunter2@host/x', 'someone:hunter2@host':
         with pytest.raises(UsageError) as e: resolve_settings({'callback-url': bad}, {}, {})
         assert 'hunter2' not in str(e.value) and 'host' in str(e.value) and '--callback-url' in str(e.value)
+
+
+# --- what people type
+
+CHAT = 'chat', 'demo', '--device', 'reference', '-n', '24', '--temperature', '0'
+
+
+def test_generate_asks_as_the_library_does(path, tmp_path, monkeypatch):
+    "Word for word, with the same seed; `--raw` is the library's raw text; a model without a template says that it is raw"
+    how = dict(max_tokens=24, temperature=.7, seed=5)
+    with package.load('demo', device='reference', progress=False) as m:
+        asked, raw = str(m.chat('Write a haiku about rain', **how)), str(m.generate('Write a haiku about rain', **how))
+    assert asked != raw
+    args = 'generate', 'demo', 'Write a haiku about rain', '--device', 'reference', '-n', 24, '-t', .7, '-s', 5
+    assert call(*args) == (0, asked + '\n', '') and call(*args, '--raw') == (0, raw + '\n', '')
+    plain = write_model(tmp_path / 'plain.gguf', monkeypatch, template='')
+    code, out, err = call('generate', plain, 'rain', '--device', 'reference', '-n', 2)
+    assert code == 0 and out and err.count('no chat template') == 1 and err.count('\n') == 1
+    assert call('generate', plain, 'rain', '--device', 'reference', '-n', 2, '--raw')[2] == ''
+
+
+def test_commands_of_a_chat(tmp_path):
+    import json
+    file = tmp_path / 'talk.json'
+    (tmp_path / 'bad.json').write_text('[{"role": "boss", "content": "x"}]')
+    code, out, err = call(*CHAT, cwd=tmp_path, env=dict(ORCD_CACHE_DIR=str(tmp_path)),
+        input='/help\n/system\n/system Be brief\n/system\nWrite a haiku about rain\n'
+        f'/save {file}\n/save {file}\n/clear\n/load {file}\n/load {tmp_path}/bad.json\n/load\n/nonsense\n/quit\nWrite a haiku about snow\n')
+    assert code == 0 and '/save FILE' in err and '(nothing is said first' in err and '(Be brief)' in err
+    said = json.loads(file.read_text())
+    assert [m['role'] for m in said] == ['system', 'user', 'assistant'] and said[2]['content'].strip() == out.strip() != ''
+    assert file.stat().st_mode & 0o777 == 0o600 and 'is there already' in err and '(3 messages' in err
+    assert 'bad.json is no saved conversation' in err and '/load FILE)' in err and 'there is no /nonsense' in err
+    assert not (tmp_path / 'chat_history').exists(), 'of what people type on a terminal alone'
+
+
+def test_a_message_that_begins_with_a_slash():
+    code, out, err = call(*CHAT, input='//nonsense\n')
+    assert code == 0 and out.strip() and 'there is no' not in err
+
+
+def test_a_full_context_ends_no_chat():
+    said = ''.join(f'Write a haiku about rain and the sea, number {i}\n' for i in range(6))
+    code, out, err = call(*CHAT, '--context-length', 96, input=said)
+    assert code == 0 and 'forgetting the oldest turn' in err
+
+
+def test_chat_on_a_terminal(tmp_path):
+    "A banner, the commands, and a history for this user alone that does not grow without end"
+    import pty
+    (tmp_path / 'chat_history').write_text('old\n' * 3000)
+    ours, theirs = pty.openpty()
+    p = subprocess.Popen([sys.executable, '-m', 'orcd.serve.cli', *CHAT], stdin=theirs, stdout=theirs, stderr=theirs,
+        env=dict(os.environ, PYTHONPATH=PATH, ORCD_CACHE_DIR=str(tmp_path)))
+    os.close(theirs)
+    seen, typed = b'', [b'Write a haiku about rain\n', b'/quit\n']
+    while True:
+        try: seen += os.read(ours, 4096)
+        except OSError: break
+        if typed and seen.count(b'> ') + seen.count(b'>\x1b') > 2 - len(typed): os.write(ours, typed.pop(0))
+    assert p.wait(PATIENCE) == 0 and b'a context of 2048 tokens; /help' in seen, seen
+    lines = (tmp_path / 'chat_history').read_text().splitlines()
+    assert lines[-2:] == ['Write a haiku about rain', '/quit'] and len(lines) <= 1000
+    assert (tmp_path / 'chat_history').stat().st_mode & 0o777 == 0o600
+
+
+def test_list_and_rm(path, tmp_path):
+    env = dict(ORCD_CACHE_DIR=str(tmp_path))
+    assert call('list', env=env)[:2] == (0, '') and 'orcd pull' in call('list', env=env)[2]
+    folder = tmp_path / 'models' / 'me--repo' / 'main'
+    folder.mkdir(parents=True)
+    whole, cut, part, link = folder / 'x.gguf', folder / 'cut\x1b[31m.gguf', folder / 'y.gguf.0123456789abcdef.part', folder / 'link.gguf'
+    data = find_model('demo').read_bytes()
+    whole.write_bytes(data)
+    cut.write_bytes(data[:100_000])
+    part.write_bytes(b'a')
+    precious = tmp_path / 'precious.gguf'
+    precious.write_bytes(data)
+    link.symlink_to(precious)
+    code, out, err = call('list', env=env)
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0 and '\x1b' not in out and len(rows) == 5 and out.startswith('NAME')
+    assert 'Q4_K_M' in rows['me/repo/x.gguf'] and 'yes' in rows['me/repo/x.gguf'] and f'{len(data) / 1e6:.1f} MB' in rows['me/repo/x.gguf']
+    assert 'no: ' in rows['me/repo/cut\\x1b[31m.gguf'] and 'in part' in rows['me/repo/y.gguf']
+    for name, code in ('../../precious.gguf', 2), ('demo', 2), (str(whole), 2), ('me/repo/link.gguf', 1), ('me/repo/nothing.gguf', 2):
+        c, out, err = call('rm', '--yes', name, env=env)
+        assert (c, out) == (code, '') and err.count('\n') == 1, (name, err)
+    code, _, err = call('rm', 'me/repo/x.gguf', env=env, input='')
+    assert code == 2 and '--yes' in err and all(f.exists() for f in (whole, cut, part, link, precious))
+    assert call('rm', '-y', 'me/repo/x.gguf', env=env)[0] == 0 and call('rm', '-y', 'me/repo/y.gguf', env=env)[0] == 0
+    assert not whole.exists() and not part.exists() and cut.exists() and precious.read_bytes() == data
+
+
+def test_hub_that_cannot_be_reached(tmp_path):
+    pytest.importorskip('huggingface_hub')
+    env = dict(ORCD_CACHE_DIR=str(tmp_path), HF_ENDPOINT='http://127.0.0.1:9')
+    code, out, err = call('pull', 'other/repo/x.gguf', env=env)
+    assert (code, out) == (1, '') and err.count('\n') == 1 and 'the hub cannot be reached' in err
