@@ -19,9 +19,8 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% ../../nbs/5_engine/31_cuda_engine.ipynb #040ec678
-from ..kernels import attention, elementwise, gemv, nvrtc, sampler, weight_layout, wgmma
+from ..kernels import attention, elementwise, gemv, nvrtc, sampler, wgmma
 from ..families.arch import open_model
-from ..files.blocks import GGMLType
 from ..errors import Cancelled, CUDAError, InsufficientVRAM, KernelError, ModelError, OutOfVRAM, RequestError
 from .lower import CACHE, EXPONENTS, Layers, Program, cache_bytes, cache_shape, files_of, is_float_array, needs_exponents
 from ..text.sampling import Drawn, SamplingParams, allowed, check_ids
@@ -185,7 +184,8 @@ def cuda_errors(what):
     try: yield
     except (runtime.CUDARuntimeError, driver.CUDADriverError) as e:
         if e.status == OUT_OF_MEMORY: raise OutOfVRAM(f'{what}: {e}') from e
-        try: runtime.deviceSynchronize(); sticky = False
+        sticky = False
+        try: runtime.deviceSynchronize()
         except Exception: sticky = True
         raise CUDAError(f'{what}: {e}', sticky=sticky) from e
 
@@ -242,7 +242,9 @@ class CudaEngine:
                     weights.wait()
                     g.check_unchanged()
                     self._warm_up() # before pinned memory is given back, which the driver's other calls wait for
-        except BaseException: self.close(); raise
+        except BaseException:
+            self.close()
+            raise
 
     def _arena(self, kind, n_bytes):
         self.arenas.append(Arena(n_bytes, kind, self.vram, self.device))
@@ -564,7 +566,9 @@ def _plain(self:CudaEngine, params, n, room, cancelled):
     queued = 0
     for step in range(n):
         if cancelled and cancelled(): raise Cancelled()
-        while queued < min(n, room, step + DEPTH): self._launch(queued); queued += 1
+        while queued < min(n, room, step + DEPTH):
+            self._launch(queued)
+            queued += 1
         if step == queued: raise self._full()
         yield self._drawn(step)
 

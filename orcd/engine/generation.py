@@ -9,10 +9,10 @@ __all__ = ['Prompt', 'BUSY', 'CLOSED', 'Progress', 'Engine', 'prefix_table', 'St
 
 # %% ../../nbs/5_engine/32_generation.ipynb #c6d5c6c0
 import html, numbers, os, sys, threading, time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypedDict, TypeVar, Unpack, cast, overload
 
 # %% ../../nbs/5_engine/32_generation.ipynb #9d3e5a10
 import numpy as np
@@ -45,7 +45,9 @@ class Engine(Protocol):
         constraint:Constraint | None=None)->Generator[Drawn, None, None]:
         "At most `n` tokens that follow"
         ...
-    def logits(self, ids:Sequence[int])->np.ndarray: "float32 (len(ids), n_vocab), from a fresh context"; ...
+    def logits(self, ids:Sequence[int])->np.ndarray:
+        "float32 (len(ids), n_vocab), from a fresh context"
+        ...
     def close(self)->None: "Give every byte back"
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | np.ndarray   # a text, token ids, or messages
@@ -142,7 +144,9 @@ class TextStream:
     def _matched(self, i:int)->str: return cast(StopMatcher, self._matcher).push(self.decoder.push(i))
 
     @property
-    def stopped(self)->str | None: "The stop string that was found, or None"; return self._matcher.matched if self._matcher else None
+    def stopped(self)->str | None:
+        "The stop string that was found, or None"
+        return self._matcher.matched if self._matcher else None
 
     def finish(self)->str:
         "What was held back by either filter, when no more tokens come"
@@ -275,15 +279,25 @@ class Generation:
         self._ticket: object = None                                            # what says that it is still ours
 
     @property
-    def text(self)->str: "What was shown so far"; return ''.join(self._parts)
+    def text(self)->str:
+        "What was shown so far"
+        return ''.join(self._parts)
     @property
-    def seed(self)->int: "The seed, also when it was drawn at random"; return self.params.seed
+    def seed(self)->int:
+        "The seed, also when it was drawn at random"
+        return self.params.seed
     @property
-    def tokens_out(self)->int: "Tokens generated so far"; return len(self.ids)
+    def tokens_out(self)->int:
+        "Tokens generated so far"
+        return len(self.ids)
     @property
-    def stop_sequence_matched(self)->str | None: "The stop string that ended it, or None"; return self._text.stopped
+    def stop_sequence_matched(self)->str | None:
+        "The stop string that ended it, or None"
+        return self._text.stopped
     @property
-    def analysis(self)->str: "What a model with channels thought before it answered"; return getattr(self._text.decoder, 'analysis', '')
+    def analysis(self)->str:
+        "What a model with channels thought before it answered"
+        return getattr(self._text.decoder, 'analysis', '')
 
     def __iter__(self)->Self: return self
 
@@ -418,7 +432,9 @@ def _encode_messages(t, messages, n_ctx, variables):
     except (RequestError, ChatTemplateError) as e: raise _broken('messages', 'list({role, content})', str(e)) from None
 
 def _is_utf8(s):
-    try: s.encode(); return True
+    try:
+        s.encode()
+        return True
     except UnicodeEncodeError: return False
 
 # %% ../../nbs/5_engine/32_generation.ipynb #19da8b7a

@@ -77,7 +77,9 @@ def jobs(
     job, end = [], 0
     for piece in pieces(copies, most):
         offset, n, *_ = piece
-        if job and (offset + n - job[0][0] > most or not 0 <= offset - end < GAP): yield job; job = []
+        if job and (offset + n - job[0][0] > most or not 0 <= offset - end < GAP):
+            yield job
+            job = []
         job.append(piece)
         end = offset + n
     if job: yield job
@@ -121,7 +123,9 @@ class Reads:
         self.columns, self.at = (self.data['fd'], self.last['fd'], self.data['buffer']), (self.data.ctypes.data, self.last.ctypes.data)
         try:
             for _ in range(n_threads): self.fds.append(os.dup(fd))
-        except OSError: self.close(); raise
+        except OSError:
+            self.close()
+            raise
 
     def into(self,
         slot:int,    # whose thread shall do it
@@ -142,7 +146,9 @@ class Reads:
         "How many have come, without a gap. Raises `OSError` when a read has failed or fell short, whichever it is, or none ends."
         before = self.come
         while self.come < self.asked and self.flags[self.come] == self.sign: self.come += 1
-        if self.come > before: self.since = time.monotonic(); return self.come
+        if self.come > before:
+            self.since = time.monotonic()
+            return self.come
         if time.monotonic() - self.since > STALL: raise OSError('no read ends')
         under_way = slice(self.come, self.asked)
         for r, wanted, there in (self.data, self.sizes, self.data['got']), (self.last, self.sign, self.flags):
@@ -204,7 +210,9 @@ class PinnedBuffer:
         self.view.release()
         ptr, self.ptr = self.ptr, 0
         if not ptr: return
-        if self.pages: runtime.hostUnregister(ptr); self.pages.close()
+        if self.pages:
+            runtime.hostUnregister(ptr)
+            self.pages.close()
         else: runtime.freeHost(ptr)
 
 # %% ../../nbs/5_engine/29_loader.ipynb #1c608de7
@@ -239,7 +247,7 @@ class Loader:
         job_bytes:int=JOB,       # sorted together at most
     ):
         self.context = context_of(device)
-        self.readers = n = readers or max(1, min(READERS, os.cpu_count() or 1, READERS if total is None else total // SHARE))
+        self.readers = readers or max(1, min(READERS, os.cpu_count() or 1, READERS if total is None else total // SHARE))
         slot = slot_bytes or max(SLOT, min(chunk_bytes, PINNED))
         self.slot, self.job = min(slot, total or slot), job_bytes
         self.chunk, self.given_up, self.running, self.done, self.queued = min(chunk_bytes, self.slot), False, None, 0, 0
@@ -280,7 +288,9 @@ class Loader:
         self.given_up = True
         for p in self.pinned: p.cancel() # what has not begun
         try: self.thread.shutdown()
-        except BaseException: self.thread.shutdown(); raise # a second Ctrl-C: nobody may write to VRAM that is given back next
+        except BaseException: # a second Ctrl-C: nobody may write to VRAM that is given back next
+            self.thread.shutdown()
+            raise
         finally:
             if self.patience > PATIENCE: sys.setswitchinterval(self.patience)
             with suppress(RuntimeError): self.pins.submit(self._unpin) # closed before

@@ -334,8 +334,12 @@ class Lowering:
         gate, up = s.inputs
         if gate in self.arrays or up in self.arrays or any(len(self.readers[k]) > 1 for k in s.inputs): return None
         a, b = self.steps[gate], self.steps[up]
-        if a.op == b.op == 'expert_linear': Ws = [self.weight(t.what['W']) for t in (a, b)]; same = a.inputs == b.inputs
-        elif self.product(gate) and self.product(up): Ws = [self.job(k)[0] for k in (gate, up)]; same = self.steps[self.product(gate)[0]].inputs == self.steps[self.product(up)[0]].inputs
+        if a.op == b.op == 'expert_linear':
+            Ws = [self.weight(t.what['W']) for t in (a, b)]
+            same = a.inputs == b.inputs
+        elif self.product(gate) and self.product(up):
+            Ws = [self.job(k)[0] for k in (gate, up)]
+            same = self.steps[self.product(gate)[0]].inputs == self.steps[self.product(up)[0]].inputs
         else: return None
         experts = a.op == 'expert_linear'
         if not self.decode:
@@ -556,7 +560,9 @@ class Program:
             firsts.append(len(starts))
             starts += [8*at + int(start) for start in l.args.starts]
             for offset, a in zip(l.args.pointers, pointers(l)):
-                if a is not None: where.append(at + offset//8); which.append(roles[a.buffer.role])
+                if a is not None:
+                    where.append(at + offset//8)
+                    which.append(roles[a.buffer.role])
             words.append(data + bytes(-len(data) % 8))
             at += len(words[-1])//8
         self.words, self.where, self.which = np.frombuffer(b''.join(words), np.uint64), np.array(where, np.intp), np.array(which, np.intp)

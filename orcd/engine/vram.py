@@ -291,7 +291,7 @@ def is_resident(
 
 def import_cupy()->None:
     "Import CuPy and the driver's bindings. Raises `DeviceError` that says how to get them."
-    try: import cupy, cuda.bindings.driver
+    try: import cupy, cuda.bindings.driver # noqa: F401 (others import them again)
     except ImportError as e: raise DeviceError('no CuPy, or no bindings of the driver: pip install "orcd[cuda13]" '
         '(or orcd[cuda12] for a CUDA 12 driver); --device reference runs on the CPU') from e
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from ..files.blocks import GGMLType, dequantize
 from ..errors import KernelError
 from .nvrtc import Args, Launch, QTensor, device_arch, launcher, stride, type_defines, vector
-from .weight_layout import random_blocks
+from .weight_layout import random_blocks # noqa: F401 (for the tests of this chapter)
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #5ecc14cc
 import numpy as np
@@ -367,7 +367,10 @@ def graph_time(
         for i in range(n): launch(i, s)
         g = s.end_capture()
         for _ in range(repeats + 2):
-            a.record(s); g.launch(s); b.record(s); b.synchronize()
+            a.record(s)
+            g.launch(s)
+            b.record(s)
+            b.synchronize()
             times.append(cp.cuda.get_elapsed_time(a, b) / 1e3 / n)
     return float(np.median(times[2:]))
 

@@ -71,7 +71,9 @@ OPTIONS = '-std=c++17', '--ptxas-options=-v', *os.environ.get('ORCD_NVRTC_OPTION
 @lru_cache(1)
 def _nvrtc():
     "The NVRTC bindings, its version and the folder of CUDA's headers"
-    try: from cuda import pathfinder; from cuda.bindings import nvrtc
+    try:
+        from cuda import pathfinder
+        from cuda.bindings import nvrtc
     except ImportError as e: raise DeviceError('NVRTC is not installed: pip install "orcd[cuda13]" (or orcd[cuda12])') from e
     try: err, major, minor = nvrtc.nvrtcVersion()
     except Exception as e: raise DeviceError(f'NVRTC cannot be loaded ({e}): pip install "orcd[cuda13]" (or orcd[cuda12])') from e
@@ -107,7 +109,7 @@ def parse_resources(log):
     "What `ptxas -v` wrote about each kernel"
     out = {}
     for m in re.finditer(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.S):
-        num = lambda pat: sum(map(int, re.findall(pat, m[2])))
+        num = lambda pat, text=m[2]: sum(map(int, re.findall(pat, text)))
         out[m[1]] = dict(registers=num(r'Used (\d+) registers'), shared=num(r'(\d+) bytes smem'), stack=num(r'(\d+) bytes stack frame'),
             spills=num(r'(\d+) bytes spill stores'))
     return out

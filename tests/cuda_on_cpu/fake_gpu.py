@@ -88,7 +88,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
             return NS(ptr=len(names))
     driver = NS(funcSetAttribute=nothing, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CUDADriverError=type('CUDADriverError', (Error,), {}))
     cuda = ModuleType('cupy.cuda')
-    vars(cuda).update(runtime=runtime, driver=driver, Stream=Stream, Event=Event, Device=type('D', (Device,), dict(compute_capability=sm)), 
+    vars(cuda).update(runtime=runtime, driver=driver, Stream=Stream, Event=Event, Device=type('D', (Device,), dict(compute_capability=sm)),
         UnownedMemory=lambda ptr, n, owner, device: ptr, MemoryPointer=lambda memory, offset: NS(ptr=memory + offset), get_current_stream=lambda: NS(ptr=0), get_elapsed_time=lambda a, b: .5)
     cupy = ModuleType('cupy')
     new = lambda n, dtype: array((n,), dtype, NS(ptr=next(at)))

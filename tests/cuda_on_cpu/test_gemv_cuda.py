@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np, pytest
 from orcd.kernels import gemv
 from orcd.files.blocks import GGMLType, dequantize
-from orcd.errors import KernelError
 from orcd.kernels.nvrtc import QTensor, read_source
 from orcd.kernels.weight_layout import random_blocks, to_planes
 from launched import RUN, take_launches

@@ -11,7 +11,7 @@ from orcd.engine.lower import Layers, Program, is_float_array
 from orcd.families.arch import open_model
 from orcd.families.reference import ReferenceEngine
 from launched import Launched
-from test_gemv_cuda import Array, library, on_cpu, tensor
+from test_gemv_cuda import Array, library, on_cpu, tensor # noqa: F401 (fixtures)
 
 
 def at(address, *shape):
@@ -43,7 +43,7 @@ def attend(l):
 
 @pytest.mark.parametrize('name, more', [('qwen2', {}), ('qwen2 Q5_K', {}), ('phi3', {}), ('gpt-oss', {}), ('llama', {}), ('gpt-oss', dict(keys={'gpt-oss.attention.scale': .5})),
     ('llama', dict(biases=['attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down']))], ids=str)
-def test_layers(tmp_path, on_cpu, monkeypatch, name, more):
+def test_layers(tmp_path, on_cpu, monkeypatch, name, more): # noqa: F811 (a fixture)
     path = make_model(tmp_path/'m.gguf', n_layer=3, n_vocab=200, **MODELS[name], **more)
     launched = []
     monkeypatch.setattr(nvrtc, 'kernel', lambda *a: NS(config=lambda *a: None, handle=0))

@@ -218,7 +218,7 @@ def test_experts(on_cpu, t):
     ((64, 2, 1, 6, 2, 1), ('wait(s.empty + last, last_phase); ', ''))], ids=lambda c: str(c[0])[:12])
 def test_mistakes_are_seen(on_cpu, tile, change):
     rng = np.random.default_rng(1)
-    (W, w), (h, x) = weights(rng, GGMLType.Q5_0, 130, 1664), activations(rng, 130, 1664)     # 13 groups: the last unit has one
+    (W, _), (h, _) = weights(rng, GGMLType.Q5_0, 130, 1664), activations(rng, 130, 1664)     # 13 groups: the last unit has one
     want, = product(on_cpu, (64, 1, 4, 3, 1, 1) if tile[5] == 4 else (64, 1, 2, 3, 2, 1) if tile[5] == 2 else (256, 2, 1, 3, 1, 1), [(W, None)], h)
     on_cpu.change = change
     try: got, = product(on_cpu, tile, [(W, None)], h)

@@ -359,8 +359,6 @@ def test_device_that_is_not_there(model_file):
 def test_loads_what_it_runs(name, model_file, monkeypatch):
     "Nothing is compiled or loaded while graphs are captured: what a model launches was loaded before, and nothing else was"
     from functools import lru_cache
-    import orcd
-    from orcd.engine import cuda_engine as engine
     from orcd.kernels import nvrtc
     from orcd.text.sampling import SamplingParams
     monkeypatch.setattr(nvrtc, '_modules', {})

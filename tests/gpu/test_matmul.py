@@ -375,7 +375,7 @@ def test_many(cp, types, rows, n_in):
 @pytest.mark.parametrize('t', [t for t in TYPES if t.block_size > 1], ids=ids)
 @pytest.mark.parametrize('n_out,k,clamped', [(1, 1, False), (33, 3, True), (200, 11, False)])
 def test_gated_row(cp, t, n_out, k, clamped):
-    from orcd.kernels.gemv import Normed, gated, product64
+    from orcd.kernels.gemv import gated, product64
     from orcd.kernels.nvrtc import QTensor
     n_in = columns(t, k)
     b, x, *_ = inputs(t, 1, 2*n_out, n_in)
