@@ -110,8 +110,8 @@ def is_tool(
     return isinstance(f.get('description') or '', str) and isinstance(f.get('parameters') or {}, dict)
 
 def _tools(x:object)->bool:
-    each = isinstance(x, list) and len(x) <= MAX_TOOLS and all(map(is_tool, x))
-    return each and len({t['function']['name'] for t in x}) == len(x)
+    if not isinstance(x, list) or len(x) > MAX_TOOLS or not all(map(is_tool, x)): return False
+    return len({t['function']['name'] for t in x}) == len(x)
 
 _form = '{type: "function", function: {name, description, parameters}}'
 TOOLS = Shape('list({type, function})', f'a list of at most {MAX_TOOLS} {_form}, each name once, of letters, digits and ._-',

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from orcd.errors import OrcdError
 from orcd.serve.latency import ROUTES, Client, measure, percentile, report, summary
-from worker_tools import PATH, worker
+from worker_tools import PATH, orcd, worker
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 19, 20, 21, 99, 100, 101, 1000])
@@ -111,3 +111,12 @@ def test_the_command(tmp_path):
         (('--http', 'http://x', '--route', 'y'), 'execute, chat')]:
         r = bench(*args)
         assert r.returncode == 2 and words in r.stderr and 'Traceback' not in r.stderr, r
+
+
+def test_the_route_of_openai():
+    "The same model and prompt twice: its chat route, told apart by its own stream"
+    with orcd('serve', '--model', 'demo', '--device', 'reference', '--port', '0', wait=True) as w:
+        r = measure(f'http://{w.address}', 1, 2, 'Write about rain.', 5, route='chat')
+        ends = [e for e in w.log if e['event'] == 'execute_end'][1:]
+        assert (r['answers'], r['route'], sum(r['ends'].values())) == (2, '/v1/chat/completions', 2) and set(r['ends']) <= {'stop', 'length'}
+        assert 0 < r['tokens'] <= 10 and r['first_token_ms']['n'] == 2 and all(e['tokens_out'] <= 5 for e in ends)
