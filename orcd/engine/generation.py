@@ -560,6 +560,11 @@ class Asked(TypedDict, total=False):
         repetition_penalty: 1: off
         seed: None: a random one
         stop: a string or up to four
+        frequency_penalty: 0: off
+        presence_penalty: 0: off
+        logit_bias: added to the logits of some ids
+        top_logprobs: as many of the likeliest in `token.top`
+        constraint: says what may come, and when it is complete
         cancelled: called before every token and every chunk of the prompt; True ends it
     """
     max_tokens: int | None
@@ -570,6 +575,11 @@ class Asked(TypedDict, total=False):
     repetition_penalty: float | None  # 1: off
     seed: int | None                  # None: a random one
     stop: str | Sequence[str] | None  # a string or up to four
+    frequency_penalty: float | None   # 0: off
+    presence_penalty: float | None    # 0: off
+    logit_bias: Mapping[int, float] | None   # added to the logits of some ids
+    top_logprobs: int | None          # as many of the likeliest in `token.top`
+    constraint: Constraint | None     # says what may come, and when it is complete
     cancelled: Callable[[], bool] | None   # called before every token and every chunk of the prompt; True ends it
 
 class Model:

@@ -506,3 +506,9 @@ def test_vram_of_the_reference_engine_is_a_plan(path, tmp_path):
 def test_misuse_is_an_error_of_ours(haiku, misuse):
     with pytest.raises(OrcdError) as e: misuse(haiku)
     assert str(e.value) and '\n' not in str(e.value)
+
+
+def test_chat_takes_what_generate_takes():
+    from inspect import signature
+    from orcd.engine.generation import Asked
+    assert set(Asked.__annotations__) == set(signature(Model.generate).parameters) - {'self', 'prompt'}
