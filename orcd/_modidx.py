@@ -1536,6 +1536,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'orcd.serve.openai.check_fields': ('6_serve/openai.html#check_fields', 'orcd/serve/openai.py'),
                                    'orcd.serve.openai.check_template': ('6_serve/openai.html#check_template', 'orcd/serve/openai.py'),
                                    'orcd.serve.openai.completion_rules': ('6_serve/openai.html#completion_rules', 'orcd/serve/openai.py'),
+                                   'orcd.serve.openai.constrained': ('6_serve/openai.html#constrained', 'orcd/serve/openai.py'),
                                    'orcd.serve.openai.file_hash': ('6_serve/openai.html#file_hash', 'orcd/serve/openai.py'),
                                    'orcd.serve.openai.fingerprint': ('6_serve/openai.html#fingerprint', 'orcd/serve/openai.py'),
                                    'orcd.serve.openai.finite': ('6_serve/openai.html#finite', 'orcd/serve/openai.py'),

@@ -8,7 +8,11 @@ from orcd.text.sampling import request_error
 from orcd.serve.worker import Settings, serve
 
 
-class Tokenizer: kind, vocab_size = 'gguf-bpe', 1000
+class Tokenizer:
+    kind, vocab_size, harmony = 'gguf-bpe', 1000, False
+    def chat_source(self, tools=None): return ''
+    def tool_form(self, tools=None): return NS(tools=False)
+    def begun(self, after=()): return ''
 
 
 class Output:

@@ -197,14 +197,18 @@ def test_known_and_not_honoured(app, field):
 TOOL = dict(type='function', function=dict(name='weather', description='of a city', parameters=dict(type='object')))
 
 
+def schema(schema): return dict(response_format=dict(type='json_schema', json_schema=dict(name='a', schema=schema)))
+def strict(parameters): return dict(TOOL, function=dict(name='weather', strict=True, parameters=parameters))
+
+
 @pytest.mark.parametrize('field, given', [('tools', dict(tools=[dict(type='retrieval')])), ('tools', dict(tools=[TOOL, TOOL])),
     ('tools', dict(tools=[dict(type='function', function=dict(name='a b'))])), ('tools', dict(tools=dict())),
-    ('tools', dict(tools=[dict(TOOL, function=TOOL['function'] | dict(strict=True))])),
-        ('tool_choice', dict(tools=[TOOL], tool_choice='required')),
-    ('parallel_tool_calls', dict(tools=[TOOL], parallel_tool_calls=False)),
-        ('response_format', dict(response_format=dict(type='json_object'))),
-    ('response_format', dict(response_format=dict(type='json_schema'))),
-        ('chat_template_kwargs', dict(chat_template_kwargs=dict(enable_thinking=False))),
+    ('tools', dict(tools=[strict(dict(type='nonsense'))])), ('tool_choice', dict(tool_choice='required')),
+    ('tool_choice', dict(tool_choice=3)),
+    ('tool_choice', dict(tools=[TOOL], tool_choice=dict(type='function', function=dict(name='rain')))),
+    ('response_format', dict(response_format=dict(type='json_schema'))), ('response_format', dict(response_format=dict(type='xml'))),
+    ('response_format', schema(dict(type='nonsense'))), ('response_format', schema(None)),
+    ('chat_template_kwargs', dict(chat_template_kwargs=dict(enable_thinking=False))),
     ('reasoning_effort', dict(reasoning_effort='low')), ('reasoning_effort', dict(reasoning_effort='huge'))])
 def test_nothing_runs_without_what_was_asked_for(app, field, given): fault(chat(app, **given), 400, field)
 

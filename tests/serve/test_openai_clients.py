@@ -154,3 +154,64 @@ def test_curl(w):
     out = subprocess.run([curl, '-sN', f'http://{w.address}/v1/chat/completions', '-H', 'Content-Type: application/json', '-d', body],
         capture_output=True, text=True, timeout=PATIENCE).stdout
     assert out.endswith('data: [DONE]\n\n')
+
+
+# --- answers of a form, and calls of tools: on the demo model, which was trained for neither, the constraint alone makes them
+
+def test_response_format(client, name):
+    import jsonschema
+    schema = dict(type='object', properties=dict(kind=dict(enum=['rain', 'snow']), drops=dict(type='integer', minimum=1, maximum=9)),
+        required=['kind', 'drops'], additionalProperties=False)
+    wanted = dict(type='json_schema', json_schema=dict(name='weather', schema=schema, strict=True))
+    given = dict(model=name, messages=RAIN, max_tokens=200, temperature=.9, response_format=wanted)
+    for seed in range(3):
+        r = client.chat.completions.create(seed=seed, **given)
+        jsonschema.validate(json.loads(r.choices[0].message.content), schema)
+        assert r.choices[0].finish_reason == 'stop'
+        s = client.chat.completions.create(seed=seed, stream=True, **given)
+        assert ''.join(c.choices[0].delta.content or '' for c in s) == r.choices[0].message.content
+
+
+def test_pydantic(client, name):
+    from pydantic import BaseModel
+    class Sky(BaseModel):
+        cloudy: bool
+        birds: int
+    r = client.chat.completions.parse(model=name, messages=RAIN, max_tokens=200, seed=1, response_format=Sky)
+    assert r.choices[0].finish_reason != 'stop' or isinstance(r.choices[0].message.parsed, Sky)
+
+
+def tool(name, **properties):
+    parameters = dict(type='object', properties=properties, required=list(properties), additionalProperties=False)
+    return dict(type='function', function=dict(name=name, description=name, parameters=parameters))
+
+
+TOOLS = [tool('weather', city=dict(enum=['Bern', 'Rome'])), tool('convert', celsius=dict(enum=[1, 20]), to=dict(enum=['F', 'K']))]
+
+
+def test_agent(client, name):
+    "A loop with two tools, to its end: each is demanded once, then an answer in words"
+    done = dict(weather=lambda city: dict(Bern='1', Rome='20')[city], convert=lambda celsius, to: f'{celsius} {to}')
+    messages, called = [*RAIN], []
+    for choice in ('weather', 'convert', 'none'):
+        wanted = 'none' if choice == 'none' else dict(type='function', function=dict(name=choice))
+        r = client.chat.completions.create(model=name, messages=messages, tools=TOOLS, tool_choice=wanted, temperature=0,
+            parallel_tool_calls=False if choice != 'none' else None)
+        c = r.choices[0]
+        messages.append(c.message.model_dump(exclude_none=True, exclude={'reasoning_content'}))
+        if choice == 'none': break
+        assert c.finish_reason == 'tool_calls' and c.message.tool_calls, c
+        for call in c.message.tool_calls:
+            result = done[call.function.name](**json.loads(call.function.arguments))
+            called.append(call.function.name)
+            messages.append(dict(role='tool', tool_call_id=call.id, content=result))
+    assert called[0] == 'weather' and 'convert' in called and not c.message.tool_calls and c.message.content
+
+
+def test_streamed_call(client, name):
+    s = client.chat.completions.create(model=name, messages=RAIN, tools=TOOLS, tool_choice='required', parallel_tool_calls=False,
+        stream=True)
+    chunks = list(s)
+    call = next(t for c in chunks for t in c.choices[0].delta.tool_calls or [])
+    assert call.function.name in ('weather', 'convert') and json.loads(call.function.arguments) and call.index == 0
+    assert chunks[-1].choices[0].finish_reason == 'tool_calls'
