@@ -766,8 +766,8 @@ def list_models():
     card = dict(free=free, is_hopper=hopper, limits=limits)
     rows = [('NAME', 'SIZE', 'TYPE', 'RUNS')]
     for p in found:
-        runs = will_run(p.path, card) if p.whole else ('', f'in part: orcd pull {p.name}')
-        rows.append((p.name, megabytes(p.size), *runs))
+        kind, runs = will_run(p.path, card) if p.whole else ('', f'in part: orcd pull {p.name}')
+        rows.append((p.name, megabytes(p.size), kind, runs))
     wide = [max(len(printable(r[i])) for r in rows) for i in range(3)]
     for name, size, kind, runs in rows:
         print(f'{printable(name):{wide[0]}}  {size:>{wide[1]}}  {printable(kind):{wide[2]}}  {printable(" ".join(runs.split()))}')
