@@ -565,16 +565,25 @@ def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k
     with open_model(model, device, context_length) as m:
         if not has_chat(m): raise UsageError(f'MODEL: {model} has no chat template; orcd generate continues a text')
         messages = [dict(role='system', content=as_text(system, '--system'))] if system else []
-        person = sys.stdin.isatty()
+        person, again = sys.stdin.isatty(), False
         if person:
+            import atexit
             _begin_history()
+            atexit.register(_end_history)  # whatever ends it
             what = f'{m.config.name or model}, {m.engine.kind} engine, a context of {m.engine.n_ctx} tokens'
             _aside(f'{what}; /help lists the commands, Ctrl-D ends')
         while True:
             try: said = read_line()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 print()
                 break
+            except KeyboardInterrupt:      # it may have been meant for an answer that was just at its end
+                print()
+                if again or not person: break
+                again = True
+                _aside('Ctrl-C again, Ctrl-D or /quit ends the conversation')
+                continue
+            again = False
             if not said.strip(): continue
             try:
                 said = as_text(said, 'this line')
@@ -596,7 +605,6 @@ def chat(model:Model, max_tokens:Tokens=2048, temperature:Temperature=0.7, top_k
             except KeyboardInterrupt: pass
             print()
             messages = [*asked, dict(role='assistant', content=out.text)]
-        if person: _end_history()
 
 # %% ../../nbs/6_serve/39_cli.ipynb #acc1a20f
 def by_type(g):

@@ -509,15 +509,16 @@ def test_chat_on_a_terminal(tmp_path):
     import pty
     (tmp_path / 'chat_history').write_text('old\n' * 3000)
     ours, theirs = pty.openpty()
-    p = subprocess.Popen([sys.executable, '-m', 'orcd.serve.cli', *CHAT], stdin=theirs, stdout=theirs, stderr=theirs,
-        env=dict(os.environ, PYTHONPATH=PATH, ORCD_CACHE_DIR=str(tmp_path)))
+    own = 'import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])'
+    p = subprocess.Popen([sys.executable, '-c', own, '-m', 'orcd.serve.cli', *CHAT], stdin=theirs, stdout=theirs, stderr=theirs,
+        env=dict(os.environ, PYTHONPATH=PATH, ORCD_CACHE_DIR=str(tmp_path)), start_new_session=True)    # it has Ctrl-C to itself
     os.close(theirs)
-    seen, typed = b'', [b'Write a haiku about rain\n', b'/quit\n']
+    seen, typed = b'', [b'Write a haiku about rain\n', b'\x03', b'/quit\n']
     while True:
         try: seen += os.read(ours, 4096)
         except OSError: break
-        if typed and seen.count(b'> ') + seen.count(b'>\x1b') > 2 - len(typed): os.write(ours, typed.pop(0))
-    assert p.wait(PATIENCE) == 0 and b'a context of 2048 tokens; /help' in seen, seen
+        if typed and seen.count(b'> ') + seen.count(b'>\x1b') > 3 - len(typed): os.write(ours, typed.pop(0))
+    assert p.wait(PATIENCE) == 0 and b'a context of 2048 tokens; /help' in seen and b'Ctrl-C again' in seen, seen
     lines = (tmp_path / 'chat_history').read_text().splitlines()
     assert lines[-2:] == ['Write a haiku about rain', '/quit'] and len(lines) <= 1000
     assert (tmp_path / 'chat_history').stat().st_mode & 0o777 == 0o600
