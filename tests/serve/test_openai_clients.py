@@ -215,3 +215,26 @@ def test_streamed_call(client, name):
     call = next(t for c in chunks for t in c.choices[0].delta.tool_calls or [])
     assert call.function.name in ('weather', 'convert') and json.loads(call.function.arguments) and call.index == 0
     assert chunks[-1].choices[0].finish_reason == 'tool_calls'
+
+
+# --- programs that are heavy, or bring much: they are tested where they are installed
+
+def test_llm(w, client, name, tmp_path):
+    import os, shutil, subprocess
+    if not (llm := shutil.which('llm')): pytest.skip('llm is not installed')
+    model = dict(model_id='here', model_name=name, api_base=f'http://{w.address}/v1', api_key_name='none')
+    (tmp_path / 'extra-openai-models.yaml').write_text(json.dumps([model]))
+    for way in [], ['--no-stream']:
+        out = subprocess.run([llm, '-m', 'here', '-o', 'max_tokens', '12', '-o', 'temperature', '0', *way, 'rain', '--key', 'x'],
+            capture_output=True, text=True, timeout=PATIENCE, env=dict(os.environ, LLM_USER_PATH=str(tmp_path)))
+        text = client.chat.completions.create(model=name, messages=RAIN, max_tokens=12, temperature=0).choices[0].message.content
+        assert (out.returncode, out.stdout.strip()) == (0, text.strip()), out.stderr
+
+
+def test_litellm(w, client, name):
+    litellm = pytest.importorskip('litellm', reason='litellm is not installed')
+    given = dict(messages=RAIN, max_tokens=12, temperature=0)
+    text = client.chat.completions.create(model=name, **given).choices[0].message.content
+    there = dict(model=f'openai/{name}', api_base=f'http://{w.address}/v1', api_key='x')
+    assert litellm.completion(**there, **given).choices[0].message.content == text
+    assert ''.join(c.choices[0].delta.content or '' for c in litellm.completion(**there, **given, stream=True)) == text
