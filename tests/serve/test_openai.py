@@ -405,3 +405,29 @@ def test_anything_in_any_field(app, path, messages, prompt, d):
         tools=st.just([]))))
 def test_everything_allowed_runs(app, d):
     for ask in chat, complete: assert ask(app, **d).status_code == 200
+
+
+def test_channels():
+    "A reply of gpt-oss, token by token: thoughts, then an answer that ends before a stop string; a call"
+    import codecs, re
+    from types import SimpleNamespace as NS
+    from orcd.serve.openai import Reply
+    from orcd.text.replies import ReplyFormat, ReplyParser
+    marks = ['<|start|>', '<|channel|>', '<|message|>', '<|end|>', '<|return|>', '<|call|>']
+    def stream(after=()):
+        d = codecs.getincrementaldecoder('utf-8')('replace')
+        return NS(push=lambda i: d.decode(bytes([i])), flush=lambda: d.decode(b'', True))
+    toy = NS(special_by_id={256 + i: NS(text=t) for i, t in enumerate(marks)}, stream=stream)
+    def read(text, stop=(), tools=()):
+        reply = Reply(ReplyParser(ReplyFormat('harmony'), tools, tokenizer=toy), stop)
+        parts = re.split('(' + '|'.join(map(re.escape, marks)) + ')', text)
+        ids = [i for p in parts for i in ([256 + marks.index(p)] if p in marks else p.encode())]
+        deltas = [d for i in ids for d in reply.push(NS(id=i, text=''))] + reply.flush()
+        return {k: ''.join(d.text for d in deltas if d.kind == k) for k in ('reasoning', 'content', 'tool_call')}, reply
+    answer = '<|channel|>analysis<|message|>They greet. STOP.<|end|><|start|>assistant<|channel|>final<|message|>Hello! STOP'
+    assert read(answer)[0] == dict(reasoning='They greet. STOP.', content='Hello! STOP', tool_call='')
+    assert read(answer, ['STOP'])[0] == dict(reasoning='They greet. STOP.', content='Hello! ', tool_call='')
+    assert read(answer[:-1], ['STOP'])[0]['content'] == 'Hello! STO'
+    call = '<|start|>assistant to=functions.weather<|channel|>commentary<|message|>{"a": 1}'
+    said, reply = read('<|channel|>analysis<|message|>Hm.<|end|>' + call, (), ['weather'])
+    assert said == dict(reasoning='Hm.', content='', tool_call='{"a": 1}') and reply.calls == 1 and reply.thinking > 3
