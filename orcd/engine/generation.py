@@ -231,6 +231,19 @@ def _animate(generation):
     handle.update(shown())
 
 # %% ../../nbs/5_engine/32_generation.ipynb #9d3e5a14
+def _read_calls(generation)->list[dict[str, Any]]:
+    from ..text.replies import reply_parser
+    parser = reply_parser(generation._model.tokenizer, generation.tools, after=generation.prompt_ids)
+    deltas = [d for i in generation.ids for d in parser.push(i)] + parser.flush()
+    calls: dict[int | None, dict[str, Any]] = {}
+    for d in deltas:
+        if d.kind != 'tool_call': continue
+        # the same when it is asked for again, and another one in the next turn
+        name = f'call_{generation.seed % 2**32:08x}_{len(generation.prompt_ids)}_{d.index}'
+        call = calls.setdefault(d.index, dict(id=name, type='function', function=dict(name=d.name, arguments='')))
+        call['function']['arguments'] += d.text
+    return list(calls.values())
+
 BUSY, CLOSED = 'this model is at work in another call; one at a time', 'the model was closed; load it again'
 
 # %% ../../nbs/5_engine/32_generation.ipynb #5063a18a
@@ -252,6 +265,7 @@ class Generation:
         stop_reason: see above; None: there is no end yet
         prefill_time_ms: what the prompt took
         decode_time_ms: what the tokens took, known at the end
+        tools: that the model may call
     """
     prompt_ids: list[int]      # the prompt's tokens
     params: SamplingParams     # how tokens are drawn
@@ -260,6 +274,7 @@ class Generation:
     stop_reason: str | None    # see above; None: there is no end yet
     prefill_time_ms: float     # what the prompt took
     decode_time_ms: float      # what the tokens took, known at the end
+    tools: Sequence[Mapping[str, Any]] = ()   # that the model may call
 
     def __init__(self,
         model:'Model',                             # whose `generate` was called
@@ -298,6 +313,10 @@ class Generation:
     def analysis(self)->str:
         "What a model with channels thought before it answered"
         return getattr(self._text.decoder, 'analysis', '')
+    @property
+    def tool_calls(self)->list[dict[str, Any]]:
+        "Calls so far of the tools that `chat` was given, as a message of the assistant has them; `function.arguments` is JSON text"
+        return _read_calls(self) if self.tools else []
 
     def __iter__(self)->Self: return self
 
@@ -533,14 +552,11 @@ def has_chat(
     """
     return bool(getattr(t, 'chat_template', None))
 
-def _check_chat(t, messages, tools, response_format):
+def _check_chat(t, messages):
     "Can `chat` do what is asked for?"
     if not has_chat(t): raise _broken('messages', 'chat template', 'this model has no chat template; generate(text) continues a text')
     if not isinstance(messages, str) and not _is_messages(messages):
         raise _broken('messages', 'type(text or messages)', 'chat takes a question, or a list of {role, content}')
-    if tools: raise _broken('tools', 'none', 'tools cannot be called from here yet')
-    kind = response_format.get('type') if isinstance(response_format, Mapping) else response_format
-    if kind not in (None, 'text'): raise _broken('response_format', 'text', 'response_format: only {"type": "text"} is possible here yet')
 
 def _decoder(t, prompt:Encoded)->Any:
     if t is None: return None
@@ -675,20 +691,29 @@ class Model:
     def chat(self,
         messages:str | Sequence[Mapping[str, Any]],   # a question, or a conversation: a list of {role, content}
         *,
-        tools:Sequence[Mapping[str, Any]] | None=None,      # that the model may call
-        response_format:Mapping[str, Any] | None=None,      # what the answer must look like; {'type': 'text'}: like anything
+        tools:Sequence[Mapping[str, Any]] | None=None,      # that the model may call, as OpenAI's API has them; see `Generation.tool_calls`
+        tool_choice:str | Mapping[str, Any] | None=None,    # 'none', 'auto', 'required', or one of them
+        response_format:Mapping[str, Any] | None=None,      # what the answer must look like, such as {'type': 'json_object'}
         **asked:Unpack[Asked],                              # as for `generate`
     )->Generation:
         """Ask an instruct model: the question goes through its chat template, where `generate` would continue it as a raw text
 
         Args:
             messages: a question, or a conversation: a list of {role, content}
-            tools: that the model may call
-            response_format: what the answer must look like; {'type': 'text'}: like anything
+            tools: that the model may call, as OpenAI's API has them; see `Generation.tool_calls`
+            tool_choice: 'none', 'auto', 'required', or one of them
+            response_format: what the answer must look like, such as {'type': 'json_object'}
             **asked: as for `generate`
         """
-        _check_chat(self.tokenizer, messages, tools, response_format)
-        return self.generate([dict(role='user', content=messages)] if isinstance(messages, str) else messages, **asked)
+        from ..text import constraint
+        _check_chat(self.tokenizer, messages)
+        called = constraint.asked_choice(tools, tool_choice).tools
+        prompt = [dict(role='user', content=messages)] if isinstance(messages, str) else messages
+        encoded = self.encode(prompt, **(dict(tools=called) if called else {}))
+        guide = constraint.compile(self.tokenizer, response_format, tools, tool_choice, after=encoded.ids)
+        generation = self.generate(encoded, constraint=guide, **asked)
+        generation.tools = called
+        return generation
 
     def logits(self,
         ids:Sequence[int] | np.ndarray, # token ids
