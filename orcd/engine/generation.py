@@ -711,7 +711,10 @@ class Model:
         prompt = [dict(role='user', content=messages)] if isinstance(messages, str) else messages
         encoded = self.encode(prompt, **(dict(tools=called) if called else {}))
         guide = constraint.compile(self.tokenizer, response_format, tools, tool_choice, after=encoded.ids)
-        generation = self.generate(encoded, constraint=guide, **asked)
+        if guide is not None and asked.get('constraint') is not None:
+            raise _broken('constraint', 'one', 'response_format and tools make a constraint of their own; there can be one')
+        if guide is not None: asked['constraint'] = guide
+        generation = self.generate(encoded, **asked)
         generation.tools = called
         return generation
 
