@@ -403,7 +403,7 @@ class Constraint(Protocol):
     def mask(self)->np.ndarray | None:
         "uint32 words: bit i%32 of word i//32 says whether token i may come next. None: everything may."
         ...
-    def commit(self, id:int)->None:
+    def commit(self, id:int, /)->None:
         "This token was drawn"
         ...
 
