@@ -111,7 +111,7 @@ def test_decode_equals_prefill(case, kind, arch):
     text = np.concatenate([prompt, [i for i, *_ in drawn]])
     fresh, truth = engine.logits(text[:-1])[119:], hf.run(text[:-1])[0][119:]
     close(kind, arch, fresh, truth, 'logits along the drawn text')
-    for step, (token, logprob) in enumerate(drawn):
+    for step, (token, logprob, _) in enumerate(drawn):
         row = fresh[step].astype(float)
         limit = 10*LIMIT[kind]*row.std()
         assert row[token] >= row.max() - limit, f'step {step} drew {token}, a fresh prefill says {row.argmax()}'

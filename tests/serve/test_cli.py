@@ -1,5 +1,5 @@
 "The command line as people and supervisors use it: real processes, a small real model on the reference engine"
-import os, re, signal, socket, subprocess, sys, time
+import os, re, select, signal, socket, subprocess, sys, time
 import pytest
 import orcd as package
 from orcd.serve.cli import FLAGS, complete_model, run
@@ -513,11 +513,17 @@ def test_chat_on_a_terminal(tmp_path):
     p = subprocess.Popen([sys.executable, '-c', own, '-m', 'orcd.serve.cli', *CHAT], stdin=theirs, stdout=theirs, stderr=theirs,
         env=dict(os.environ, PYTHONPATH=PATH, ORCD_CACHE_DIR=str(tmp_path)), start_new_session=True)    # it has Ctrl-C to itself
     os.close(theirs)
-    seen, typed = b'', [b'Write a haiku about rain\n', b'\x03', b'/quit\n']
-    while True:
-        try: seen += os.read(ours, 4096)
-        except OSError: break
-        if typed and seen.count(b'> ') + seen.count(b'>\x1b') > 3 - len(typed): os.write(ours, typed.pop(0))
+    # a line when there is a prompt; Ctrl-C and the end when nothing more is written, again while they are not heard: a terminal forgets what was
+    # typed before a Ctrl-C, and the first may come before the program listens
+    seen, asked = b'', False
+    while p.poll() is None:
+        if select.select([ours], [], [], 1)[0]:
+            try: seen += os.read(ours, 4096)
+            except OSError: break
+        prompts = seen.count(b'> ') + seen.count(b'>\x1b')
+        if prompts and not asked: asked = bool(os.write(ours, b'Write a haiku about rain\n'))
+        elif prompts > 1 and not select.select([ours], [], [], 1)[0] and p.poll() is None:
+            os.write(ours, b'/quit\n' if b'Ctrl-C again' in seen else b'\x03')
     assert p.wait(PATIENCE) == 0 and b'a context of 2048 tokens; /help' in seen and b'Ctrl-C again' in seen, seen
     lines = (tmp_path / 'chat_history').read_text().splitlines()
     assert lines[-2:] == ['Write a haiku about rain', '/quit'] and len(lines) <= 1000
