@@ -513,8 +513,8 @@ def test_chat_on_a_terminal(tmp_path):
     p = subprocess.Popen([sys.executable, '-c', own, '-m', 'orcd.serve.cli', *CHAT], stdin=theirs, stdout=theirs, stderr=theirs,
         env=dict(os.environ, PYTHONPATH=PATH, ORCD_CACHE_DIR=str(tmp_path)), start_new_session=True)    # it has Ctrl-C to itself
     os.close(theirs)
-    # a line when there is a prompt; Ctrl-C and the end when nothing more is written, again while they are not heard: a terminal forgets what was
-    # typed before a Ctrl-C, and the first may come before the program listens
+    # a line when there is a prompt; Ctrl-C and the end when nothing more is written, again while they are not heard: a terminal
+    # forgets what was typed before a Ctrl-C, and the first may come before the program listens
     seen, asked = b'', False
     while p.poll() is None:
         if select.select([ours], [], [], 1)[0]:
