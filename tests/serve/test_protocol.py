@@ -254,6 +254,12 @@ def test_time_is_linear_in_the_body(name):
     doubling(lambda n: functools.partial(ask, BODIES[name](n)), protocol.MAX_BODY)
 
 
+@pytest.mark.parametrize('name', ['keys', 'same_key', 'lists', 'objects'])
+def test_time_is_linear_in_what_is_counted(name):
+    "The largest bodies of these are refused before they are parsed; this is as much as is parsed"
+    doubling(lambda n: functools.partial(ask, BODIES[name](n)), 3 * protocol.MAX_PARTS - 100)
+
+
 @pytest.mark.parametrize('name', BODIES)
 def test_values_of_any_size_are_reported_cheaply(name):
     "A wrong value is quoted in the answer, a little of it"
@@ -344,11 +350,18 @@ def test_schemathesis(mode):
     assert ('POST /execute', 200 if mode == 'positive' else 400) in seen
 
 
+def mostly_linear(n):
+    "Of 512 four fifths are quadratic, of 128 half, of 32 a fifth"
+    for _ in range(n * 128): pass
+    for _ in range(n * n): pass
+
+
 def test_doubling_sees_what_is_not_linear():
     "The test's own test: an expression that begins anew at every quote"
     import re
     old = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
     for make, n in ((lambda n: functools.partial(old.sub, '', '"a' + '\\"' * (n // 2)), 1 << 12),
-                    (lambda n: functools.partial(lambda: [0 for _ in range(n) for _ in range(n)]), 512)):
+                    (lambda n: functools.partial(lambda: [0 for _ in range(n) for _ in range(n)]), 512),
+                    (lambda n: functools.partial(mostly_linear, n), 512)):
         with pytest.raises(AssertionError, match='times as long'): doubling(make, n, tries=3)
     doubling(lambda n: functools.partial(lambda: sum(range(n))), 1 << 14)

@@ -109,7 +109,7 @@ def test_many_messages(deaf):
         want = [dict(role='user', content='system\n\nuser') if m['role'] == 'user' else m for m in turns if m['role'] != 'system']
         assert merge_dropped(Template(), turns) == (want if deaf == 'system' else turns)
         return lambda: merge_dropped(Template(), turns)
-    doubling(make, 4000)
+    doubling(make, 2000)
 
 
 REFUSALS = {

@@ -189,7 +189,7 @@ def test_linear(form, piece):
         pieces = [piece] * n
         def run(): deltas(reply_parser(form, TOOLS), pieces)
         return run
-    doubling(make, 3000)
+    doubling(make, 6000)     # a sixteenth of it is nested deeper than a call may be, which is when text is read otherwise
 
 
 @pytest.mark.parametrize('piece', ['x', '<|end|>', '<|start|>', '<|channel|>', ' ', 'to=', '<|message|>',
