@@ -10,10 +10,9 @@ __all__ = ['STEP', 'UNIT', 'WARPS', 'MAX_TERMS', 'BLOCKS', 'ONE_WAVE_BLOCKS', 'S
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #314f75cf
 from dataclasses import dataclass
-from functools import lru_cache
 from ..files.blocks import GGMLType, dequantize
 from ..errors import KernelError
-from .nvrtc import Args, Launch, QTensor, device_arch, launcher, stride, type_defines, vector
+from .nvrtc import CARDS, Args, Launch, QTensor, card_of, launcher, stride, type_defines, vector
 from .weight_layout import random_blocks # noqa: F401 (for the tests of this chapter)
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #5ecc14cc
@@ -222,18 +221,15 @@ def group_by_type(types)->list:
     if len({types[i] for i in quant}) > 2: return [*out, *([i] for i in quant)]
     return [*out, *(quant[i:i + 3] for i in range(0, len(quant), 3))]
 
-HOPPER = 227 << 10, True # of `device_limits`: for who asks without a GPU
+HOPPER = CARDS['90'].limits # of `device_limits`: for who asks without a GPU
 
-@lru_cache(None)
 def device_limits(device):
     "Bytes of shared memory that a block may have on a CUDA device, and whether it has bulk copies"
-    from cupy.cuda import runtime
-    return runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device), int(device_arch(device)[3:]) >= 90
+    return card_of(device).limits
 
 def current_limits():
     "`device_limits` of the current device"
-    from cupy.cuda import runtime
-    return device_limits(runtime.getDevice())
+    return card_of().limits
 
 GEMV = Args('GemvArgs', apart=True, w='ptr 3', out='ptr 3', bias='ptr 3', ldo='i64 3', n_out='i32 3', blocks='i32 3', second='i32', n_in='i32',
     x='ptr', norm='ptr', ldx='i64', eps='f32', per='i32', residual='ptr', ldr='i64', parts='i32', depth='i32', span='i32', clamped='i32',

@@ -14,14 +14,13 @@ from ..errors import KernelError
 from .gemm import Fp16Activations, gemm
 from .gemv import group_by_type, matrix
 from .moe import Groups, expert_gemm, expert_shapes
-from .nvrtc import Args, Launch, QTensor, TILE, device_arch, launcher, type_defines, stride, vector
+from .nvrtc import Args, Launch, QTensor, TILE, card_of, launcher, type_defines, stride, vector
 from .weight_layout import plan_batched
 
 # %% ../../nbs/4_kernels/27_wgmma.ipynb #c7a00004
 import numpy as np
 
 # %% ../../nbs/4_kernels/27_wgmma.ipynb #c7a0000e
-@lru_cache(None)
 def is_hopper(
     device=None, # CUDA device, the current one by default
 )->bool:
@@ -30,7 +29,7 @@ def is_hopper(
     Args:
         device: CUDA device, the current one by default
     """
-    return device_arch(device) == 'sm_90'
+    return card_of(device).is_hopper
 
 ROWS = Args('Rows', w='ptr', top='ptr', rows='i64', n_out='i32', n='i32', begin='i32')
 

@@ -57,11 +57,11 @@ class Device:
 
 @contextmanager
 def played(monkeypatch, sm='90', free=100 << 30):
-    "Yields what happens: `launches` (stream, kernel, grid, struct of arguments), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
+    "Yields what happens: `launches` (stream, kernel, grid, struct of arguments) and their `configs` (threads, bytes of dynamic shared memory, attributes), files whose kernels were `asked` for, and addresses that are `alive` in VRAM or `pinned`"
     from cuda.bindings import driver as cu
-    from orcd.kernels import gemv, nvrtc, wgmma
+    from orcd.kernels import nvrtc
     from orcd.engine import cuda_engine, loader, lower
-    launches, asked, alive, pinned, names, parameters, at = [], set(), {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
+    launches, configs, asked, alive, pinned, names, parameters, at = [], [], set(), {}, {}, {}, {}, itertools.count(1 << 44, 1 << 38)
     def malloc(n):
         if sum(alive.values()) + n > free: raise Error(2)
         alive[p := next(at)] = n
@@ -78,7 +78,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
     nothing = lambda *a: None
     runtime = NS(hostAlloc=pin, freeHost=lambda p: pinned.pop(p), hostRegister=lock, hostUnregister=lambda p: pinned.pop(p), malloc=malloc, free=lambda p: p and alive.pop(p), memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyDeviceToDevice=3, memcpyAsync=nothing,
         memsetAsync=nothing, memGetInfo=lambda: (free - sum(alive.values()), 141 << 30), getDevice=lambda: 0, getDeviceCount=lambda: 1, setDevice=nothing,
-        deviceGetAttribute=lambda *a: 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=Error, deviceSynchronize=nothing, runtimeGetVersion=lambda: 13000,
+        deviceGetAttribute=lambda *a: nvrtc.CARDS[sm].shared, cudaDevAttrMaxSharedMemoryPerBlockOptin=97, driverGetVersion=lambda: 13000, CUDARuntimeError=Error, deviceSynchronize=nothing, runtimeGetVersion=lambda: 13000,
         memoryTypeDevice=2, pointerGetAttributes=lambda p: NS(type=2, hostPointer=0), getDeviceProperties=lambda i: dict(major=int(sm[:-1]), minor=int(sm[-1]), name=b'a played GPU'))
     class Module:
         def __init__(self, *file): self.file = file
@@ -99,6 +99,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
         starts = [*map(int, known.starts), known.size]
         pointers = (ctypes.c_uint64*(len(starts) - 1)).from_address(arguments)
         struct = b''.join(ctypes.string_at(p, end - start) for p, start, end in zip(pointers, starts, starts[1:]))
+        configs.append((config.blockDimX, config.sharedMemBytes, config.numAttrs))
         launches.append((int(config.hStream), names[int(f)], (config.gridDimX, config.gridDimY), struct))
         return 0,
     def driver_call(name, *types):
@@ -118,7 +119,7 @@ def played(monkeypatch, sm='90', free=100 << 30):
     def module(name, device, defines=()):
         assert threading.get_ident() in entered, 'a thread without a context'
         return nvrtc._modules.setdefault((name, device, defines), Module(name, defines))
-    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (nvrtc, 'launch_all', lambda calls: [launch(*a) for a in calls]), (lower, 'Program', Program), (cuda_engine, 'Program', Program), (loader, 'driver_call', driver_call), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
-    for f in (nvrtc._kernel, nvrtc._config, gemv.device_limits, wgmma.is_hopper): f.cache_clear()
-    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, asked=asked, alive=alive, pinned=pinned)
-    for f in (nvrtc._kernel, nvrtc._config, gemv.device_limits, wgmma.is_hopper): f.cache_clear()
+    for where, what, value in ((nvrtc, '_module', module), (nvrtc, '_modules', {}), (nvrtc, 'Kernel', Kernel), (nvrtc, 'launch_all', lambda calls: [launch(*a) for a in calls]), (lower, 'Program', Program), (cuda_engine, 'Program', Program), (loader, 'driver_call', driver_call), (cu, 'cuCtxGetCurrent', lambda: (0, None)), (cu, 'cuFuncGetAttribute', lambda attribute, f: (0, 0)), (cu, 'cuCtxSetCurrent', lambda context: (entered.add(threading.get_ident()), (0,))[1])): monkeypatch.setattr(where, what, value)
+    for f in (nvrtc._kernel, nvrtc._config, nvrtc._card): f.cache_clear()
+    with patch.dict(sys.modules, {'cupy': cupy, 'cupy.cuda': cuda}): yield NS(launches=launches, configs=configs, asked=asked, alive=alive, pinned=pinned)
+    for f in (nvrtc._kernel, nvrtc._config, nvrtc._card): f.cache_clear()

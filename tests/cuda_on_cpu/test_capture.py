@@ -69,6 +69,26 @@ def test_launches_of_every_layer(path, sm, no_weights, monkeypatch):
             assert [(name, args) for _, name, _, args in gpu.launches] == want and len(want) >= 5*e.config.n_layer
 
 
+@pytest.mark.parametrize('card', ['75', '80', '86', '89', '100', '120'])
+@pytest.mark.parametrize('name', ['qwen2', 'gpt-oss'])
+def test_as_another_card(name, card, tmp_path, no_weights, monkeypatch):
+    "A Hopper GPU that is told to behave as another card launches what that card does, to the last argument, with its shared memory, and early where it does"
+    import orcd
+    from orcd.engine import cuda_engine as engine
+    path = make_model(tmp_path/'m.gguf', n_layer=5, n_vocab=331, **MODELS[name])
+    def run(sm):
+        with orcd.GGUF(path) as g, played(monkeypatch, sm) as gpu, engine.CudaEngine(g) as e:
+            gpu.launches.clear(), gpu.configs.clear()
+            for rows in (0, *e.plan.chunks): e._layers(rows or 1, not rows)
+            return [l[1:] for l in gpu.launches], gpu.configs, gpu.asked, e.plan
+    real, hopper = run(card), run('90')
+    monkeypatch.setenv('ORCD_CARD', card)
+    launches, configs, *_ = played_so = run('90')
+    assert played_so == real != hopper
+    assert {early for _, _, early in configs} == ({0, 1} if int(card) >= 90 else {0})
+    assert not {n for n, *_ in launches if n.startswith('wgmma')} and {n for n, *_ in hopper[0] if n.startswith('wgmma')}
+
+
 @pytest.fixture
 def made(tmp_path): return make_model(tmp_path/'m.gguf', n_layer=3, n_vocab=331, **MODELS['qwen2'])
 

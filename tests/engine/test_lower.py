@@ -9,9 +9,9 @@ from orcd.engine import lower
 from orcd.engine.lower import Buffer, Layers, Lowering, Place, Program, files_of, place_temporaries, pointers
 from orcd.errors import KernelError
 from orcd.families.arch import Trace, open_model
-from orcd.kernels import gemv, nvrtc
+from orcd.kernels import nvrtc
 
-CARDS = dict(hopper=(True, gemv.HOPPER), older=(False, (99 << 10, False)))
+CARDS = {name: (card.is_hopper, card.limits) for name, card in (('hopper', nvrtc.CARDS['90']), ('older', nvrtc.CARDS['86']))}
 
 
 @pytest.fixture(params=[*PUBLISHED, *MODELS])

@@ -2,7 +2,6 @@
 
 Widths are chosen so that launches of every size occur: one wave of blocks and many, rows that one, two and four warpgroups share."""
 import itertools, tempfile
-from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 import orcd
@@ -13,12 +12,8 @@ from orcd.errors import KernelError
 from orcd.families.arch import open_model
 from orcd.files.blocks import GGMLType
 from orcd.kernels import attention, nvrtc
+from orcd.kernels.nvrtc import CARDS
 
-KIB = 1 << 10
-# compute capability -> is it Hopper's path? bytes of shared memory that a block may have (CUDA's programming guide), has it bulk copies?
-Card = namedtuple('Card', 'is_hopper shared bulk')
-CARDS = {'75': Card(False, 64*KIB, False), '80': Card(False, 163*KIB, False), '86': Card(False, 99*KIB, False), '89': Card(False, 99*KIB, False),
-    '90': Card(True, 227*KIB, True), '100': Card(False, 227*KIB, True), '120': Card(False, 99*KIB, True)}
 TYPES = list(GGMLType)
 QUANTS = [t for t in TYPES if t.block_size > 1]
 PAIRS = [*itertools.combinations(QUANTS, 2)]
@@ -53,7 +48,7 @@ def lowered(arch, everything=True):
     with tempfile.TemporaryDirectory() as folder:
         for path in models(folder, card, everything):
             with orcd.GGUF(path) as g: family, config, bound = open_model(g)
-            layers = Layers(family, config, bound, card.is_hopper, (card.shared, card.bulk))
+            layers = Layers(family, config, bound, card.is_hopper, card.limits)
             found |= sorting_files(bound) | {('embed', nvrtc.type_defines(bound.model['token_embd'].type))}
             if card.is_hopper: found |= {('row_max_exponent', nvrtc.type_defines(t.type)) for t in bound.unique if t.type.block_size > 1}
             for rows, decode in [(1, True), *((n, False) for n in CHUNKS)]:

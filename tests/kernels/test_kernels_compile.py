@@ -8,8 +8,9 @@ architecture where the sources ask nothing that tells it from an earlier one in 
 import multiprocessing, os, re
 from concurrent.futures import ProcessPoolExecutor
 import pytest
-from lowered import CARDS, is_published, lowered
+from lowered import is_published, lowered
 from orcd.kernels import nvrtc
+from orcd.kernels.nvrtc import CARDS
 
 EVERYTHING = 'ORCD_ARCHS' in os.environ
 ARCHS = os.environ.get('ORCD_ARCHS', '90').split()
