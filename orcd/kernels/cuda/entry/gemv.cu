@@ -13,15 +13,16 @@
 
 // Up to three matrices that read the same vector, or those that one result is made of. blockIdx.y is the row of out.
 struct GemvArgs {
-    const u8* w[3]; float* out[3]; const float* bias[3]; i64 ldo[3];
+    const u8* w[3]; float* out[3]; const float* bias[3];
     int n_out[3], blocks[3];            // rows of a matrix, and how many of the launch's blocks it has
-    int second;                         // bit i: matrix i is of the second type
+    i64 ldo[3];
+    const float* residual; i64 ldr;     // added to the first matrix's result
     int n_in;
+    int parts, depth, span;             // warps that share a tile; pieces in a ring, units in a piece
+    int second;                         // bit i: matrix i is of the second type
+    int clamped;                        // gpt-oss's activation
     const float *x, *norm; i64 ldx; float eps;
     int per;                            // rows of out that share a row of x
-    const float* residual; i64 ldr;     // added to the first matrix's result
-    int parts, depth, span;             // warps that share a tile; pieces in a ring, units in a piece
-    int clamped;                        // gpt-oss's activation
     const float* logits;                // of a router, or
     const int* ids;                     // which expert a row of out takes
     int n_expert, n_used;
@@ -29,13 +30,12 @@ struct GemvArgs {
 };
 // The same as parameters, and put together again: of a struct NVRTC keeps so much in registers that an SM holds a block less
 #define GEMV_PARAMETERS const u8* w0, const u8* w1, const u8* w2, float* out0, float* out1, float* out2, \
-    const float* bias0, const float* bias1, const float* bias2, i64 ldo0, i64 ldo1, i64 ldo2, \
-    int n_out0, int n_out1, int n_out2, int blocks0, int blocks1, int blocks2, int second, int n_in, \
-    const float* x, const float* norm, i64 ldx, float eps, int per, const float* residual, i64 ldr, int parts, int depth, int span, \
-    int clamped, const float* logits, const int* ids, int n_expert, int n_used, int settled
-#define GEMV_ARGS {{w0, w1, w2}, {out0, out1, out2}, {bias0, bias1, bias2}, {ldo0, ldo1, ldo2}, {n_out0, n_out1, n_out2}, \
-    {blocks0, blocks1, blocks2}, second, n_in, x, norm, ldx, eps, per, residual, ldr, parts, depth, span, \
-    clamped, logits, ids, n_expert, n_used, settled}
+    const float* bias0, const float* bias1, const float* bias2, int n_out0, int n_out1, int n_out2, int blocks0, int blocks1, int blocks2, \
+    i64 ldo0, i64 ldo1, i64 ldo2, const float* residual, i64 ldr, int n_in, int parts, int depth, int span, int second, int clamped, \
+    const float* x, const float* norm, i64 ldx, float eps, int per, const float* logits, const int* ids, int n_expert, int n_used, int settled
+#define GEMV_ARGS {{w0, w1, w2}, {out0, out1, out2}, {bias0, bias1, bias2}, {n_out0, n_out1, n_out2}, {blocks0, blocks1, blocks2}, \
+    {ldo0, ldo1, ldo2}, residual, ldr, n_in, parts, depth, span, second, clamped, \
+    x, norm, ldx, eps, per, logits, ids, n_expert, n_used, settled}
 struct Matrix { const u8* w; float* out; const float* bias; i64 ldo; int n_out, blocks; };
 __device__ __forceinline__ Matrix matrix(const GemvArgs& a, int i) { return {a.w[i], a.out[i], a.bias[i], a.ldo[i], a.n_out[i], a.blocks[i]}; }
 
@@ -272,10 +272,11 @@ __device__ __forceinline__ void gemv(const GemvArgs& a, const Matrix& m, int blo
 
 // Each matrix with its blocks, of type A or B
 template<int A, int B> __device__ __forceinline__ void products(const GemvArgs& a) {
-    int i = 0, block = blockIdx.x;
+    int block = blockIdx.x, i = 0;
     Matrix m = matrix(a, 0);
-    if (block >= a.blocks[0]) { block -= a.blocks[0]; i = 1; m = matrix(a, 1); }
-    if (i && block >= a.blocks[1]) { block -= a.blocks[1]; i = 2; m = matrix(a, 2); }
+    const Matrix m1 = matrix(a, 1);
+    if (block >= m.blocks) { block -= m.blocks; m = m1; i = 1; }
+    if (i && block >= m1.blocks) { block -= m1.blocks; m = matrix(a, 2); i = 2; }
     if (A == B || !(a.second >> i & 1)) gemv<A, PRODUCT>(a, m, block);
     else gemv<B, PRODUCT>(a, m, block);
 }
