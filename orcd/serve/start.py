@@ -114,7 +114,7 @@ def process_wide(
         # structlog would import it to colour tracebacks: ours are a field of a line
         sys.modules.setdefault('rich', None)    # pyright: ignore[reportArgumentType]
         os.environ.setdefault('PYDANTIC_DISABLE_PLUGINS', '__all__')  # it would look for them in every package that is installed
-        # one prompt at a time, with Python's lock free for the streams: see `tokenizer.library_ids`
+        # one prompt at a time, with Python's lock free for the streams: see `tokenizer.backend_ids`
         os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     elif stage == 'cuda':     # before NumPy is imported, which would start a thread a core; the CUDA engine needs none
         os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHABET', 'PRE', 'MAX_TEXT', 'MAX_TOKENS', 'MAX_MERGES', 'MAX_TOKEN', 'MAX_SPECIAL', 'MAX_SPECIALS', 'MAX_FILE',
            'Prepared', 'Meta', 'MAX_STEPS', 'symbol_bytes', 'Pre', 'no_panic', 'bpe_model', 'bpe_without', 'Backend',
-           'ByteBPE', 'library_ids', 'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops',
+           'ByteBPE', 'backend_ids', 'Special', 'Finder', 'split_special', 'check_specials', 'Stream', 'find_stops',
            'mistyped_ends', 'as_ids', 'check_text', 'encode_parts', 'begun_reply', 'is_utf8', 'is_control',
            'check_gguf', 'read_file', 'read_json', 'known_steps', 'is_pair', 'JsonBPE', 'check', 'Tokenizer']
 
@@ -217,13 +217,13 @@ class ByteBPE:
         "Token ids of ordinary text; `first` is for vocabularies that put a space before it"
         if self.missing and (lost := self.missing & set(text.encode())):
             raise RequestError(f'the vocabulary has no token for the byte 0x{min(lost):02X}')
-        return library_ids(self.bpe, text)
+        return backend_ids(self.bpe, text)
 
     def token_bytes(self, i:int)->bytes:
         "What token `i` stands for"
         return symbol_bytes(self.tokens[i])
 
-def library_ids(
+def backend_ids(
     t:tokenizers.Tokenizer, # of the library
     text:str,               # ordinary text
 )->list[int]:
@@ -925,7 +925,7 @@ class JsonBPE:
 
     def encode(self, text:str, first:bool=True)->list[int]:
         "Token ids of ordinary text; `first` if nothing stands before it"
-        return library_ids(self._first if first else self._rest, text)
+        return backend_ids(self._first if first else self._rest, text)
 
     def token_bytes(self, i:int)->bytes:
         "What token `i` stands for"

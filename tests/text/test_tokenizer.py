@@ -9,7 +9,7 @@ from orcd.errors import ChatTemplateError, OrcdError, RequestError, TokenizerErr
 from orcd.files.gguf import GGUF
 from orcd.text.sentencepiece import MAX_WORD
 from doubling import doubling
-from orcd.text.tokenizer import ALPHABET, MAX_TEXT, PRE, Finder, Special, Tokenizer, library_ids, no_panic, split_special
+from orcd.text.tokenizer import ALPHABET, MAX_TEXT, PRE, Finder, Special, Tokenizer, backend_ids, no_panic, split_special
 
 NAMES = dict(qwen2='qwen2.5-0.5b-instruct-q4_k_m', phi3='phi-3-mini-4k-instruct-q4', gptoss='gpt-oss-20b-mxfp4')
 SAMPLES = ['', ' ', '  ', '\n\n \t\r\n', 'Hello world', ' Hello', "I'LL say we'll", 'x = 1234567 * 89', 'camelCaseHTTPServer',
@@ -675,7 +675,7 @@ def test_panics_are_errors(trained, monkeypatch):
     class Panic(BaseException): __module__ = 'pyo3_runtime'
     class Library:
         def encode(self, *args, **kwargs): raise Panic('called `Option::unwrap()` on a `None` value')
-    with pytest.raises(RequestError, match='cannot be tokenised'): library_ids(Library(), 'x')
+    with pytest.raises(RequestError, match='cannot be tokenised'): backend_ids(Library(), 'x')
     class Other(BaseException): pass
     with pytest.raises(Other), no_panic(TokenizerError, 'wrong'): raise Other     # an interrupt is an interrupt
 
@@ -785,9 +785,9 @@ def test_a_long_prompt_leaves_the_lock_to_others(monkeypatch):
     bpe = Tokenizer.from_gguf(GGUF(find_model('demo'))).backend.bpe
     text = '😀 rain\n' * 4000
     monkeypatch.delenv('TOKENIZERS_PARALLELISM', raising=False)
-    expected = library_ids(bpe, text)
+    expected = backend_ids(bpe, text)
     monkeypatch.setenv('TOKENIZERS_PARALLELISM', 'false')
-    assert library_ids(bpe, text) == expected
+    assert backend_ids(bpe, text) == expected
     seen, over = [], threading.Event()
     def look():
         while not over.is_set():
@@ -798,7 +798,7 @@ def test_a_long_prompt_leaves_the_lock_to_others(monkeypatch):
     shares = []
     for _ in range(8):                                 # the best of a few: the machine has other things to do
         begin = time.perf_counter()
-        library_ids(bpe, text)
+        backend_ids(bpe, text)
         end = time.perf_counter()
         inside = [begin, *(t for t in seen if begin < t < end), end]
         shares.append(max(b - a for a, b in zip(inside, inside[1:])) / (end - begin))
