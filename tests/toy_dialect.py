@@ -4,12 +4,12 @@ from functools import partial
 
 import orcd.serve.worker as w
 from fake_worker import load
-from orcd.serve.jobs import Frames
+from orcd.serve.jobs import WholeFrames
 from orcd.serve.protocol import ApiError, Request, parse_json, to_json
 from orcd.serve.routes import Dialect, safely
 
 
-class Lines(Frames):
+class Lines(WholeFrames):
     "A line an event; what a token says is kept back while it begins with a dot"
     every_token = True
 

@@ -9,10 +9,11 @@ __all__ = ['SMALL', 'CAPABILITIES', 'CLOSE', 'HEADERS', 'Settings', 'Answer', 'E
 
 # %% ../../nbs/6_serve/37b_routes.ipynb #93b64a10
 import asyncio, hashlib, select, threading, time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import unquote_to_bytes
 
 # %% ../../nbs/6_serve/37b_routes.ipynb #75a74d3a
@@ -24,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 # %% ../../nbs/6_serve/37b_routes.ipynb #812eae1b
 from .. import __version__
 from ..errors import OrcdError
-from .jobs import LEAVING, ExecuteFrames, Frames, Job, Jobs, Outbox
+from .jobs import LEAVING, ExecuteFrames, Frames, Job, Jobs, Outbox, WholeFrames
 from .logs import log
 from .metrics import TEXT, render
 from .protocol import (HEARTBEAT, MAX_BODY, MAX_TOKENS, ApiError, Request, check_id, error_body, parse_json, parse_request,
@@ -90,7 +91,7 @@ class Settings:
     max_connections:int = 256         # beside a few more for probes
 
 # %% ../../nbs/6_serve/37b_routes.ipynb #b30c394e
-class Answer(Response):
+class Answer(Response, ABC):
     """What the client of a job gets; it looks after that client
 
     Args:
@@ -131,9 +132,9 @@ class Answer(Response):
             self.done = True
             watcher.cancel()
 
+    @abstractmethod
     async def say(self, scope:Scope, receive:Receive, send:Send)->None:
         "Everything, from the first byte to the last"
-        raise NotImplementedError
 
     async def sent(self, writing:Awaitable[object])->None:
         "Wait for it, while the client does not read"
@@ -200,7 +201,7 @@ class EventStream(Answer):
 class WholeAnswer(Answer):
     "What became of a job, when all is over"
     async def say(self, scope:Scope, receive:Receive, send:Send)->None:
-        frames = self.job.frames
+        frames = cast(WholeFrames, self.job.frames)
         while not frames.over: frames(await self.job.outbox.take(self.settings.heartbeat_s))
         status, body = frames.answer()
         await self.sent(json_response(body, status, HEADERS.get(status))(scope, receive, send))
