@@ -213,6 +213,14 @@ def strict(parameters): return dict(TOOL, function=dict(name='weather', strict=T
 def test_nothing_runs_without_what_was_asked_for(app, field, given): fault(chat(app, **given), 400, field)
 
 
+def test_which_tool_is_wrong(app):
+    def named(name, **more): return dict(TOOL, function=dict(name=name, **more))
+    for wrong, why in ((dict(type='retrieval'), 'must be'), (named('now', parameters=[]), 'must be a JSON schema'),
+            (named('now', strict='yes'), 'strict must be'), (named('weather'), 'twice'), (named('a b'), 'letters')):
+        message = chat(app, tools=[TOOL, wrong]).json()['error']['message']
+        assert message.startswith('tools[1]') and why in message, message
+
+
 def test_tools_and_thoughts(scripted, monkeypatch):
     "As the templates of Qwen3 have them; a call is told when it is complete, in both kinds of answers"
     from fake_engine import FakeTokenizer
