@@ -9,6 +9,7 @@ from orcd.errors import Cancelled, OutOfVRAM, RequestError
 from orcd.kernels import nvrtc, sampler as ks
 from orcd.text.sampling import Sampler, SamplingParams
 from launched import RUN, take_launches
+from random_draws import Multiples, random_logits, some
 from test_blocks_cuda import compiled
 from test_gemv_cuda import FIBERS, THREADS, Array as Plain
 
@@ -115,26 +116,11 @@ class Device:
         return int(ids[0]), float(logprobs[0]), ks.unpack_top(self.memory['top'].a[row], n_top)
 
 
-def some(rng, *values): return values[rng.integers(len(values))]
-
 def random_params(rng, n_valid):
     ids = rng.choice(n_valid, min(n_valid, int(some(rng, 0, 0, 3, 40))), replace=False)
     return SamplingParams(temperature=some(rng, 0, .7, 1., 2.), top_k=int(some(rng, 0, 0, 2, 40)), top_p=some(rng, 0., .5, 1., 1.), min_p=some(rng, 0., 0., .05),
         repetition_penalty=some(rng, 1., 1., .5, 1.3), seed=int(rng.integers(2**63)), frequency_penalty=some(rng, 0., -2., .3, 1.9),
         presence_penalty=some(rng, 0., -.7, 2.), logit_bias={int(i): float(rng.uniform(-5, 5)) for i in ids}, top_logprobs=int(some(rng, 0, 1, 5, 20)))
-
-def random_logits(rng, n):
-    x = (rng.normal(size=n)*rng.choice([1e-7, .5, 3, 12])).astype('f4')
-    kind = rng.integers(9)
-    if kind == 0: x = np.round(x)
-    if kind == 1: x[rng.random(n) < .5] = -np.inf
-    if kind == 2: x[rng.integers(n, size=3)] = np.nan
-    if kind == 3: x[rng.integers(n)] = 80
-    if kind == 4: x[:] = x[0]
-    if kind == 5: x[:] = some(rng, -np.inf, np.nan)
-    if kind == 6: x[rng.integers(n, size=2)] = np.inf
-    if kind == 7: x = np.where(rng.random(n) < .5, np.float32(0), np.float32(-0.))
-    return x
 
 def random_mask(rng, n_valid):
     "None, a few tokens, one alone, or nearly all"
@@ -150,10 +136,10 @@ def random_mask(rng, n_valid):
 def compare(rng, d, jobs, steps=5):
     cpu = Sampler(d.n_vocab, d.n_valid)
     for _ in range(jobs):
-        p, x = random_params(rng, d.n_valid), random_logits(rng, d.n_vocab)
+        p, x = random_params(rng, d.n_valid), random_logits(rng, d.n_vocab, (-np.inf, np.nan))
         d.begin(p); cpu.reset(p)
         for step in range(steps):
-            if step == 3: x = random_logits(rng, d.n_vocab)
+            if step == 3: x = random_logits(rng, d.n_vocab, (-np.inf, np.nan))
             mask = random_mask(rng, d.n_valid)
             want = cpu.draw(x, step, mask)
             i, logprob, top = d.draw(x, mask, step, p.n_top)
@@ -217,19 +203,6 @@ class Played(engine.CudaEngine):
 
 
 def script(n_vocab, tokens): return (np.random.default_rng(tokens[-3:]).normal(size=n_vocab)*2).astype('f4')
-
-
-class Multiples:
-    "A constraint: the next token is a multiple of a number that depends on the last; None now and then"
-    def __init__(self, n, length=10**6): self.n, self.length, self.told = n, length, []
-    @property
-    def done(self): return len(self.told) == self.length
-    def mask(self):
-        if len(self.told) % 4 == 3: return None
-        may = np.zeros(-(-self.n//32)*32, bool)
-        may[::3 + (self.told[-1] % 5 if self.told else 0)] = True
-        return np.packbits(may, bitorder='little').view(np.uint32)
-    def commit(self, id): self.told.append(id)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from make_models import MODELS
+from random_draws import Multiples
 pytestmark = pytest.mark.gpu
 
 
@@ -159,19 +160,6 @@ def test_same_bits_whatever_ran_before(model_file):
         a, b, again = job(engine, 50, 1), job(engine, 200, 2), job(engine, 50, 1)
         assert a == again and a != b
     with cuda(model_file('gpt-oss')) as engine: assert job(engine, 50, 1) == a
-
-
-class Multiples:
-    "A constraint: the next token is a multiple of a number that depends on the last; anything now and then"
-    def __init__(self, n, length=10**6): self.n, self.length, self.told = n, length, []
-    @property
-    def done(self): return len(self.told) == self.length
-    def mask(self):
-        if len(self.told) % 4 == 3: return None
-        may = np.zeros(-(-self.n//32)*32, bool)
-        may[::3 + (self.told[-1] % 5 if self.told else 0)] = True
-        return np.packbits(may, bitorder='little').view(np.uint32)
-    def commit(self, id): self.told.append(id)
 
 
 @pytest.mark.parametrize('kw', [dict(), dict(temperature=0, top_logprobs=20), dict(frequency_penalty=1.5, presence_penalty=.5, logit_bias={9: 4}, top_logprobs=3)], ids=str)

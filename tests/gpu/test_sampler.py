@@ -7,6 +7,7 @@ pytestmark = pytest.mark.gpu
 
 from orcd.kernels import sampler as ks
 from orcd.text.sampling import Sampler, SamplingParams, kept_simply, prepare
+from random_draws import random_logits, some
 
 
 class Device:
@@ -24,26 +25,9 @@ class Device:
     def draw(self, g, stream=None): ks.draw(g, self.params, self.work, self.state, self.seen, self.ring, stream=stream)
 
 
-def some(rng, *values): return values[rng.integers(len(values))]
-
-
 def random_params(rng):
     return SamplingParams(temperature=some(rng, 0, .05, .7, 1., 2.), top_k=int(some(rng, 0, 1, 2, 40, 1000, 10**6)), top_p=some(rng, 0., .1, .5, .9, .999, 1.),
         min_p=some(rng, 0., 0., .05, .5, 1.), repetition_penalty=some(rng, 1., 1., .5, 1.3), seed=int(rng.integers(2**63)))
-
-
-def random_logits(rng, n):
-    x = (rng.normal(size=n) * rng.choice([1e-7, .5, 3, 12])).astype('f4')
-    kind = rng.integers(9)
-    if kind == 0: x = np.round(x)
-    if kind == 1: x[rng.random(n) < .5] = -np.inf
-    if kind == 2: x[rng.integers(n, size=3)] = np.nan
-    if kind == 3: x[rng.integers(n)] = 80
-    if kind == 4: x[:] = x[0]
-    if kind == 5: x[:] = -np.inf
-    if kind == 6: x[rng.integers(n, size=2)] = np.inf
-    if kind == 7: x = np.where(rng.random(n) < .5, np.float32(0), np.float32(-0.))
-    return x
 
 
 @pytest.mark.parametrize('n_vocab,n_valid,jobs', [(1, 1, 20), (33, 31, 300), (1024, 1000, 300), (4099, 4099, 200), (151936, 151665, 60), (201088, 200019, 60)])
