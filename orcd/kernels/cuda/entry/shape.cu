@@ -11,7 +11,8 @@ struct Shape {               // as SHAPE in Python
 struct Part { float max, sum; u64 best[MOST_TOP]; };  // what a block knows of its ids: the likeliest as keys, best first
 static_assert(sizeof(Shape) == 24 + 8 * MOST_BIASED && sizeof(Part) == 8 + 8 * MOST_TOP, "as Python has them");
 
-// true in every thread of the block that finishes last
+// true in every thread of the block that finishes last. A copy of the sampler's: in a file of both, before the sampler's other shared memory,
+// it would change the machine code of sampler.cu
 __device__ bool last_block(Shape* h) {
     __shared__ bool last;
     __threadfence();
