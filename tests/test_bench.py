@@ -1,5 +1,5 @@
 "The benchmarks in tests/bench, on a played GPU: they start, look where there is something to see, and end"
-import runpy, sys
+import re, runpy, sys
 from types import SimpleNamespace as NS
 import numpy as np
 import pytest
@@ -63,3 +63,9 @@ def test_starts(monkeypatch, capsys):
     times = [float(t) for t in out.split('medians')[0].replace('demo: ready after ', '').split()[:2]]
     medians = [float(part.split()[-1]) for part in out.split('medians:')[1].split(',')]
     assert all(0 < t < 60 for t in times) and medians == sorted(medians) and len(medians) == 3
+
+
+def test_constraints(capsys):
+    pytest.importorskip('llguidance')
+    runpy.run_path(str(ROOT/'tests'/'bench'/'constraints.py'))['main'](2000, 1)
+    assert re.fullmatch(r'vocabulary [0-9.]+ s\na mask [0-9]+ µs \(.*99%: [0-9]+\)\n', capsys.readouterr().out)
