@@ -11,8 +11,9 @@ __all__ = ['SPLIT', 'MAX_BLOCKS', 'HEAD_DIMS', 'STATE_SIZE', 'TICKETS', 'STORE_K
 import numpy as np
 
 # %% ../../nbs/4_kernels/24_attention.ipynb #10388113
+from typing import Any
 from .elementwise import strides
-from .nvrtc import Args, Launch, check, launcher, vector
+from .nvrtc import Args, Array, Launch, check, launcher, vector
 
 # %% ../../nbs/4_kernels/24_attention.ipynb #32c0bb0e
 SPLIT = 128                         # positions of a split of decode
@@ -21,7 +22,7 @@ HEAD_DIMS = (32, 48, 64, 96, 128)   # head dimensions that there is a kernel for
 STATE_SIZE = 256                    # int32s in `state`: position, token, step, done, missing rows of a chunk, and from TICKETS on the tickets
 TICKETS = 8
 
-def head_defines(head_dim:int)->tuple:
+def head_defines(head_dim:int)->tuple[str, ...]:
     "Defines that compile the kernels for heads of so many numbers"
     return f'HEAD_DIM={head_dim}',
 
@@ -59,11 +60,11 @@ def prefill_workspace(
 
 # %% ../../nbs/4_kernels/24_attention.ipynb #5c6b8010
 def check_heads(
-    name,        # for the message
+    name:str,    # for the message
     head_dim:int,
     n_head:int=1,
     n_head_kv:int=1,
-):
+)->None:
     """Raises `KernelError` for heads that no kernel is made for
 
     Args:
@@ -72,7 +73,7 @@ def check_heads(
     check(head_dim in HEAD_DIMS, f'{name}: no kernel for heads of {head_dim} numbers, there is one for {", ".join(map(str, HEAD_DIMS))}')
     check(TICKETS + n_head_kv * passes(n_head, n_head_kv) <= STATE_SIZE, f'{name}: {n_head} query heads and {n_head_kv} key heads need more tickets than state has')
 
-def passes(n_head, n_head_kv):
+def passes(n_head:int, n_head_kv:int)->int:
     "Blocks for the query heads of one key head: a block serves 8 of them"
     return -(-n_head // n_head_kv // 8)
 
@@ -95,12 +96,12 @@ STORE_KV = Args('StoreKvArgs', k='ptr', k_stride='i64', v='ptr', v_stride='i64',
 
 @launcher
 def store_kv(
-    k,          # (T, n_head_kv * head_dim) float32, after RoPE
-    v,          # like k
-    k_cache,    # (n_head_kv, rows, head_dim) float16
-    v_cache,    # like k_cache
-    state,      # int32; state[0] is the position of row 0
-    window=0,   # of the layer: position p goes to row p mod window
+    k:Array,    # (T, n_head_kv * head_dim) float32, after RoPE
+    v:Array,    # like k
+    k_cache:Array, # (n_head_kv, rows, head_dim) float16
+    v_cache:Array, # like k_cache
+    state:Array, # int32; state[0] is the position of row 0
+    window:int=0, # of the layer: position p goes to row p mod window
 )->Launch:
     "Write keys and values of T positions into a layer's cache"
     n_head_kv, rows, d, ring = _cache('store_kv', k_cache, v_cache, window)
@@ -124,18 +125,18 @@ ATTEND_DECODE = Args('AttendDecodeArgs', q='ptr', k='ptr', v='ptr', k_cache='ptr
 
 @launcher
 def attend_decode(
-    q,             # (1, n_head * head_dim) float32
-    k_cache,       # (n_head_kv, rows, head_dim) float16
-    v_cache,       # like k_cache
-    out,           # like q
-    state,         # int32, STATE_SIZE of them; state[0] is the row's position
-    workspace,     # float32, `decode_workspace` of them
-    window=0,      # of the layer
-    sinks=None,    # (n_head,) extra logits, or None
-    scale=None,    # of the scores, 1/sqrt(head_dim) by default
-    k=None,        # (1, n_head_kv * head_dim) float32: stored first, which saves `store_kv`
-    v=None,        # like k
-    rope=None,     # (inv_freq, mscale, style, n_rot) when q and k still have to be turned; n_rot a multiple of 8
+    q:Array,       # (1, n_head * head_dim) float32
+    k_cache:Array, # (n_head_kv, rows, head_dim) float16
+    v_cache:Array, # like k_cache
+    out:Array,     # like q
+    state:Array,   # int32, STATE_SIZE of them; state[0] is the row's position
+    workspace:Array, # float32, `decode_workspace` of them
+    window:int=0,  # of the layer
+    sinks:Array | None=None, # (n_head,) extra logits, or None
+    scale:float | None=None, # of the scores, 1/sqrt(head_dim) by default
+    k:Array | None=None, # (1, n_head_kv * head_dim) float32: stored first, which saves `store_kv`
+    v:Array | None=None, # like k
+    rope:tuple[Any, ...] | None=None, # (inv_freq, mscale, style, n_rot) when q and k still have to be turned; n_rot a multiple of 8
 )->Launch:
     "Attention of one row over all positions up to its own. One launch; it is the same launch at every position."
     n_head_kv, rows, d, ring = _cache('attend_decode', k_cache, v_cache, window)
@@ -168,19 +169,19 @@ ATTEND_PREFILL = Args('AttendPrefillArgs', q='ptr', q_stride='i64', k='ptr', v='
 
 @launcher
 def attend_prefill(
-    q,             # (T, n_head * head_dim) float32
-    k,             # (T, n_head_kv * head_dim) float32, stored in the cache
-    v,             # like k
-    k_cache,       # (n_head_kv, rows, head_dim) float16
-    v_cache,       # like k_cache
-    out,           # like q
-    state,         # int32; state[0] is the position of row 0
-    workspace,     # float16, `prefill_workspace` of them; None without a window
-    window=0,      # of the layer
-    sinks=None,    # (n_head,) extra logits, or None
-    scale=None,    # of the scores, 1/sqrt(head_dim) by default
-    rope=None,     # (inv_freq, mscale, style, n_rot) when q and k still have to be turned, which changes them
-)->list:
+    q:Array,       # (T, n_head * head_dim) float32
+    k:Array,       # (T, n_head_kv * head_dim) float32, stored in the cache
+    v:Array,       # like k
+    k_cache:Array, # (n_head_kv, rows, head_dim) float16
+    v_cache:Array, # like k_cache
+    out:Array,     # like q
+    state:Array,   # int32; state[0] is the position of row 0
+    workspace:Array, # float16, `prefill_workspace` of them; None without a window
+    window:int=0,  # of the layer
+    sinks:Array | None=None, # (n_head,) extra logits, or None
+    scale:float | None=None, # of the scores, 1/sqrt(head_dim) by default
+    rope:tuple[Any, ...] | None=None, # (inv_freq, mscale, style, n_rot) when q and k still have to be turned, which changes them
+)->list[Launch]:
     "Causal attention of T rows over the cache and over themselves. A row's bits do not depend on the chunk it came with."
     n_head_kv, rows, d, ring = _cache('attend_prefill', k_cache, v_cache, window)
     (T, n), nk = q.shape, n_head_kv * d

@@ -7,6 +7,7 @@ __all__ = ['cuda_source', 'export_cuda', 'show_cuda', 'load_ipython_extension']
 
 # %% ../../nbs/4_kernels/19_cuda_cells.ipynb #743d6092
 import re
+from typing import Any
 
 # %% ../../nbs/4_kernels/19_cuda_cells.ipynb #3f0a91c2
 from .nvrtc import CUDA_DIR, compile_text
@@ -16,7 +17,7 @@ _head = re.compile(r'\A%%cuda[ \t]+(\w+/\w+)[^\n]*\n')
 
 def cuda_source(
     source:str, # a cell's source
-)->tuple:       # (name, C++ source) of a `%%cuda` cell, else (None, None)
+)->tuple[str | None, str | None]: # (name, C++ source) of a `%%cuda` cell, else (None, None)
     """Split a `%%cuda FOLDER/NAME` cell; directive lines (`#| gpu`) become empty lines, so that line numbers still match the cell
 
     Args:
@@ -31,16 +32,16 @@ def cuda_source(
     return m[1], body.rstrip('\n') + '\n'
 
 # %% ../../nbs/4_kernels/19_cuda_cells.ipynb #b19f2616
-def export_cuda(cell):
+def export_cuda(cell:Any)->None:
     "nbdev export processor: write a `%%cuda FOLDER/NAME` cell to `orcd/kernels/cuda/FOLDER/NAME.cu`"
     if cell.cell_type != 'code': return
     name, body = cuda_source(cell.source)
-    if not name: return
+    if not name or body is None: return
     path = CUDA_DIR/f'{name}.cu'
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != body: path.write_text(body)
 
-def show_cuda(cell):
+def show_cuda(cell:Any)->None:
     "nbdev docs processor: show a `%%cuda` cell as highlighted C++ followed by its output"
     if cell.cell_type != 'code': return
     name, body = cuda_source(cell.source)
@@ -50,8 +51,8 @@ def show_cuda(cell):
 def _cuda_magic(line, cell):
     name = line.split()[0]
     body = cuda_source(f'%%cuda {name}\n{cell}')[1]
-    print(compile_text(name, body).report())
+    print(compile_text(name, body or '').report())
 
-def load_ipython_extension(ip):
+def load_ipython_extension(ip:Any)->None:
     "Register `%%cuda` (`%load_ext orcd.kernels.cuda_cells`)"
     ip.register_magic_function(_cuda_magic, 'cell', 'cuda')

@@ -10,10 +10,10 @@ __all__ = ['RMS_NORM', 'HEAD_NORM', 'ROPE', 'GATED', 'ADD', 'COPY', 'EMBED', 'st
 import numpy as np
 
 # %% ../../nbs/4_kernels/21_elementwise.ipynb #2b783a3e
-from .nvrtc import Args, Launch, check, launcher, stride, type_defines, vector
+from .nvrtc import Args, Array, Launch, QTensor, check, launcher, stride, type_defines, vector
 
 # %% ../../nbs/4_kernels/21_elementwise.ipynb #63656cab
-def strides(name, T, n, **arrays):
+def strides(name:str, T:int, n:int, **arrays:Array)->list[int]:
     "Row strides of float32 arrays (T, n), checked"
     check(0 < T < 65536, f'{name}: 1 to 65535 rows at a time, got {T}')
     return [stride(f'{name} {k}', a, T, n) for k, a in arrays.items()]
@@ -26,10 +26,10 @@ RMS_NORM = Args('RmsNormArgs', x='ptr', x_stride='i64', w='ptr', eps='f32', out=
 
 @launcher
 def rms_norm(
-    x,           # (T, n)
-    w,           # (n,)
+    x:Array,     # (T, n)
+    w:Array,     # (n,)
     eps:float,
-    out,         # (T, n), may be x
+    out:Array,   # (T, n), may be x
 )->Launch:
     "out = x / sqrt(mean(x^2) + eps) * w, row by row"
     T, n = x.shape
@@ -43,11 +43,11 @@ HEAD_NORM = Args('HeadNormArgs', x='ptr', x_stride='i64', w='ptr', eps='f32', ou
 
 @launcher
 def head_norm(
-    x,           # (T, n_head * head_dim)
-    w,           # (head_dim,)
+    x:Array,     # (T, n_head * head_dim)
+    w:Array,     # (head_dim,)
     n_head:int,
     eps:float,
-    out,         # like x, may be x
+    out:Array,   # like x, may be x
 )->Launch:
     "RMSNorm over each head"
     T, n = x.shape
@@ -63,15 +63,15 @@ ROPE = Args('RopeArgs', x='ptr', x_stride='i64', inv_freq='ptr', mscale='f32', s
 
 @launcher
 def rope(
-    x,               # (T, n_head * head_dim)
+    x:Array,         # (T, n_head * head_dim)
     n_head:int,
     head_dim:int,
-    inv_freq,        # (n_rot / 2,) angle a position, in radians
+    inv_freq:Array,  # (n_rot / 2,) angle a position, in radians
     mscale:float,    # factor of sine and cosine (YaRN), 1 otherwise
     style:str,       # 'neox': pairs (i, i + n_rot/2); 'norm': (2i, 2i + 1)
     n_rot:int,       # columns of a head that turn, the rest is copied
-    state,           # int32; state[0] is the position of row 0
-    out,             # like x, may be x
+    state:Array,     # int32; state[0] is the position of row 0
+    out:Array,       # like x, may be x
 )->Launch:
     "Rotary position embedding"
     T = x.shape[0]
@@ -95,22 +95,22 @@ def _each(name, args, **arrays):
     return _columns(name, args, T, n, arrays | {f'{k}_stride': s for k, s in zip(arrays, steps)} | dict(n_rows=T, n=n))
 
 @launcher
-def swiglu(gate, up, out)->Launch:
+def swiglu(gate:Array, up:Array, out:Array)->Launch:
     "out = silu(gate) * up, all (T, n)"
     return _each('swiglu', GATED, gate=gate, up=up, out=out)
 
 @launcher
-def clamped_swiglu(gate, up, out)->Launch:
+def clamped_swiglu(gate:Array, up:Array, out:Array)->Launch:
     "gpt-oss: gate at most 7, up within 7 of 0, out = gate * sigmoid(1.702 gate) * (up + 1)"
     return _each('clamped_swiglu', GATED, gate=gate, up=up, out=out)
 
 @launcher
-def add(x, y, out)->Launch:
+def add(x:Array, y:Array, out:Array)->Launch:
     "out = x + y, all (T, n); out may be one of them"
     return _each('add', ADD, x=x, y=y, out=out)
 
 @launcher
-def copy(x, out)->Launch:
+def copy(x:Array, out:Array)->Launch:
     "out = x, both (T, n)"
     return _each('copy', COPY, x=x, out=out)
 
@@ -119,9 +119,9 @@ EMBED = Args('EmbedArgs', w='ptr', ids='ptr', out='ptr', out_stride='i64', n_row
 
 @launcher
 def embed(
-    W,           # QTensor (n_vocab, n)
-    ids,         # (T,) int32 in VRAM; `state[1:2]` when decoding
-    out,         # (T, n) float32
+    W:QTensor,   # QTensor (n_vocab, n)
+    ids:Array,   # (T,) int32 in VRAM; `state[1:2]` when decoding
+    out:Array,   # (T, n) float32
 )->Launch:
     "out[t] = row ids[t] of W; NaN for an id that W does not have"
     check(len(W.shape) == 2, f'embed: a table of two dimensions, got {W.shape}')

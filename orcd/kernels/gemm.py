@@ -8,10 +8,11 @@ __all__ = ['TO_HALF', 'PLAIN', 'GEMM', 'PLAIN_GEMM', 'THIN', 'padded', 'padded_r
 
 # %% ../../nbs/4_kernels/23_gemm.ipynb #8de8eb36
 from dataclasses import dataclass
+from typing import Any
 from ..files.blocks import GGMLType
 from ..errors import KernelError
 from .gemv import Normed, matrix, n_rows
-from .nvrtc import Args, Launch, QTensor, launcher, type_defines, stride, vector
+from .nvrtc import Args, Array, Launch, QTensor, launcher, type_defines, stride, vector
 
 # %% ../../nbs/4_kernels/23_gemm.ipynb #5ecc14cc
 import numpy as np
@@ -43,12 +44,30 @@ class Fp16Activations:
 
     Args:
         buffer: CuPy uint8, at least half_bytes(rows, n_in)
+
+    Attributes:
+        padded_rows: that there is room for
+        ld: halves from one row to the next
+        x: what they were made of
+        ready: are they there?
+        sums: of groups of 32
+        inv: what each row is to be multiplied by
     """
+    rows:int
+    padded_rows:int # that there is room for
+    n_in:int
+    ld:int          # halves from one row to the next
+    x:Any           # what they were made of
+    ready:bool      # are they there?
+    half:Array
+    sums:Array      # of groups of 32
+    inv:Array       # what each row is to be multiplied by
+
     def __init__(self,
-        buffer,   # CuPy uint8, at least half_bytes(rows, n_in)
+        buffer:Array, # CuPy uint8, at least half_bytes(rows, n_in)
         rows:int,
         n_in:int,
-    ):
+    )->None:
         if buffer.dtype != np.uint8 or buffer.ndim != 1 or buffer.size < half_bytes(rows, n_in):
             raise KernelError(f'buffer: {buffer.size} {buffer.dtype}, {rows} rows of {n_in} take {half_bytes(rows, n_in)} uint8')
         self.rows, self.padded_rows, self.n_in, self.ld, self.x, self.ready = rows, padded_rows(rows), n_in, padded(n_in), None, False
@@ -67,23 +86,26 @@ class Gated:
         x: gate, float32 (rows, n)
         other: up
     """
-    x:object      # gate, float32 (rows, n)
-    other:object  # up
+    x:Array       # gate, float32 (rows, n)
+    other:Array   # up
     clamped:bool=False
     @property
-    def shape(self): return self.x.shape
+    def shape(self)->tuple[int, ...]: return self.x.shape
 
 TO_HALF = Args('ToHalfArgs', x='ptr', x_stride='i64', other='ptr', other_stride='i64', eps='f32', mode='i32', slots='ptr', end='ptr', half='ptr', inv='ptr', sums='ptr',
     per='i32', n='i32', ld='i32', rows='i32')
 
 def lazy(
-    x,       # array (rows, n) or (n,), `Normed` or `Gated`
+    x:Any,   # array (rows, n) or (n,), `Normed` or `Gated`
     n_in:int,
-):           # (rows, arguments by name)
+)->tuple[int, dict[str, Any]]: # (rows, arguments by name)
     """Check what `to_half` reads
 
     Args:
         x: array (rows, n) or (n,), `Normed` or `Gated`
+
+    Returns:
+        (rows, arguments by name)
     """
     gated, normed = isinstance(x, Gated), isinstance(x, Normed)
     a, other = (x.x, x.other) if gated else (x.x, x.w) if normed else (x, None)
@@ -94,9 +116,9 @@ def lazy(
 
 @launcher(returns='h')
 def to_half(
-    x,           # float32 (rows, n_in), `Normed` or `Gated`
+    x:Array | Normed | Gated, # float32 (rows, n_in), `Normed` or `Gated`
     h:Fp16Activations,  # written
-    groups=None, # for experts: slots sorted by expert; row i of h is then the row of x that slot groups.slots[i] reads
+    groups:Any=None, # for experts: slots sorted by expert; row i of h is then the row of x that slot groups.slots[i] reads
 )->Launch:
     "Convert activations; `h` also remembers `x` itself for F32 and BF16 weights, so keep `x` unchanged until the products are done"
     rows, source = lazy(x, h.n_in)
@@ -117,9 +139,9 @@ GEMM = Args('GemmArgs', w='ptr', x='ptr', inv='ptr', sums='ptr', out='ptr', bias
 def gemm(
     W:QTensor,     # (n_out, n_in), any type
     h:Fp16Activations,    # from `to_half`
-    out,           # float32 (rows, n_out), written
-    bias=None,     # float32 (n_out,)
-    residual=None, # float32 like out; may be `out` itself
+    out:Array,     # float32 (rows, n_out), written
+    bias:Array | None=None, # float32 (n_out,)
+    residual:Array | None=None, # float32 like out; may be `out` itself
 )->Launch:
     "out = x @ W.T (+ bias) (+ residual), FP32 accumulation, any number of rows"
     if W.type in PLAIN: return plain_gemm.plan(W, h.x, out, bias, residual)
@@ -137,10 +159,10 @@ THIN = 64 # rows of W up to which there is a kernel of its own
 @launcher(returns='out')
 def plain_gemm(
     W:QTensor,     # (n_out, n_in), F32 or BF16
-    x,             # float32 (rows, n_in)
-    out,           # float32 (rows, n_out), written
-    bias=None,     # float32 (n_out,)
-    residual=None, # float32 like out; may be `out` itself
+    x:Array,       # float32 (rows, n_in)
+    out:Array,     # float32 (rows, n_out), written
+    bias:Array | None=None, # float32 (n_out,)
+    residual:Array | None=None, # float32 like out; may be `out` itself
 )->Launch:
     "The same in FP32 arithmetic, for weights that do not fit into halves"
     n_out, n_in = matrix(W)

@@ -9,10 +9,12 @@ __all__ = ['STEP', 'UNIT', 'WARPS', 'MAX_TERMS', 'BLOCKS', 'ONE_WAVE_BLOCKS', 'S
            'current_limits', 'gemvs', 'gemv', 'fuses', 'gated', 'mixed', 'product64', 'graph_time', 'read_bandwidth']
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #314f75cf
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from ..files.blocks import GGMLType, dequantize
 from ..errors import KernelError
-from .nvrtc import CARDS, Args, Launch, QTensor, card_of, launcher, stride, type_defines, vector
+from .nvrtc import CARDS, Args, Array, Launch, QTensor, card_of, launcher, stride, type_defines, vector
 from .weight_layout import random_blocks # noqa: F401 (for the tests of this chapter)
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #5ecc14cc
@@ -20,7 +22,7 @@ import numpy as np
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #552e8a9a
 def n_rows(
-    x, # CuPy array (rows, n) or (n,)
+    x:Array, # CuPy array (rows, n) or (n,)
 )->int:
     """Rows of an activation
 
@@ -32,7 +34,7 @@ def n_rows(
 def matrix(
     W:QTensor,
     ndim:int=2, # 2, or 3 for a stack of experts
-):
+)->tuple[int, ...]:
     """Check the weights of a product: dimensions, alignment. Returns their shape.
 
     Args:
@@ -44,8 +46,8 @@ def matrix(
     return W.shape
 
 def check_size(
-    W, # name, shape
-):
+    W:Any, # name, shape
+)->None:
     """Raises `KernelError` for a matrix that is too large for a launch's grid
 
     Args:
@@ -63,11 +65,11 @@ class Normed:
         x: float32 (rows, n)
         w: float32 (n,)
     """
-    x:object      # float32 (rows, n)
-    w:object      # float32 (n,)
+    x:Array       # float32 (rows, n)
+    w:Array       # float32 (n,)
     eps:float
     @property
-    def shape(self): return self.x.shape
+    def shape(self)->tuple[int, ...]: return self.x.shape
 
 @dataclass(eq=False)
 class Choice:
@@ -76,21 +78,24 @@ class Choice:
     Attributes:
         logits: float32 (T, n_expert)
     """
-    logits:object # float32 (T, n_expert)
+    logits:Array  # float32 (T, n_expert)
     k:int
 
-def check_choice(n_expert:int, k:int):
+def check_choice(n_expert:int, k:int)->None:
     "Raises `KernelError` for a choice that no kernel makes"
     if not 1 <= k <= min(32, n_expert) or n_expert > 1024: raise KernelError(f'a choice of {k} of {n_expert} experts: there are kernels for 1 to 32 of at most 1024')
 
 def source(
-    x,       # array (rows, n) or (n,), or `Normed`
+    x:Any,   # array (rows, n) or (n,), or `Normed`
     n_in:int,
-):           # (rows, arguments by name)
+)->tuple[int, dict[str, Any]]: # (rows, arguments by name)
     """Check a product's input
 
     Args:
         x: array (rows, n) or (n,), or `Normed`
+
+    Returns:
+        (rows, arguments by name)
     """
     x, w, eps = (x.x, x.w, x.eps) if isinstance(x, Normed) else (x, None, 0)
     rows = n_rows(x)
@@ -109,13 +114,13 @@ STAGE_BYTES = 4608            # bytes that a warp asks for at a time, about
 LARGE = 2 << 20         # bytes of weights that a launch reads, from which on two blocks fill an SM
 
 def partition_rows(
-    rows,        # of each matrix of the launch
+    rows:Iterable[int], # of each matrix of the launch
     n_in:int,
-    types,       # of the matrices
+    types:Iterable[GGMLType], # of the matrices
     slots:int=1, # how often the launch is repeated, for several rows of x or experts
     terms:int=1, # products that one result is made of
     usual:int=1, # slots that a launch usually has: for one token's experts 4
-)->tuple:        # warps that share a tile of 16 rows; blocks of threads for each matrix
+)->tuple[int, list[int]]: # warps that share a tile of 16 rows; blocks of threads for each matrix
     """How matrices are dealt. The sharing, and so the order of additions, depends on the matrices alone.
 
     Args:
@@ -139,11 +144,11 @@ def partition_rows(
     return parts, plan(parts, slots)[1]
 
 def layout(
-    Ws,          # matrices of a launch, or stacks of experts: type, shape
-    mode='gemv', # or 'gated', 'mix'
+    Ws:Sequence[Any], # matrices of a launch, or stacks of experts: type, shape
+    mode:str='gemv', # or 'gated', 'mix'
     rows:int=1,  # of out
     k:int=1,     # experts that a token reads
-)->tuple:        # warps that share a tile, blocks for each matrix, is it a large launch?
+)->tuple[int, list[int], bool]: # warps that share a tile, blocks for each matrix, is it a large launch?
     """How a launch fills the card
 
     Args:
@@ -165,14 +170,14 @@ def fixed_bytes(n_in:int, vectors:int=1)->int:
     return 1024 + 4*(16 + 2*WARPS*MAX_TERMS*16) + vectors*144*8*-(-n_in//256)
 
 def pieces(
-    types,          # of the matrices
+    types:Sequence[GGMLType], # of the matrices
     n_in:int,
     parts:int,      # warps that share a tile
     vectors:int,    # in shared memory
     limit:int,      # bytes of shared memory that a block may have
     large:bool,     # a large launch?
     rings:bool=True, # has the card bulk copies?
-)->tuple:           # pieces in a ring, units in a piece, bytes of shared memory
+)->tuple[int, int, int]: # pieces in a ring, units in a piece, bytes of shared memory
     """The rings: three blocks on an SM if possible, two of a large launch; two pieces at least
 
     Args:
@@ -197,9 +202,9 @@ def pieces(
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #f98ea1c3
 def kernel_variant(
-    types,             # of the matrices of a launch, two different ones at most
+    types:Iterable[GGMLType], # of the matrices of a launch, two different ones at most
     large:bool=False,  # a large launch?
-)->tuple:              # (file, defines, kernel)
+)->tuple[str, tuple[str, ...], str]: # (file, defines, kernel)
     """The kernel for one type, or for two
 
     Args:
@@ -215,7 +220,7 @@ def kernel_variant(
     if b: return 'gemv', ('ONLY_NAME=mixed', f'ONLY_TYPE={a.name}', f'SECOND_TYPE={b[0].name}', *more), 'gemv_mixed'
     return 'gemv', (*type_defines(a), *more), f'gemv_{a.name.lower()}'
 
-def group_by_type(types)->list:
+def group_by_type(types:Sequence[GGMLType])->list[list[int]]:
     "Which of the matrices that read one vector go together: indices"
     quant, out = [i for i, t in enumerate(types) if t.block_size > 1], [[i] for i, t in enumerate(types) if t.block_size == 1]
     if len({types[i] for i in quant}) > 2: return [*out, *([i] for i in quant)]
@@ -223,11 +228,11 @@ def group_by_type(types)->list:
 
 HOPPER = CARDS['90'].limits # of `device_limits`: for who asks without a GPU
 
-def device_limits(device):
+def device_limits(device:int)->tuple[int, bool]:
     "Bytes of shared memory that a block may have on a CUDA device, and whether it has bulk copies"
     return card_of(device).limits
 
-def current_limits():
+def current_limits()->tuple[int, bool]:
     "`device_limits` of the current device"
     return card_of().limits
 
@@ -270,12 +275,12 @@ def _plan(jobs, x, rows, mode='gemv', residual=None, per=1, choice=None, ids=Non
 
 @launcher
 def gemvs(
-    jobs,          # (W, out, bias or None) of each matrix: W (n_out, n_in), or (n_expert, n_out, n_in) with `ids`
-    x,             # what all of them read: float32 (rows, n_in) or (n_in,), or `Normed`
-    residual=None, # float32 like the first out, added to it; may be `out` itself
-    ids=None,      # int32, for experts: which one each row of out takes
-    limits=None,   # `device_limits`, by default the current device's
-)->list:
+    jobs:Sequence[tuple[Any, ...]], # (W, out, bias or None) of each matrix: W (n_out, n_in), or (n_expert, n_out, n_in) with `ids`
+    x:Array | Normed, # what all of them read: float32 (rows, n_in) or (n_in,), or `Normed`
+    residual:Array | None=None, # float32 like the first out, added to it; may be `out` itself
+    ids:Array | None=None, # int32, for experts: which one each row of out takes
+    limits:tuple[int, bool] | None=None, # `device_limits`, by default the current device's
+)->list[Launch]:
     "out = x @ W.T (+ bias) (+ residual) for each matrix, row by row. Meant for decoding: few rows."
     if residual is not None and len(jobs) > 1: raise KernelError('a residual goes with one matrix')
     rows = n_rows(x)
@@ -284,20 +289,21 @@ def gemvs(
     return [_plan([jobs[i] for i in group], x, out_rows, residual=residual, per=out_rows//rows, ids=ids, limits=limits) for group in group_by_type([W.type for W, *_ in jobs])]
 
 @launcher(returns='out')
-def gemv(W, x, out, bias=None, residual=None, limits=None)->list:
+def gemv(W:QTensor, x:Array | Normed, out:Array, bias:Array | None=None, residual:Array | None=None,
+    limits:tuple[int, bool] | None=None)->list[Launch]:
     "One matrix; see `gemvs`"
     return gemvs.plan([(W, out, bias)], x, residual, limits=limits)
 
-def fuses(*Ws): return len({(W.type, tuple(W.shape)) for W in Ws}) == 1 and Ws[0].type.block_size > 1
+def fuses(*Ws:QTensor)->bool: return len({(W.type, tuple(W.shape)) for W in Ws}) == 1 and Ws[0].type.block_size > 1
 
 @launcher(returns='out')
 def gated(
-    gate, up,     # (W, bias or None) each, of one shape and quantised type
-    x,            # float32 (rows, n_in) or `Normed`
-    out,          # float32 (rows, n_out); with `choice` (rows k, n_out)
-    clamped=False,    # gpt-oss's variant
-    choice=None,  # `Choice`, for stacks of experts
-    limits=None,  # `device_limits`, by default the current device's
+    gate:tuple[QTensor, Array | None], up:tuple[QTensor, Array | None], # (W, bias or None) each, of one shape and quantised type
+    x:Array | Normed, # float32 (rows, n_in) or `Normed`
+    out:Array,    # float32 (rows, n_out); with `choice` (rows k, n_out)
+    clamped:bool=False, # gpt-oss's variant
+    choice:Choice | None=None, # `Choice`, for stacks of experts
+    limits:tuple[int, bool] | None=None, # `device_limits`, by default the current device's
 )->Launch:
     "out = silu(gate x) * up x in one launch"
     if not fuses(gate[0], up[0]): raise KernelError('gate and up must be quantised, of one type and shape')
@@ -307,29 +313,32 @@ def gated(
 @launcher(returns='out')
 def mixed(
     W:QTensor,     # (n_expert, n_out, n_in), quantised
-    x,             # float32 (T k, n_in): row t k + r goes to the expert of rank r of token t
-    out,           # float32 (T, n_out)
-    bias=None,     # float32 (n_expert, n_out)
-    residual=None, # float32 like out; may be `out` itself
-    choice=None,   # `Choice` of at most `MAX_TERMS` experts
-    settled=False, # the logits were there before the launch before this one: weights can be asked for earlier
-    limits=None,   # `device_limits`, by default the current device's
+    x:Array,       # float32 (T k, n_in): row t k + r goes to the expert of rank r of token t
+    out:Array,     # float32 (T, n_out)
+    bias:Array | None=None, # float32 (n_expert, n_out)
+    residual:Array | None=None, # float32 like out; may be `out` itself
+    choice:Choice | None=None, # `Choice` of at most `MAX_TERMS` experts
+    settled:bool=False, # the logits were there before the launch before this one: weights can be asked for earlier
+    limits:tuple[int, bool] | None=None, # `device_limits`, by default the current device's
 )->Launch:
     "out[t] = the sum over the chosen experts of weight * (W x + bias) (+ residual), in rank order"
-    if not fuses(W) or choice.k > MAX_TERMS: raise KernelError(f'mixed takes quantised experts, at most {MAX_TERMS} a token')
+    if not fuses(W) or choice is None or choice.k > MAX_TERMS: raise KernelError(f'mixed takes quantised experts, at most {MAX_TERMS} a token')
     return _plan([(W, out, bias)], x, n_rows(out), 'mix', residual, choice.k, choice, settled=settled, limits=limits)
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #8a60e67f
 def product64(
-    blocks,        # uint8 (n_out, bytes a row)
+    blocks:np.ndarray, # uint8 (n_out, bytes a row)
     type:GGMLType,
-    x,             # (rows, n_in)
-):                 # two float64 (rows, n_out): x W^T, and the size of its terms |x| |W|^T
+    x:np.ndarray,  # (rows, n_in)
+)->tuple[np.ndarray, np.ndarray]: # two float64 (rows, n_out): x W^T, and the size of its terms |x| |W|^T
     """The oracle: float64 on the reference decoder's weights, in slabs of rows
 
     Args:
         blocks: uint8 (n_out, bytes a row)
         x: (rows, n_in)
+
+    Returns:
+        two float64 (rows, n_out): x W^T, and the size of its terms |x| |W|^T
     """
     x = np.asarray(x, np.float64)
     y, size = np.empty((2, len(x), len(blocks)))
@@ -340,7 +349,7 @@ def product64(
 
 # %% ../../nbs/4_kernels/22_gemv.ipynb #0a5012b3
 def graph_time(
-    launch,        # launch(i, stream): enqueue the i-th piece of work
+    launch:Callable[[int, Any], Any], # launch(i, stream): enqueue the i-th piece of work
     n:int,         # pieces in the graph
     repeats:int=5,
 )->float:          # seconds a piece, median over repeats

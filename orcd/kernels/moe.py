@@ -7,10 +7,11 @@ __all__ = ['ROUTE', 'EXPERT_SUM', 'GROUP_SLOTS', 'EXPERT_GEMM', 'route', 'expert
            'expert_shapes', 'expert_gemm']
 
 # %% ../../nbs/4_kernels/25_moe.ipynb #0830946d
+from typing import Any
 from ..errors import KernelError
 from .gemm import PLAIN, Fp16Activations
-from .gemv import check_choice, gemvs, matrix, n_rows
-from .nvrtc import Args, Launch, QTensor, launcher, type_defines, stride, vector
+from .gemv import Normed, check_choice, gemvs, matrix, n_rows
+from .nvrtc import Args, Array, Launch, QTensor, launcher, type_defines, stride, vector
 
 # %% ../../nbs/4_kernels/25_moe.ipynb #5ecc14cc
 import numpy as np
@@ -20,10 +21,10 @@ ROUTE = Args('RouteArgs', logits='ptr', logits_stride='i64', ids='ptr', weights=
 
 @launcher
 def route(
-    logits,  # float32 (T, n_expert), the router's output with its bias
+    logits:Array, # float32 (T, n_expert), the router's output with its bias
     k:int,   # experts a token
-    ids,     # int32 (T, k), written
-    weights, # float32 (T, k), written
+    ids:Array, # int32 (T, k), written
+    weights:Array, # float32 (T, k), written
 )->Launch:
     "Choose the k largest logits of each row (ties to the lower id, NaN last) and softmax over them"
     T, n = n_rows(logits), logits.shape[-1]
@@ -37,10 +38,10 @@ EXPERT_SUM = Args('ExpertSumArgs', y='ptr', y_stride='i64', weights='ptr', resid
 
 @launcher(returns='out')
 def expert_sum(
-    y,             # float32 (T*k, n), a row per slot
-    weights,       # float32 (T, k)
-    out,           # float32 (T, n), written
-    residual=None, # float32 (T, n); may be `out` itself
+    y:Array,       # float32 (T*k, n), a row per slot
+    weights:Array, # float32 (T, k)
+    out:Array,     # float32 (T, n), written
+    residual:Array | None=None, # float32 (T, n); may be `out` itself
 )->Launch:
     "out[t] = sum of weights[t, r] * y[t k + r] in rank order (+ residual[t])"
     T, n = n_rows(out), out.shape[-1]
@@ -54,18 +55,34 @@ def expert_sum(
 @launcher(returns='out')
 def expert_gemv(
     W:QTensor,   # (n_expert, n_out, n_in), any type
-    x,           # float32 (T, n_in), shared by a token's slots, or (T*k, n_in); or what `gemvs` takes
-    ids,         # int32 (T, k)
-    out,         # float32 (T*k, n_out), written; a slot with an id outside of 0..n_expert-1 is left alone
-    bias=None,   # float32 (n_expert, n_out)
-    limits=None, # `gemv.device_limits`, by default the current device's
-)->list:
+    x:Array | Normed, # float32 (T, n_in), shared by a token's slots, or (T*k, n_in); or what `gemvs` takes
+    ids:Array,   # int32 (T, k)
+    out:Array,   # float32 (T*k, n_out), written; a slot with an id outside of 0..n_expert-1 is left alone
+    bias:Array | None=None, # float32 (n_expert, n_out)
+    limits:tuple[int, bool] | None=None, # `gemv.device_limits`, by default the current device's
+)->list[Launch]:
     "out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, one row at a time: for decoding"
     return gemvs.plan([(W, out, bias)], x, ids=ids, limits=limits)
 
 # %% ../../nbs/4_kernels/25_moe.ipynb #680d1c92
 class Groups:
-    "Slots sorted by expert, in a caller's int32 buffer of at least `Groups.size(n_slots, n_expert)`"
+    """Slots sorted by expert, in a caller's int32 buffer of at least `Groups.size(n_slots, n_expert)`
+
+    Attributes:
+        positions: see `room`
+        ids: int32 (T, k), from `group`
+        offset: where each expert's positions begin
+        slots: the slot of each position, or -1
+        tiles: of 128 positions, in the worst case
+    """
+    n_slots:int
+    n_expert:int
+    positions:int # see `room`
+    ids:Any       # int32 (T, k), from `group`
+    offset:Array  # where each expert's positions begin
+    slots:Array   # the slot of each position, or -1
+    tiles:int     # of 128 positions, in the worst case
+
     @staticmethod
     def room(n_slots:int, n_expert:int)->int:
         "Positions at most: each expert's are filled up to a multiple of 8, and a tile may look 120 further"
@@ -74,19 +91,19 @@ class Groups:
     @classmethod
     def size(cls, n_slots:int, n_expert:int)->int: return n_expert + 1 + cls.room(n_slots, n_expert)
 
-    def __init__(self, buffer, n_slots:int, n_expert:int):
+    def __init__(self, buffer:Array, n_slots:int, n_expert:int)->None:
         if buffer.dtype != np.int32 or buffer.ndim != 1 or buffer.size < self.size(n_slots, n_expert):
             raise KernelError(f'buffer: {buffer.size} {buffer.dtype}, groups take {self.size(n_slots, n_expert)} int32')
         if not 1 <= n_expert <= 1024: raise KernelError(f'{n_expert} experts, at most 1024')
         self.n_slots, self.n_expert, self.positions, self.ids = n_slots, n_expert, self.room(n_slots, n_expert), None
         self.offset, self.slots = buffer[:n_expert+1], buffer[n_expert+1:n_expert+1+self.positions]
-        self.tiles = n_slots//128 + min(n_slots, n_expert)      # of 128 positions, in the worst case
+        self.tiles = n_slots//128 + min(n_slots, n_expert)
 
 GROUP_SLOTS = Args('GroupSlotsArgs', ids='ptr', offset='ptr', slots='ptr', n_slots='i32', n_expert='i32')
 
 @launcher(returns='groups')
 def group(
-    ids,           # int32 (T, k)
+    ids:Array,     # int32 (T, k)
     groups:Groups, # written
 )->Launch:
     "Sort the slots by expert, once a layer"
@@ -98,7 +115,7 @@ def group(
 EXPERT_GEMM = Args('ExpertGemmArgs', w='ptr', x='ptr', inv='ptr', sums='ptr', offset='ptr', slots='ptr', out='ptr', bias='ptr',
     n_expert='i32', n_out='i32', n_in='i32', x_rows='i32', ld='i32', out_stride='i64')
 
-def expert_shapes(W, h, groups):
+def expert_shapes(W:QTensor, h:Fp16Activations, groups:Groups)->tuple[int, int, int]:
     "Check what an expert product reads; returns the matrix's shape"
     n_expert, n_out, n_in = matrix(W, 3)
     if not h.ready or groups.ids is None: raise KernelError('activations and slots are not ready: call group and to_half first')
@@ -111,9 +128,9 @@ def expert_gemm(
     W:QTensor,     # (n_expert, n_out, n_in), any type
     h:Fp16Activations,    # activations sorted by expert: `to_half` with `groups`
     groups:Groups, # from `group`
-    out,           # float32 (T*k, n_out), written, a row a slot
-    bias=None,     # float32 (n_expert, n_out)
-)->Launch:
+    out:Array,     # float32 (T*k, n_out), written, a row a slot
+    bias:Array | None=None, # float32 (n_expert, n_out)
+)->Launch | list[Launch]:
     "out[s] = W[ids[s]] x[s] + bias[ids[s]] for each slot, on the tensor cores: for prompts"
     n_expert, n_out, n_in = expert_shapes(W, h, groups)
     if W.type in PLAIN: return expert_gemv.plan(W, h.x, groups.ids, out, bias)

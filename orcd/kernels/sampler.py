@@ -11,7 +11,9 @@ __all__ = ['CHUNK', 'PARAMS', 'RESET', 'SAMPLE', 'MOST_BIASED', 'MOST_TOP', 'SHA
 import numpy as np
 
 # %% ../../nbs/4_kernels/26_sampler.ipynb #8eb9f83a
-from .nvrtc import Args, Launch, check, launcher, vector
+from collections.abc import Mapping
+from typing import Any
+from .nvrtc import Args, Array, Launch, check, launcher, vector
 from ..text.sampling import BIAS, SamplingParams
 
 # %% ../../nbs/4_kernels/26_sampler.ipynb #54018a74
@@ -21,7 +23,7 @@ PARAMS = np.dtype([('temperature', 'f4'), ('penalty', 'f4'), ('top_k', 'i4'), ('
 
 def workspace_bytes(
     n_vocab:int,
-)->tuple:        # bytes of the workspace, bytes of the bitmap of tokens seen
+)->tuple[int, int]: # bytes of the workspace, bytes of the bitmap of tokens seen
     """What the sampler needs in VRAM beside the logits; both are multiples of 8
 
     Returns:
@@ -47,7 +49,7 @@ def pack_params(
 
 def unpack_ring(
     ring:np.ndarray, # uint64, copied from the ring
-)->tuple:            # ids int32, log probabilities float32
+)->tuple[np.ndarray, np.ndarray]: # ids int32, log probabilities float32
     """What the sampler wrote
 
     Args:
@@ -70,8 +72,8 @@ SAMPLE = Args('SampleArgs', logits='ptr', params='ptr', workspace='ptr', state='
 
 @launcher
 def reset(
-    workspace,      # uint8, `workspace_bytes(n_vocab)[0]` of them
-    seen,           # uint32 bitmap, `workspace_bytes(n_vocab)[1] // 4` of them
+    workspace:Array, # uint8, `workspace_bytes(n_vocab)[0]` of them
+    seen:Array,     # uint32 bitmap, `workspace_bytes(n_vocab)[1] // 4` of them
     n_vocab:int,
 )->Launch:
     "Begin a job: no token has been seen"
@@ -80,13 +82,13 @@ def reset(
 
 @launcher
 def draw(
-    logits,      # (n_vocab,) or (1, n_vocab) float32
-    params,      # uint8 (40,) in VRAM, from `pack_params`
-    workspace,   # uint8
-    state,       # int32: position, token, step, done
-    seen,        # uint32 bitmap of the job's tokens
-    ring,        # uint64: step i writes entry i mod size; device memory or pinned host memory
-)->list:
+    logits:Array, # (n_vocab,) or (1, n_vocab) float32
+    params:Array, # uint8 (40,) in VRAM, from `pack_params`
+    workspace:Array, # uint8
+    state:Array, # int32: position, token, step, done
+    seen:Array,  # uint32 bitmap of the job's tokens
+    ring:Array,  # uint64: step i writes entry i mod size; device memory or pinned host memory
+)->list[Launch]:
     "Draw the next token: state[1] = token, position and step advance, (id, log probability) goes to the ring. Five launches, always the same."
     x = logits.reshape(-1)
     n_vocab = x.size
@@ -107,7 +109,7 @@ OWN = Args('OwnArgs', logits='ptr', state='ptr', shape='ptr', parts='ptr', ring=
 def shape_memory(
     n_vocab:int,
     ring_size:int,  # draws whose likeliest tokens are kept
-)->dict:            # name -> (shape, dtype)
+)->dict[str, tuple[tuple[int, ...], Any]]: # name -> (shape, dtype)
     """What the two kernels need in VRAM beside the sampler's own
 
     Args:
@@ -140,7 +142,7 @@ def pack_shape(
 def unpack_top(
     row:np.ndarray,   # uint64, one draw's entries of `top`
     n:int,            # as many as were asked for
-)->tuple:             # (id, log probability), best first
+)->tuple[tuple[int, float], ...]: # (id, log probability), best first
     """The likeliest tokens of a draw
 
     Args:
@@ -155,10 +157,10 @@ def unpack_top(
 
 @launcher
 def shape_logits(
-    logits,      # (n_vocab,) float32, as the model has them
-    memory,      # name -> array, of `shape_memory`
-    state,       # int32: position, token, step, done
-    history,     # int32: the job's tokens; as many as it may have
+    logits:Array, # (n_vocab,) float32, as the model has them
+    memory:Mapping[str, Array], # name -> array, of `shape_memory`
+    state:Array, # int32: position, token, step, done
+    history:Array, # int32: the job's tokens; as many as it may have
 )->Launch:
     "The changed logits, for `draw`"
     n_vocab = logits.size
@@ -170,10 +172,10 @@ def shape_logits(
 
 @launcher
 def own_logprobs(
-    logits,      # (n_vocab,) float32, as the model has them
-    memory,      # name -> array, of `shape_memory`
-    state,       # int32: position, token, step, done
-    ring,        # uint64, of `draw`
+    logits:Array, # (n_vocab,) float32, as the model has them
+    memory:Mapping[str, Array], # name -> array, of `shape_memory`
+    state:Array, # int32: position, token, step, done
+    ring:Array,  # uint64, of `draw`
 )->Launch:
     "After `draw`: its log probability in the model's own distribution into the ring, and the likeliest tokens into `top`"
     n_vocab = logits.size

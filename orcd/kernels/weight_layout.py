@@ -7,7 +7,9 @@ __all__ = ['AT_ONCE', 'RUN', 'integers', 'turn_right', 'fields', 'words', 'high_
            'plan_batched', 'repack', 'random_blocks']
 
 # %% ../../nbs/4_kernels/20_weight_layout.ipynb #9df78b65
+from collections.abc import Iterable, Sequence
 from math import prod
+from typing import Any
 from fastcore.basics import patch
 from ..files.blocks import GGMLType, fifth_bit, nibbles
 from ..errors import KernelError
@@ -18,13 +20,16 @@ import numpy as np
 
 # %% ../../nbs/4_kernels/20_weight_layout.ipynb #33e29806
 def integers(
-    b,              # structured blocks, any shape
+    b:np.ndarray,   # structured blocks, any shape
     t:GGMLType,
-):                  # uint8 (…, blocks of 32, 32)
+)->np.ndarray:      # uint8 (…, blocks of 32, 32)
     """The integers of blocks in order, without their offset; of MXFP4 the codes, of Q8_0 the numbers plus 128
 
     Args:
         b: structured blocks, any shape
+
+    Returns:
+        uint8 (…, blocks of 32, 32)
     """
     parts = lambda name, n: b[name].reshape(*b.shape, n, -1)
     if t == GGMLType.Q8_0: return parts('qs', 1).view(np.uint8) ^ 128
@@ -36,48 +41,57 @@ def integers(
 
 
 # %% ../../nbs/4_kernels/20_weight_layout.ipynb #21903f29
-def turn_right(w): return w >> 8 | w << 24
+def turn_right(w:np.ndarray)->np.ndarray: return w >> 8 | w << 24
 
 def fields(
-    v,      # (…, 4) small integers
-    p0, p1, # bits of the even and the odd ones
-):          # uint32 (…)
+    v:np.ndarray, # (…, 4) small integers
+    p0:int, p1:int, # bits of the even and the odd ones
+)->np.ndarray: # uint32 (…)
     """0 and 1 at bits p0 and p1 of a word, 2 and 3 sixteen bits higher
 
     Args:
         v: (…, 4) small integers
         p0, p1: bits of the even and the odd ones
+
+    Returns:
+        uint32 (…)
     """
     v = v.astype(np.uint32)
     return v[..., 0] << p0 | v[..., 1] << p1 | v[..., 2] << (p0 + 16) | v[..., 3] << (p1 + 16)
 
 def words(
-    a, b, # uint8 (…, 4): a lane's integers of the first and the second half of a block
+    a:np.ndarray, b:np.ndarray, # uint8 (…, 4): a lane's integers of the first and the second half of a block
     t:GGMLType,
-):        # uint32 (…, 1), of Q8_0 (…, 2)
+)->np.ndarray: # uint32 (…, 1), of Q8_0 (…, 2)
     """What a lane keeps of a block, without fifth and sixth bits
 
     Args:
         a, b: uint8 (…, 4): a lane's integers of the first and the second half of a block
+
+    Returns:
+        uint32 (…, 1), of Q8_0 (…, 2)
     """
     if t == GGMLType.Q8_0: return np.concatenate([a, b], -1).view('<u4')
     if t == GGMLType.MXFP4: w = fields(a & 7, 9, 1) | fields(a >> 3, 15, 7) | fields(b & 7, 4, 12) | fields(b >> 3, 0, 8)
     elif t == GGMLType.Q6_K: w = fields(a & 15, 4, 0) | fields(b & 15, 4, 0) << 8
     else:
-        low = 1 if 'qh' in t.dtype.names else 2
+        low = 1 if 'qh' in (t.dtype.names or ()) else 2
         w = fields(a & 15, low + 4, low) | turn_right(fields(b & 15, low + 4, low))
     return w[..., None]
 
 
 # %% ../../nbs/4_kernels/20_weight_layout.ipynb #ca407b8b
 def high_words(
-    a, b, # uint8 (…, 4 blocks, 4)
+    a:np.ndarray, b:np.ndarray, # uint8 (…, 4 blocks, 4)
     t:GGMLType,
-):        # uint32 (…, 1), of Q6_K (…, 2)
+)->np.ndarray: # uint32 (…, 1), of Q6_K (…, 2)
     """The fifth bits of a lane's four blocks, or fifth and sixth bits of two and two
 
     Args:
         a, b: uint8 (…, 4 blocks, 4)
+
+    Returns:
+        uint32 (…, 1), of Q6_K (…, 2)
     """
     def block(j):
         if t == GGMLType.Q6_K: x, turned = fields(a[..., j, :] >> 4, 8, 4) | fields(b[..., j, :] >> 4, 8, 4) << 2, j & 1
@@ -89,13 +103,16 @@ def high_words(
 
 # %% ../../nbs/4_kernels/20_weight_layout.ipynb #5fa9a300
 def units(
-    s,   # structured (tiles, units, 16 rows, blocks of a unit)
+    s:np.ndarray, # structured (tiles, units, 16 rows, blocks of a unit)
     t:GGMLType,
-):       # uint8 (tiles, bytes)
+)->np.ndarray: # uint8 (tiles, bytes)
     """The bytes of units that have as many blocks
 
     Args:
         s: structured (tiles, units, 16 rows, blocks of a unit)
+
+    Returns:
+        uint8 (tiles, bytes)
     """
     q = integers(s, t)                                                          # (tiles, units, 16, blocks, of 32, 32)
     q = q.reshape(*q.shape[:3], -1, min(4, q.shape[3]*q.shape[4]), 2, 4, 4)     # (tiles, units, 16, groups, blocks, halves, lanes, 4)
@@ -104,10 +121,10 @@ def units(
     w = words(a, b, t)                                                          # (tiles, units, groups, 16, lanes, blocks, words)
     if t == GGMLType.Q8_0 and whole: w = w.reshape(*w.shape[:5], 2, 4).transpose(0, 1, 2, 5, 3, 4, 6)       # two 16-byte loads
     out = [w]
-    if 'qh' in t.dtype.names:
+    if 'qh' in (t.dtype.names or ()):
         if whole: out.append(high_words(a, b, t))
         else: out.append(np.packbits(np.concatenate([a, b], -1) >> 4, axis=-1, bitorder='little'))
-    names = ['scales'] if t == GGMLType.Q6_K else [n for n in s.dtype.names if n not in ('qs', 'qh')]
+    names = ['scales'] if t == GGMLType.Q6_K else [n for n in s.dtype.names or () if n not in ('qs', 'qh')]
     out.append(np.concatenate([np.ascontiguousarray(s[n])[..., None].view(np.uint8) if s[n].ndim == 4 else s[n].view(np.uint8) for n in names], -1))
     if t == GGMLType.Q6_K: out.append(s['d'])
     flat = [np.ascontiguousarray(x).reshape(*x.shape[:2], -1).view(np.uint8) for x in out]
@@ -116,15 +133,18 @@ def units(
 
 # %% ../../nbs/4_kernels/20_weight_layout.ipynb #20a0b001
 def to_planes(
-    blocks,     # uint8 (rows, bytes a row), as in the file
-    type,
-    n_out=None, # rows of one matrix of a stack; all by default
-):              # uint8 (`padded_bytes`,)
+    blocks:np.ndarray, # uint8 (rows, bytes a row), as in the file
+    type:GGMLType | int | str,
+    n_out:int | None=None, # rows of one matrix of a stack; all by default
+)->np.ndarray:  # uint8 (`padded_bytes`,)
     """What a matrix looks like in VRAM
 
     Args:
         blocks: uint8 (rows, bytes a row), as in the file
         n_out: rows of one matrix of a stack; all by default
+
+    Returns:
+        uint8 (`padded_bytes`,)
     """
     t = GGMLType(type)
     b = np.ascontiguousarray(blocks).reshape(len(blocks), -1)
@@ -145,16 +165,26 @@ class BatchedArgs:
 
     Args:
         item: of a thing; its last field is `begin`, the first of the thing's blocks
+
+    Attributes:
+        pointers: where the pointers lie, in bytes
+        starts: where the parameters begin, in bytes
     """
+    name:str
+    item:Args
+    dtype:np.dtype
+    pointers:tuple[int, ...] # where the pointers lie, in bytes
+    starts:np.ndarray        # where the parameters begin, in bytes
+
     def __init__(self,
         item:Args, # of a thing; its last field is `begin`, the first of the thing's blocks
-    ):
+    )->None:
         self.name, self.item, self.starts = f'BatchedLaunch<{item.name}>', item, item.starts
         self.dtype = np.dtype([('at', item.dtype, AT_ONCE), ('count', np.int64)], align=True)
         self.pointers = tuple(i*item.dtype.itemsize + p for i in range(AT_ONCE) for p in item.pointers)
 
     def pack(self,
-        values:dict, # at: (values of the item's fields) of each thing, addresses as numbers
+        values:dict[str, Any], # at: (values of the item's fields) of each thing, addresses as numbers
     )->bytes:
         """The struct as the kernel reads it
 
@@ -166,11 +196,11 @@ class BatchedArgs:
         return table.tobytes()
 
 def plan_batched(
-    file, name,  # of a kernel that takes `BatchedLaunch`
-    defines,     # of the file
+    file:str, name:str, # of a kernel that takes `BatchedLaunch`
+    defines:tuple[str, ...], # of the file
     item:Args,   # what it wants to know of each thing
-    things,      # (blocks, *values of `item` without `begin`) of each
-)->list:
+    things:Sequence[tuple[Any, ...]], # (blocks, *values of `item` without `begin`) of each
+)->list[Launch]:
     """As few launches as there can be, in blocks of 256 threads
 
     Args:
@@ -193,8 +223,8 @@ RUN = Args('Run', src='ptr', dst='ptr', first_row='i64', n_out='i32', n='i32', n
 @launcher
 def repack(
     type:GGMLType,
-    runs,        # (address of rows as in the file, address of the tensor, 16-byte aligned, its shape: (rows, columns) or a stack of such, number of the first row, rows) of each
-)->list:
+    runs:Iterable[tuple[Any, ...]], # (address of rows as in the file, address of the tensor, 16-byte aligned, its shape: (rows, columns) or a stack of such, number of the first row, rows) of each
+)->list[Launch]:
     "Sort blocks of one type into units"
     if type.block_size == 1: raise KernelError(f'{type.name} is stored as it is')
     things = []
@@ -206,14 +236,14 @@ def repack(
         things.append((-(-n_rows*groups*4//256), src, dst, first_row, n_out, n, n_rows))
     return plan_batched('repack', f'repack_{type.name.lower()}', type_defines(type), RUN, things)
 
-@patch(cls_method=True)
-def upload(cls:QTensor, blocks, type, shape, name=''):
+@patch(cls_method=True) # pyright: ignore[reportOptionalCall] (fastcore says nothing of what it returns)
+def upload(cls:QTensor, blocks:np.ndarray, type:GGMLType | int | str, shape:Iterable[int], name:str='')->QTensor:
     "Copy a file's blocks (uint8, any shape) to the current device and sort them; for notebooks and tests"
     import cupy
     t, shape = GGMLType(type), tuple(shape)
     src = cupy.asarray(np.ascontiguousarray(blocks).view(np.uint8).reshape(-1))
-    if t.block_size == 1: return cls(t, shape, src, name)
-    out = cls(t, shape, cupy.zeros(padded_bytes(shape, t), np.uint8), name)
+    if t.block_size == 1: return QTensor(t, shape, src, name)
+    out = QTensor(t, shape, cupy.zeros(padded_bytes(shape, t), np.uint8), name)
     repack(t, [(src.data.ptr, out.ptr, shape, 0, prod(shape[:-1]))])
     cupy.cuda.runtime.deviceSynchronize()
     return out
@@ -225,19 +255,22 @@ def random_blocks(
     type:GGMLType,
     rows:int,
     n:int,   # weights a row
-    rng,     # NumPy generator
-):           # uint8 (rows, bytes a row)
+    rng:np.random.Generator, # NumPy generator
+)->np.ndarray: # uint8 (rows, bytes a row)
     """Random valid rows of a type, for tests and timing: every integer, finite scales of both signs, weights of size 1
 
     Args:
         n: weights a row
         rng: NumPy generator
+
+    Returns:
+        uint8 (rows, bytes a row)
     """
     t = GGMLType(type)
     b = np.frombuffer(rng.bytes(rows * t.row_bytes(n)), np.uint8).copy().view(t.dtype).reshape(rows, -1)
     if t.block_size == 1:
         x = rng.standard_normal(b.shape, np.float32)
         b['x'] = x.view(np.uint32) >> 16 if t == GGMLType.BF16 else x
-    for f in {'d', 'm', 'dmin'} & set(b.dtype.names): b[f] = rng.standard_normal(b.shape) * _SIZE.get(t.name, 0.15)
+    for f in {'d', 'm', 'dmin'} & set(b.dtype.names or ()): b[f] = rng.standard_normal(b.shape) * _SIZE.get(t.name, 0.15)
     if t == GGMLType.MXFP4: b['e'] = rng.integers(121, 130, b.shape)
     return b.view(np.uint8).reshape(rows, -1)
