@@ -1,4 +1,5 @@
-"The notebooks' own test cells, run against the imported package: nbdev-test runs the notebook's definitions, users run the package's"
+"""The notebooks' own test cells, run against the imported package, as users run it; and every chapter from top to bottom in a kernel of
+Jupyter's, as its readers run it"""
 import json, re
 from importlib import import_module
 from pathlib import Path
@@ -46,6 +47,103 @@ def test_notebook(path, monkeypatch, hasty):
         exec(compile(src, f'{path.name}', 'exec'), names)
     import matplotlib.pyplot as plt
     plt.close('all')
+
+
+def run_all(path, monkeypatch, change=str, **env):
+    """The cells of a notebook after "run all", save and `nbdev-clean`, in the folder that Lab would run it in; `change` is what somebody
+    types into the cells before that"""
+    nbclient, nbformat, clean = map(pytest.importorskip, ('nbclient', 'nbformat', 'nbdev.clean'))
+    for name, value in env.items(): monkeypatch.setenv(name, value)
+    book = nbformat.read(path, 4)
+    for cell in book.cells: cell.source = change(cell.source)
+    where = dict(metadata=dict(path=str(path.parent)))
+    nbclient.NotebookClient(book, timeout=None, kernel_name='python3', coalesce_streams=True, resources=where).execute()
+    saved = json.loads(nbformat.writes(book))
+    clean.clean_nb(saved)
+    return saved['cells']
+
+
+def source(cell): return ''.join(cell['source'])
+def needs_gpu(cell): return re.search(r'^#\|\s*gpu\b', source(cell), re.M)
+def is_hidden(cell): return re.search(r'^#\|\s*(hide|notest)\b', source(cell), re.M)
+def card_of(cell): return [''.join(o['data']['text/plain']).removeprefix('run on: ') for o in cell['outputs'] if 'data' in o][-1]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_run_all_without_a_gpu(path, monkeypatch):
+    "No cell fails, and what a GPU made is still there, bit for bit"
+    before, after = json.loads(path.read_text())['cells'], run_all(path, monkeypatch, CUDA_VISIBLE_DEVICES='')
+    assert [c | {'outputs': None} for c in after] == [c | {'outputs': None} for c in before]
+    for a, b in zip(after, before, strict=True):
+        if needs_gpu(b): assert a['outputs'] == b['outputs'], source(b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if '#| gpu' in p.read_text()], ids=lambda p: p.stem)
+def test_run_all_with_a_gpu(path, monkeypatch):
+    from cupy.cuda import runtime
+    name = runtime.getDeviceProperties(0)['name'].decode()
+    cells = [c for c in run_all(path, monkeypatch) if needs_gpu(c) and not is_hidden(c)]
+    assert {card_of(c) for c in cells} <= {name}
+
+
+def test_kept_results_say_on_which_card():
+    "And a text that two chapters of a folder share has one result, for it is found by its text"
+    marked = [(p, c) for p in NOTEBOOKS for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'code' and needs_gpu(c)]
+    results = {}
+    for path, cell in marked:
+        if not is_hidden(cell): assert re.match(r'\S.* \S', card_of(cell)), (path.name, source(cell))
+        assert results.setdefault((path.parent, source(cell)), cell['outputs']) == cell['outputs'], (path.name, source(cell))
+    for path in {p for p, _ in marked}: assert '%load_ext orcd.kernels.gpu_cells' in path.read_text(), path.name
+
+
+FAKE_CARD = "class runtime:\n    def getDeviceProperties(self, i): return {'name': b'NVIDIA Test'}\nruntime = runtime()\n"
+CELLS = ['%load_ext orcd.kernels.gpu_cells', '#| gpu\nprint("cells")\nprint("run")\n1/3', '#| gpu\n#| hide\nfrom nowhere import nothing',
+    '#| gpu\n1/0']
+KEPT = dict(output_type='stream', name='stdout', text='cells\nkept\n')
+VALUE = dict(output_type='execute_result', execution_count=None, metadata={}, data={'text/plain': 'x', 'text/html': '<b>x</b>'})
+CARD = dict(output_type='display_data', metadata={}, data={'text/html': '<small>run on: an X</small>', 'text/plain': 'run on: an X'})
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    "A notebook in a folder of its own"
+    outputs = {1: [KEPT, VALUE, CARD], 3: [CARD]}
+    cells = [dict(cell_type='code', id=f'cell{i}', metadata={}, execution_count=None, source=s, outputs=outputs.get(i, []))
+        for i, s in enumerate(CELLS)]
+    path = tmp_path / 'a.ipynb'
+    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    monkeypatch.setenv('PYTHONPATH', f'{tmp_path}:{ROOT}')
+    return path
+
+
+def test_marked_cells_show_what_was_kept(small, monkeypatch):
+    outputs = [c['outputs'] for c in run_all(small, monkeypatch, CUDA_VISIBLE_DEVICES='')]
+    for o in (o for os in outputs for o in os):
+        if 'text' in o: o['text'] = ''.join(o['text'])
+        for k, v in o.get('data', {}).items(): o['data'][k] = ''.join(v)
+    assert outputs == [[], [KEPT, VALUE, CARD], [], [CARD]]
+
+
+def test_marked_cells_run_where_there_is_a_card(small, monkeypatch):
+    (small.parent / 'cupy').mkdir()
+    (small.parent / 'cupy' / '__init__.py').touch()
+    (small.parent / 'cupy' / 'cuda.py').write_text(FAKE_CARD)
+    (small.parent / 'nowhere.py').write_text('nothing = 0')
+    text = small.read_text()
+    small.write_text(text.replace('1/0', '1/4'))
+    cells = run_all(small, monkeypatch)
+    shown = [o.get('text') or o['data']['text/plain'] for o in cells[1]['outputs']]
+    assert [''.join(s) for s in shown] == ['cells\nrun\n', str(1/3), 'run on: NVIDIA Test']
+    assert not cells[2]['outputs'] and card_of(cells[3]) == 'NVIDIA Test'
+    small.write_text(text)
+    with pytest.raises(Exception, match='ZeroDivisionError'): run_all(small, monkeypatch)
+
+
+def test_a_changed_cell_says_that_it_has_no_result(small, monkeypatch):
+    from orcd.kernels.gpu_cells import NOTHING
+    cells = run_all(small, monkeypatch, lambda text: text.replace('1/0', '1/9'), CUDA_VISIBLE_DEVICES='')
+    assert ''.join(cells[3]['outputs'][0]['text']) == NOTHING + '\n' and cells[1]['outputs']
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
