@@ -120,7 +120,7 @@ def _heads(name, n, n_head_kv, d, sinks):
 
 def _scale(scale, d): return (d**-0.5 if scale is None else scale) * np.log2(np.e)
 
-ATTEND_DECODE = Args('AttendDecodeArgs', q='ptr', k='ptr', v='ptr', k_cache='ptr', v_cache='ptr', state='ptr', sinks='ptr', out='ptr', partial='ptr', tickets='ptr',
+ATTEND_DECODE = Args('AttendDecodeArgs', apart=True, q='ptr', k='ptr', v='ptr', k_cache='ptr', v_cache='ptr', state='ptr', sinks='ptr', out='ptr', partial='ptr', tickets='ptr',
     scale='f32', n_head='i32', n_head_kv='i32', rows='i32', ring='i32', inv_freq='ptr', mscale='f32', n_rot='i32', neox='i32')
 
 @launcher

@@ -239,7 +239,7 @@ def current_limits()->tuple[int, bool]:
 GEMV = Args('GemvArgs', apart=True, w='ptr 3', out='ptr 3', bias='ptr 3', n_out='i32 3', blocks='i32 3', ldo='i64 3', residual='ptr', ldr='i64',
     n_in='i32', parts='i32', depth='i32', span='i32', second='i32', clamped='i32', x='ptr', norm='ptr', ldx='i64', eps='f32', per='i32',
     logits='ptr', ids='ptr', n_expert='i32', n_used='i32', settled='i32')
-GEMV_PLAIN = Args('GemvPlainArgs', w='ptr', out='ptr', bias='ptr', n_out='i32', ldo='i64', residual='ptr', ldr='i64', n_in='i32',
+GEMV_PLAIN = Args('GemvPlainArgs', apart=True, w='ptr', out='ptr', bias='ptr', n_out='i32', ldo='i64', residual='ptr', ldr='i64', n_in='i32',
     x='ptr', norm='ptr', ldx='i64', eps='f32', per='i32', ids='ptr', n_expert='i32')
 
 def _plan(jobs, x, rows, mode='gemv', residual=None, per=1, choice=None, ids=None, settled=False, clamped=False, limits=None)->Launch:

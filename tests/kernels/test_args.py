@@ -98,6 +98,9 @@ def apart(a):
     return ', '.join(f'{types[f]} {n}' for f in names for n in names[f]), f'{{{init}}}'
 
 
+def macro_name(a): return re.sub(r'(?<=[a-z])(?=[A-Z])', '_', a.name.removesuffix('Args')).upper()
+
+
 APART = [a for a in ARGS.values() if len(a.starts) > 1]
 
 
@@ -106,7 +109,7 @@ def test_structs_in_parts(a):
     "Parameters have the struct's types, names and order, and lie where its numbers lie"
     text = FILES[where(a.name)]
     parameters, init = apart(a)
-    assert macro(text, 'GEMV_PARAMETERS') == parameters and macro(text, 'GEMV_ARGS') == init
+    assert macro(text, f'{macro_name(a)}_PARAMETERS') == parameters and macro(text, f'{macro_name(a)}_ARGS') == init
     flat = [(kind, a.dtype.fields[f][1] + i*(8 if kind in ('ptr', 'i64') else 4)) for f, (kind, count) in a.fields.items() for i in range(count or 1)]
     assert a.starts.tolist() == [at for _, at in flat] and [at for kind, at in flat if kind == 'ptr'] == [*a.pointers]
     at = 0
@@ -119,7 +122,8 @@ def test_structs_in_parts(a):
 
 def test_every_kernel_takes_one_struct():
     "Whole, or in parts where `Args` says so"
+    parts = [(f'{macro_name(a)}_PARAMETERS', where(a.name)) for a in APART]
     for file, text in FILES.items():
         for m in re.finditer(r'__global__[^(;]*?(?:__launch_bounds__\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*)?([\w#]+)\(([^)]*)\)', re.sub(r'//.*', '', text)):
             takes = m[2].replace('\\\n', '').strip()
-            assert re.fullmatch(r'const __grid_constant__ [\w<>]+ \w+', takes) or (takes == 'GEMV_PARAMETERS' and file in map(where, [a.name for a in APART])), f'{file}: {m[1]}({m[2]})'
+            assert re.fullmatch(r'const __grid_constant__ [\w<>]+ \w+', takes) or (takes, file) in parts, f'{file}: {m[1]}({m[2]})'

@@ -112,7 +112,12 @@ struct AttendDecodeArgs {
     float scale; int n_head, n_head_kv, rows, ring;
     const float* inv_freq; float mscale; int n_rot, neox;
 };
-extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(const __grid_constant__ AttendDecodeArgs args) {
+#define ATTEND_DECODE_PARAMETERS const float* q, const float* k, const float* v, f16* k_cache, f16* v_cache, const int* state, \
+    const float* sinks, float* out, float* partial, int* tickets, float scale, int n_head, int n_head_kv, int rows, int ring, \
+    const float* inv_freq, float mscale, int n_rot, int neox
+#define ATTEND_DECODE_ARGS {q, k, v, k_cache, v_cache, state, sinks, out, partial, tickets, scale, n_head, n_head_kv, rows, ring, \
+    inv_freq, mscale, n_rot, neox}
+__device__ __forceinline__ void attend_position(const AttendDecodeArgs& args) {
     __shared__ float2 turns[D / 2];  // cosine and sine of each pair, when q and k still have to be turned
     __shared__ __align__(16) f16 vs[SPLIT * PAD];
     __shared__ __align__(16) f16 ps[HEADS][SPLIT + 8];
@@ -310,6 +315,10 @@ extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(
         const float r = 1.f / l;
         *(float4*)(out + h * D + d) = make_float4(o.x * r, o.y * r, o.z * r, o.w * r);
     }
+}
+extern "C" __global__ void __launch_bounds__(128, D < 96 ? 5 : 4) attend_decode(ATTEND_DECODE_PARAMETERS) {
+    const AttendDecodeArgs args = ATTEND_DECODE_ARGS;
+    attend_position(args);
 }
 
 // ---- many query rows --------------------------------------------------------------------------------------------------------------

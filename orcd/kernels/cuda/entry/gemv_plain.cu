@@ -15,9 +15,11 @@ struct GemvPlainArgs {
     const int* ids;     // which expert a row of out takes
     int n_expert;
 };
-// This thread's part of the product of a row with the vector, and of the vector's sum of squares. NORMED: does src have weights of a norm?
-template<int T, bool NORMED> __device__ __forceinline__ void dot(const u8* w, InputPrologue src, int n, float& sum, float& square) {
-    if (!NORMED) src.w = nullptr;
+#define GEMV_PLAIN_PARAMETERS const u8* w, float* out, const float* bias, int n_out, i64 ldo, const float* residual, i64 ldr, int n_in, \
+    const float* x, const float* norm, i64 ldx, float eps, int per, const int* ids, int n_expert
+#define GEMV_PLAIN_ARGS {w, out, bias, n_out, ldo, residual, ldr, n_in, x, norm, ldx, eps, per, ids, n_expert}
+// This thread's part of the product of a row with the vector, and of the vector's sum of squares
+template<int T> __device__ __forceinline__ void dot(const u8* w, const InputPrologue& src, int n, float& sum, float& square) {
     constexpr int AHEAD = 4;                            // times four weights that are on their way before x is there
     if (n % 4 == 0) {
         float4 ahead[AHEAD];
@@ -57,8 +59,7 @@ template<int T> __device__ __forceinline__ void plain(const GemvPlainArgs& a) {
     const u8* w = a.w + row * a.n_in * Type<T>::s;
     const InputPrologue src(a.x, a.norm, slot / a.per, a.ldx, a.eps);
     float sum = 0, square = 0;
-    if (a.norm) dot<T, true>(w, src, a.n_in, sum, square);
-    else dot<T, false>(w, src, a.n_in, sum, square);
+    dot<T>(w, src, a.n_in, sum, square);
     sum = warp_sum(sum);
     square = warp_sum(square);
     if ((threadIdx.x & 31) == 0) {
@@ -73,5 +74,8 @@ template<int T> __device__ __forceinline__ void plain(const GemvPlainArgs& a) {
     if (a.residual) sum += a.residual[slot * a.ldr + o];
     a.out[slot * a.ldo + o] = sum;
 }
-#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) gemv_##name(const __grid_constant__ GemvPlainArgs a) { plain<T>(a); }
+#define KERNEL(name, T) extern "C" __global__ void __launch_bounds__(256) gemv_##name(GEMV_PLAIN_PARAMETERS) { \
+    const GemvPlainArgs a = GEMV_PLAIN_ARGS; \
+    plain<T>(a); \
+}
 EACH_PLAIN(KERNEL)
