@@ -54,3 +54,16 @@ def small(path, seed=0, alignment=None, long=100_000):
     w.add_tensor('odd', rng.standard_normal(7).astype(np.float32))
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
     return out
+
+
+def split(path, out, n, **more):
+    "The same model in parts of n tensors, by gguf's reader and writer. Returns their paths in order."
+    import gguf
+    r = gguf.GGUFReader(path)
+    w = gguf.GGUFWriter(out, r.fields['general.architecture'].contents(), split_max_tensors=n, **more)
+    for f in r.fields.values():
+        if f.name.startswith('GGUF.') or f.name == 'general.architecture': continue
+        w.add_key_value(f.name, f.contents(), f.types[0], sub_type=f.types[-1] if f.types[0] == gguf.GGUFValueType.ARRAY else None)
+    for t in r.tensors: w.add_tensor(t.name, t.data, raw_shape=t.data.shape, raw_dtype=t.tensor_type)
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    return sorted(out.parent.glob(f'{out.stem}-*-of-*.gguf'))

@@ -39,13 +39,15 @@ def mutate(data, rng, header):
 
 def consistent(g):
     "Is what an accepted file says true?"
-    end = g.data_offset
-    for t in sorted(g.tensors.values(), key=lambda t: t.offset):
-        assert t.offset >= end and t.offset % g.alignment == g.data_offset % g.alignment == 0, t
+    assert sum(size for size, _ in g.part_sizes()) == g.file_size and len(g.filenos()) == len(g.part_sizes())
+    ends = [start for _, start in g.part_sizes()]
+    alone = len(ends) == 1
+    for t in sorted(g.tensors.values(), key=lambda t: t.position):
+        assert t.offset >= ends[t.part] and (not alone or t.offset % g.alignment == g.data_offset % g.alignment == 0), t
         assert t.n_bytes > 0 and t.dims[0] % t.type.block_size == 0, t
-        end = t.offset + t.n_bytes
+        ends[t.part] = end = t.offset + t.n_bytes
         if g.has_data:
-            assert end <= g.file_size, t
+            assert end <= g.part_sizes()[t.part][0], t
             assert g.blocks(t.name).nbytes == t.n_bytes and g.dequantize(t.name).shape == t.shape, t
     for k in g.metadata:
         try: v = g.metadata[k]
@@ -55,12 +57,12 @@ def consistent(g):
     repr(g); g._repr_html_(); g.check_unchanged()
 
 
-def attempt(path, data, count):
-    "Open one file"
+def attempt(path, data, count, opened):
+    "Write one file, open it or another part of it"
     path.write_bytes(data)
     def look():
         try:
-            with GGUF(path) as g: consistent(g)
+            with GGUF(opened) as g: consistent(g)
             return 'accepted'
         except GGUFError as e:
             assert '\n' not in str(e) and len(str(e)) < 1000, str(e)
@@ -89,12 +91,30 @@ def main(folder):
         for seed in range(4000):
             rng = random.Random(seed)
             yield mutate(tiny, rng, len(tiny) - 128) if seed % 4 else mutate(good, rng, header)
-    for i, data in enumerate(cases()):
-        try: attempt(path, data, count)
+    parts = [folder / f'p-{i + 1:05}-of-00002.gguf' for i in range(2)]
+    split = lambda i: [gf.pair('split.count', gf.U16, 2), gf.pair('split.no', gf.U16, i), gf.pair('split.tensors.count', gf.I32, 2)]
+    own = [gf.raw([gf.pair('general.architecture', gf.STR, 'x'), *split(0)], [gf.tensor('a', (32, 2), 2, 0)], bytes(64)),
+        gf.raw(split(1), [gf.tensor('b', (4, 2, 2), 0, 0)], bytes(64))]
+    def cases_of_parts():
+        for i in range(2):
+            for at in range(len(own[i])):
+                for v in VALUES: yield parts[i], own[i], own[i][:at] + v.to_bytes(9, 'little')[:8] + own[i][at + 8:]
+                yield parts[i], own[i], own[i][:at]
+            for seed in range(500): yield parts[i], own[i], mutate(own[i], random.Random(seed), len(own[i]) - 64)
+    def one(i, path, data, opened):
+        try: attempt(path, data, count, opened)
         except BaseException:
             (folder / 'culprit.gguf').write_bytes(data)
             print(f'case {i}', file=sys.stderr)
             raise
+    for i, data in enumerate(cases()): one(i, path, data, path)
+    for p, data in zip(parts, own): p.write_bytes(data)
+    with GGUF(parts[1]) as g: consistent(g)
+    before = dict(count)
+    for i, (p, good, data) in enumerate(cases_of_parts()):
+        one(i, p, data, parts[i % 2])
+        p.write_bytes(good)
+    count['parts_accepted'] = count['accepted'] - before['accepted']
     status = Path('/proc/self/status').read_text() # ru_maxrss would count what the parent had when it forked
     count['peak_mb'] = int(re.search(r'VmHWM:\s+(\d+)', status)[1])/1024
     print(json.dumps(count))

@@ -237,7 +237,7 @@ class CudaEngine:
                     g.check_unchanged()
                     arenas = [self._arena(k, getattr(p, k)) for k in ('weights', 'kv_cache', 'workspace')] # first: the driver does one thing at a time
                     weights.pin()
-                    weights.start(g.fileno(), self._allocate(bound, *arenas), progress, self.stage)
+                    weights.start(g.filenos(), self._allocate(bound, *arenas), progress, self.stage)
                     self._capture(bound, weights.context) # wants addresses, not weights
                     weights.wait()
                     g.check_unchanged()
@@ -264,7 +264,7 @@ class CudaEngine:
                 data = weights.take((nvrtc.padded_bytes(shape, t.type),), np.uint8, t.name)
                 arrays[t.name] = nvrtc.QTensor(t.type, shape, data, t.name, w['exponents'][at:at + n] if n else None)
             at += n
-            copies.append(Copy(t.offset, t.n_bytes, data.data.ptr, *((t.type, shape) if t.type.block_size > 1 else ())))
+            copies.append(Copy(t.position, t.n_bytes, data.data.ptr, *((t.type, shape) if t.type.block_size > 1 else ())))
         roles = lambda d: SimpleNamespace(**{role: t and arrays[t.name] for role, t in d.items()})
         self.model, self.layers = roles(bound.model), [roles(d) for d in bound.layers]
         self.cache = [tuple(kv.take(cache_shape(c, i, p.n_kv), np.float16, f'kv.{i}.{x}') for x in 'kv') for i in range(c.n_layer)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'INTEGERS', 'MAX_HEADER', 'MAX_STRINGS', 'MAX_ENTRIES', 'MAX_KEY', 'MAX_NAME', 'MAX_DIMS', 'MAX_ALIGNMENT',
-           'NEAR', 'Kind', 'Pairs', 'PIECE', 'GGUFType', 'read_at', 'short', 'nearest', 'Metadata', 'cut_pairs',
-           'TensorInfo', 'Tensors', 'types_table', 'GGUF']
+           'NEAR', 'Kind', 'Pairs', 'PART_SPAN', 'PIECE', 'GGUFType', 'read_at', 'short', 'nearest', 'Metadata',
+           'cut_pairs', 'TensorInfo', 'Tensors', 'types_table', 'GGUF']
 
 # %% ../../nbs/1_files/02_gguf.ipynb #4eff1750
 import html, mmap, os, stat, struct
@@ -25,7 +25,7 @@ import numpy as np
 
 # %% ../../nbs/1_files/02_gguf.ipynb #ae20121b
 from .blocks import GGMLType, dequantize, ggml_type
-from .hub import find_model, is_name
+from .hub import MAX_PARTS, find_model, is_name, part_names
 from ..errors import GGUFError, MissingError, ModelError
 
 # %% ../../nbs/1_files/02_gguf.ipynb #31fe3aa1
@@ -416,6 +416,8 @@ def _metadata(c:_Cursor, n:int)->tuple[dict[str, Any], dict[str, Kind]]:
     return values, types
 
 # %% ../../nbs/1_files/02_gguf.ipynb #92946f85
+PART_SPAN = 1 << 48 # more than the bytes of any file
+
 @dataclass(frozen=True)
 class TensorInfo:
     """An entry of the tensor table
@@ -423,12 +425,18 @@ class TensorInfo:
     Attributes:
         dims: as in the file, fastest first
         offset: of the first byte, from the start of the file
+        part: which file, of a model in several
     """
     name:str
     type:GGMLType
     dims:tuple[int, ...]     # as in the file, fastest first
     offset:int     # of the first byte, from the start of the file
+    part:int=0     # which file, of a model in several
 
+    @property
+    def position(self)->int:
+        "The offset, plus `PART_SPAN` for every part before: one number for what lies where"
+        return self.part*PART_SPAN + self.offset
     @property
     def shape(self)->tuple[int, ...]:
         "NumPy's order, slowest first"
@@ -481,7 +489,7 @@ class Tensors(dict[str, TensorInfo]):
     def __missing__(self, name:object)->NoReturn:
         raise MissingError(f'there is no tensor {short(name)!r}; the file has {len(self)} tensors{nearest(name, self)}', self.path)
 
-def _place(c:_Cursor, tensors:list[TensorInfo], alignment:int)->tuple[Tensors, int, bool]:
+def _place(c:_Cursor, tensors:list[TensorInfo], alignment:int, part:int=0)->tuple[Tensors, int, bool]:
     "Absolute offsets for the tensors; returns the dict, the start of the data and whether there are any"
     start = -(-c.pos//alignment)*alignment
     end = start
@@ -490,7 +498,7 @@ def _place(c:_Cursor, tensors:list[TensorInfo], alignment:int)->tuple[Tensors, i
         end = start + t.offset + t.n_bytes
         if c.size > start and end > c.size:
             c.fail(f'{t.name} ends at byte {end} but the file has {c.size}: it is cut off, download it again', start + t.offset)
-    return Tensors({t.name: TensorInfo(t.name, t.type, t.dims, start + t.offset) for t in tensors}, c.path), start, c.size > start
+    return Tensors({t.name: TensorInfo(t.name, t.type, t.dims, start + t.offset, part) for t in tensors}, c.path), start, c.size > start
 
 # %% ../../nbs/1_files/02_gguf.ipynb #ecbb4d88
 _words = 'general.architecture', 'tokenizer.ggml.model', 'tokenizer.ggml.pre'
@@ -517,18 +525,25 @@ def _check_vocabulary(c:_Cursor, values:dict[str, Any], types:dict[str, Kind])->
             c.fail(f'{key} is {values[key]}, outside the vocabulary of {n} tokens', c.where[key])
 
 # %% ../../nbs/1_files/02_gguf.ipynb #73639962
-def _check_split(c:_Cursor, values:dict[str, Any], types:dict[str, Kind])->None:
-    "A model in several files: say which part is missing, or how to join them"
-    for k in ('split.count', 'split.no'):
+def _split(c:_Cursor, values:dict[str, Any], types:dict[str, Kind])->tuple[int, int, int]:
+    "(number of files, which one this is, tensors in all of them); 1, 0, 0: whole by itself, as a file is whose parts were joined"
+    keys = 'split.count', 'split.no', 'split.tensors.count'
+    for k in keys:
         if k in types and types[k][0] not in INTEGERS: c.fail(f'{k} must be an integer, not {types[k][0]}', c.where[k])
-    n, i = values.get('split.count', 0), values.get('split.no', 0)
-    if not 1 < n <= 65535: return
-    stem = Path(c.path).name.removesuffix('.gguf').removesuffix(f'-{i+1:05}-of-{n:05}')
-    parts = [f'{stem}-{j+1:05}-of-{n:05}.gguf' for j in range(n)]
-    missing = next((p for j, p in enumerate(parts) if j != i and not os.path.exists(Path(c.path).parent/p)), None)
-    fix = f'missing: {missing}' if missing else 'all parts are here'
-    join = f'llama-gguf-split --merge {parts[0]} {stem}.gguf'
-    c.fail(f'this is part {i+1} of {n} of a split model; {fix}; join the parts with `{join}`', c.where['split.count'])
+    n, i, tensors = (values.get(k, 0) for k in keys)
+    if 0 <= n <= 1: return 1, 0, 0
+    at = c.where['split.count']
+    if not 0 < n <= MAX_PARTS: c.fail(f'split.count is {n}; a model has at most {MAX_PARTS} parts', at)
+    for k in keys[1:]:
+        if k not in values: c.fail(f'one of {n} parts of a split model, but {k} is missing: split the model again', at)
+    if not 0 <= i < n: c.fail(f'split.no is {i}, and split.count is {n}: no such part', at)
+    names = part_names(os.path.basename(c.path))
+    if not names: c.fail(f'part {i + 1} of {n} of a split model: give its file a name like model-{i + 1:05}-of-{n:05}.gguf, and so on', at)
+    said = names.index(os.path.basename(c.path)), len(names)
+    if said != (i, n):
+        c.fail(f'part {i + 1} of {n} of a split model, but part {said[0] + 1} of {said[1]} by its name: give it the right one', at)
+    return n, i, tensors
+
 
 # %% ../../nbs/1_files/02_gguf.ipynb #bcb34af9
 def _alignment(c:_Cursor, values:dict[str, Any], types:dict[str, Kind])->int:
@@ -588,7 +603,8 @@ def _size(n:float)->str:
 
 def _describe(g)->str:
     "Name, architecture and sizes of a file in one line"
-    kind = '' if g.has_data else ', header only'
+    parts = f' in {len(g._parts)} files' if len(g._parts) > 1 else ''
+    kind = parts + ('' if g.has_data else ', header only')
     try: arch = short(g.metadata.get('general.architecture', 'no architecture'))
     except GGUFError: arch = 'no readable architecture'
     return f'{short(Path(g.path).name)}: {arch}, {len(g.tensors)} tensors, {len(g.metadata)} metadata pairs, {_size(g.file_size)}{kind}'
@@ -618,27 +634,143 @@ def _html(g)->str:
     return f'<p><b>{html.escape(_describe(g))}</b></p><table><tr>{head}</tr>{rows}</table>'
 
 # %% ../../nbs/1_files/02_gguf.ipynb #7b62960e
+class _File:
+    "One open file: its header, its bytes, and whether it is still what it was"
+    def __init__(self, path:str)->None:
+        self.path, self.map = path, None
+        self.file: IO[bytes] | None = None
+        self.file = _open(path)
+        try: self._parse()
+        except BaseException:
+            self.close()
+            raise
+
+    def _parse(self)->None:
+        self.stat = os.fstat(self.fileno())
+        self.size = self.stat.st_size
+        c = _Cursor(self.fileno(), self.size, self.path)
+        n_tensors, n_pairs = _preamble(c)
+        values, types = _metadata(c, n_pairs)
+        self.count, self.no, self.all_tensors = _split(c, values, types)
+        for check in (_check_words, _check_vocabulary): check(c, values, types)
+        self.metadata, self.alignment = Metadata(values, types, self.read, self.path), _alignment(c, values, types)
+        tensors = [_tensor(c, i, self.alignment) for i in range(n_tensors)]
+        if twice := [n for n, k in Counter(t.name for t in tensors).items() if k > 1]: c.fail(f'the tensor {twice[0]} appears twice')
+        self.tensors, self.data_offset, self.has_data = _place(c, tensors, self.alignment, self.no)
+
+    def fileno(self)->int:
+        if self.file is None: raise GGUFError('the file is closed', self.path)
+        return self.file.fileno()
+
+    def read(self, pos:int, n:int)->bytes:
+        "Bytes of the file as it was when it was opened"
+        data = read_at(self.fileno(), pos, n, self.path)
+        self.check() # afterwards, for what was read might be another file's by now
+        return data
+
+    def mapped(self)->mmap.mmap:
+        self.check()
+        try: self.map = self.map or mmap.mmap(self.fileno(), self.size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as e: raise GGUFError(f'mmap fails: {e}', self.path) from None
+        return self.map
+
+    def check(self)->None:
+        "Is the open file still what it was? Costs a microsecond."
+        now, was = os.fstat(self.fileno()), self.stat
+        if now.st_size < was.st_size:
+            raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
+        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
+            raise GGUFError('the file was written to while it was in use', self.path)
+
+    def check_unchanged(self)->None:
+        "And does its path still mean it?"
+        self.check()
+        try: there = os.path.samestat(os.stat(self.path), self.stat)
+        except OSError: there = False
+        if not there: raise GGUFError('the file was replaced or deleted while it was in use', self.path)
+
+    def close(self)->None:
+        if self.map is not None:
+            try: self.map.close()
+            except BufferError: pass
+        if self.file is not None: self.file.close()
+        self.map = self.file = None
+
+    def __del__(self)->None: self.close()     # when nobody holds the model or its metadata any more
+
+
+# %% ../../nbs/1_files/02_gguf.ipynb #5b1f0c12
+def _bytes_of(m:Metadata, key:str)->Any:
+    "A value to compare: what lies in the file, undecoded"
+    v = m._values[key]
+    return m._read(v.start, v.end - v.start) if isinstance(v, _Lazy) else repr(v)
+
+def _same_model(first:_File, p:_File)->None:
+    "Raise `GGUFError` when a part says otherwise than the first one"
+    for key in p.metadata:
+        if key in ('split.no', 'general.alignment'): continue
+        if first.metadata.kind(key)[0] is None: raise GGUFError(f'{short(key)} is not in the first part: a part of another model?', p.path)
+        alike = key.startswith('split.') or first.metadata.kind(key) == p.metadata.kind(key)      # whatever integers they are
+        if not alike or _bytes_of(first.metadata, key) != _bytes_of(p.metadata, key):
+            raise GGUFError(f'{short(key)} is not what the first part says: a part of another model?', p.path)
+
+def _join(parts:list[_File])->Tensors:
+    "The tensors of all parts, when these are one model"
+    first, all = parts[0], Tensors({}, parts[0].path)
+    for p in parts:
+        _same_model(first, p)
+        for name, t in p.tensors.items():
+            if name in all: raise GGUFError(f'the tensor {name} is in part {all[name].part + 1} already', p.path)
+            all[name] = t
+        if p.tensors and not p.has_data and any(q.has_data for q in parts):
+            raise GGUFError('the file ends where its tensors should begin: it is cut off, download it again', p.path)
+    if len(all) != first.all_tensors:
+        raise GGUFError(f'the {len(parts)} parts hold {len(all)} tensors, split.tensors.count says {first.all_tensors}', first.path)
+    return all
+
+def _open_parts(given:_File, found:list[_File])->None:
+    "Open the other parts, and put all of them into `found` in their order"
+    folder, name = os.path.split(given.path)
+    names = part_names(name)
+    stem = names[0].removesuffix(f'-{1:05}-of-{given.count:05}.gguf')
+    missing = [n for n in names if not os.path.lexists(os.path.join(folder, n))]
+    if missing:
+        more = f' and {len(missing) - 1} more' if missing[1:] else ''
+        raise GGUFError(f'part {given.no + 1} of {given.count} of a split model; missing beside it: {short(missing[0])}{more}', given.path)
+    extra = f'{stem}-{given.count + 1:05}-of-{given.count:05}.gguf'
+    if os.path.lexists(os.path.join(folder, extra)):
+        raise GGUFError(f'part {given.no + 1} of {given.count} of a split model, but {short(extra)} lies beside it: remove it', given.path)
+    for n in names:
+        if n == name: continue
+        p = _File(os.path.join(folder, n))
+        found.append(p)
+        if p.count == 1: raise GGUFError(f'a model by itself, not one of the {given.count} parts that its name says', p.path)
+    found.sort(key=lambda p: p.no)
+
+
+# %% ../../nbs/1_files/02_gguf.ipynb #5b1f0c13
 PIECE = 4 << 20 # bytes that are decoded at a time
 
 class GGUF:
     """A GGUF file: `metadata`, `tensors`, and the bytes of each tensor. A context manager; the header alone is read when it is opened.
+    A model in several files is opened by any of them, and is one.
 
     Args:
         path: of the file (`~` works), the name of a pulled model, or 'demo'
 
     Attributes:
-        path: of the file
+        path: of the file; of the first part
         metadata: key -> value
         tensors: name -> `TensorInfo`
-        file_size: bytes
+        file_size: bytes, of all parts
         alignment: tensors begin at multiples of it
         data_offset: where the first tensor may begin
         has_data: False: the file is a header alone
     """
-    path: str            # of the file
+    path: str            # of the file; of the first part
     metadata: Metadata   # key -> value
     tensors: Tensors     # name -> `TensorInfo`
-    file_size: int       # bytes
+    file_size: int       # bytes, of all parts
     alignment: int       # tensors begin at multiples of it
     data_offset: int     # where the first tensor may begin
     has_data: bool       # False: the file is a header alone
@@ -646,26 +778,20 @@ class GGUF:
     def __init__(self,
         path:str | os.PathLike[str],   # of the file (`~` works), the name of a pulled model, or 'demo'
     )->None:
-        self._file: IO[bytes] | None = None
-        self._map: mmap.mmap | None = None
-        self.path = _named(path)
-        self._file = _open(self.path)
-        try: self._parse()
+        self._parts: list[_File] = []
+        try: self._parse(_named(path))
         except BaseException:
             self.close()
             raise
 
-    def _parse(self)->None:
-        self._stat = os.fstat(self.fileno())
-        self.file_size = self._stat.st_size
-        c = _Cursor(self.fileno(), self.file_size, self.path)
-        n_tensors, n_pairs = _preamble(c)
-        values, types = _metadata(c, n_pairs)
-        for check in (_check_split, _check_words, _check_vocabulary): check(c, values, types)
-        self.metadata, self.alignment = Metadata(values, types, self._read, self.path), _alignment(c, values, types)
-        tensors = [_tensor(c, i, self.alignment) for i in range(n_tensors)]
-        if twice := [n for n, k in Counter(t.name for t in tensors).items() if k > 1]: c.fail(f'the tensor {twice[0]} appears twice')
-        self.tensors, self.data_offset, self.has_data = _place(c, tensors, self.alignment)
+    def _parse(self, path:str)->None:
+        self._parts.append(given := _File(path))
+        if given.count > 1: _open_parts(given, self._parts)
+        first = self._parts[0]
+        self.path, self.metadata, self.alignment, self.data_offset = first.path, first.metadata, first.alignment, first.data_offset
+        self.tensors = first.tensors if given.count == 1 else _join(self._parts)
+        self.has_data = first.has_data if given.count == 1 else any(p.has_data for p in self._parts)
+        self.file_size = sum(p.size for p in self._parts)
 
     def read(self,
         name:str,             # of a tensor
@@ -682,12 +808,12 @@ class GGUF:
         Returns:
             uint8 (n, bytes per row), read-only
         """
-        t = self._tensor(name)
+        t, part = self._tensor(name)
         try: first, n = index(first), t.rows - index(first) if n is None else index(n)
-        except TypeError: raise GGUFError(f'rows are whole numbers, not {first!r:.40} and {n!r:.40}', self.path) from None
+        except TypeError: raise GGUFError(f'rows are whole numbers, not {first!r:.40} and {n!r:.40}', part.path) from None
         if not 0 <= first < first + n <= t.rows:
-            raise GGUFError(f'{name} has {t.rows} rows; {n} from row {first} on are not among them', self.path)
-        data = self._read(t.offset + first*t.row_bytes, n*t.row_bytes)
+            raise GGUFError(f'{name} has {t.rows} rows; {n} from row {first} on are not among them', part.path)
+        data = part.read(t.offset + first*t.row_bytes, n*t.row_bytes)
         return np.frombuffer(data, np.uint8).reshape(n, t.row_bytes)
 
     def blocks(self,
@@ -702,11 +828,8 @@ class GGUF:
         Returns:
             uint8 (rows, bytes per row), read-only
         """
-        t = self._tensor(name)
-        self._check_file()
-        try: self._map = self._map or mmap.mmap(self.fileno(), self.file_size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as e: raise GGUFError(f'mmap fails: {e}', self.path) from None
-        return np.frombuffer(self._map, np.uint8, t.n_bytes, t.offset).reshape(t.rows, t.row_bytes)
+        t, part = self._tensor(name)
+        return np.frombuffer(part.mapped(), np.uint8, t.n_bytes, t.offset).reshape(t.rows, t.row_bytes)
 
     def dequantize(self,
         name:str,       # of a tensor
@@ -719,7 +842,7 @@ class GGUF:
         Returns:
             float32, shape as in `tensors[name].shape`
         """
-        t = self._tensor(name)
+        t, _ = self._tensor(name)
         out, step = np.empty((t.rows, t.dims[0]), np.float32), max(1, PIECE//t.row_bytes)
         for i in range(0, t.rows, step):
             rows = out[i:i+step]
@@ -737,46 +860,32 @@ class GGUF:
         if not self.has_data: raise GGUFError(f'the file is a header without tensor data{what}', self.path)
 
     def check_unchanged(self)->None:
-        "Raise `GGUFError` when the file shrank, was written to or was replaced since it was opened"
-        self._check_file()
-        try: there = os.path.samestat(os.stat(self.path), self._stat)
-        except OSError: there = False
-        if not there: raise GGUFError('the file was replaced or deleted while it was in use', self.path)
+        "Raise `GGUFError` when the file, or one of its parts, shrank, was written to or was replaced since it was opened"
+        for p in self._parts: p.check_unchanged()
 
     def fileno(self)->int:
-        "The open file's descriptor, for those who read tensors with `os.pread`"
-        if self._file is None: raise GGUFError('the file is closed', self.path)
-        return self._file.fileno()
+        "The open file's descriptor, that of the first part; `filenos` has all"
+        return self._parts[0].fileno()
+
+    def filenos(self)->list[int]:
+        "The descriptors of all parts, for those who read tensors with `os.pread`: that of a tensor is at `TensorInfo.part`"
+        return [p.fileno() for p in self._parts]
+
+    def part_sizes(self)->list[tuple[int, int]]:
+        "Of each file the number of bytes, and where the first tensor may begin"
+        return [(p.size, p.data_offset) for p in self._parts]
 
     def close(self)->None:
         "Give mapping and file back. Views that are still in use keep the mapping alive until they go."
-        if self._map is not None:
-            try: self._map.close()
-            except BufferError: pass
-        if self._file is not None: self._file.close()
-        self._map = self._file = None
+        for p in getattr(self, '_parts', []): p.close()
 
     def __enter__(self)->Self: return self
     def __exit__(self, *_:object)->None: self.close()
-    def __del__(self)->None: self.close()
     def __repr__(self)->str: return f'GGUF({_describe(self)})'
     def _repr_html_(self)->str: return _html(self)
 
-    def _tensor(self, name:str)->TensorInfo:
+    def _tensor(self, name:str)->tuple[TensorInfo, _File]:
         t = self.tensors[name] if isinstance(name, str) else self.tensors.__missing__(name)
         self.check_data(f'; {name} cannot be read')
-        return t
+        return t, self._parts[t.part]
 
-    def _read(self, pos:int, n:int)->bytes:
-        "Bytes of the file as it was when it was opened"
-        data = read_at(self.fileno(), pos, n, self.path)
-        self._check_file() # afterwards, for what was read might be another file's by now
-        return data
-
-    def _check_file(self)->None:
-        "Is the open file still what it was? Costs a microsecond."
-        now, was = os.fstat(self.fileno()), self._stat
-        if now.st_size < was.st_size:
-            raise GGUFError(f'the file shrank from {was.st_size} to {now.st_size} bytes while it was in use', self.path)
-        if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
-            raise GGUFError('the file was written to while it was in use', self.path)

@@ -768,7 +768,7 @@ def will_run(
 @app.command('list')
 def list_models():
     "List the pulled models."
-    found = hub.pulled()
+    found = hub.as_models(hub.pulled())
     if not found: return _aside('nothing is pulled yet: orcd pull qwen2.5-0.5b; demo is always there')
     free, hopper, limits = gpu_now()
     card = dict(free=free, is_hopper=hopper, limits=limits)

@@ -696,10 +696,11 @@ def file_hash(
         g: a `GGUF`
     """
     from os import pread
-    h, start, fd = hashlib.blake2b(str(g.file_size).encode()), g.data_offset, g.fileno()
-    step = max(PAGE, (g.file_size - start) // PAGES)
-    for at in range(0, start, 1 << 20): h.update(pread(fd, min(1 << 20, start - at), at))
-    for at in range(start, g.file_size, step): h.update(pread(fd, PAGE, at))
+    h = hashlib.blake2b(str(g.file_size).encode())
+    for fd, (size, start) in zip(g.filenos(), g.part_sizes()):
+        step = max(PAGE, (size - start) // PAGES)
+        for at in range(0, start, 1 << 20): h.update(pread(fd, min(1 << 20, start - at), at))
+        for at in range(start, size, step): h.update(pread(fd, PAGE, at))
     return h.digest()
 
 def fingerprint(

@@ -35,7 +35,7 @@ def alone(g, e, copies, stage):
     "Milliseconds of the loader, with nobody beside it: the engine's weights are read once more"
     t = time.perf_counter()
     with loader.Loader(e.device, total=e.plan.weights) as l:
-        l.start(g.fileno(), copies, None, stage)
+        l.start(g.filenos(), copies, None, stage)
         l.wait()
     return 1e3*(time.perf_counter() - t)
 

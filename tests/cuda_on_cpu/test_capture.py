@@ -106,6 +106,23 @@ def test_everything_comes_back(made, monkeypatch):
         assert not gpu.alive and not gpu.pinned
 
 
+def test_a_model_in_parts_is_loaded_from_all_of_them(made, monkeypatch):
+    "What the loader is told to copy is the tensors of the whole file, and it reads all of them"
+    import orcd
+    from gguf_files import split
+    from orcd.engine.cuda_engine import CudaEngine
+    from orcd.engine.loader import Loader, PART_SPAN
+    parts, asked, start = split(made, made.with_name('cut.gguf'), 7), [], Loader.start
+    monkeypatch.setattr(Loader, 'start', lambda self, files, copies, *a: (asked.append((files, copies)), start(self, files, copies, *a))[1])
+    with orcd.GGUF(made) as whole, orcd.GGUF(parts[1]) as g, played(monkeypatch) as gpu:
+        said = []
+        with CudaEngine(g, progress=lambda *a: said.append(a)) as e: e.prefill([1, 2, 3])
+        (files, copies), = asked
+        got = sorted(os.pread(files[c.offset // PART_SPAN], c.n_bytes, c.offset % PART_SPAN) for c in copies)
+        assert len(parts) > 4 and len(files) == len(parts) and got == sorted(whole.read(n).tobytes() for n in whole.tensors)
+        assert said[-1] == (sum(map(len, got)),)*2 and not gpu.alive and not gpu.pinned
+
+
 @pytest.mark.parametrize('where', ['_allocate', '_capture', '_warm_up', 'wait', 'progress'])
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
 def test_everything_comes_back_after_an_error(made, monkeypatch, where, error):

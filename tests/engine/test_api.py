@@ -512,3 +512,21 @@ def test_chat_takes_what_generate_takes():
     from inspect import signature
     from orcd.engine.generation import Asked
     assert set(Asked.__annotations__) == set(signature(Model.generate).parameters) - {'self', 'prompt'}
+
+
+def test_a_model_in_parts(path, model, tmp_path):
+    "Opened by any part it computes what the whole file does, and says so in its fingerprint only if it is the same"
+    from gguf_files import split
+    from orcd.serve.openai import file_hash
+    parts = split(path, tmp_path / 'cut.gguf', 5)
+    ids = [5, 9, 77, 3]
+    want = model.logits(ids)
+    for p in (parts[0], parts[-1]):
+        with orcd.load(p, device='reference', progress=False) as m:
+            assert len(parts) > 3 and np.array_equal(m.logits(ids), want)
+            assert m.generate(ids, max_tokens=8, temperature=0, seed=1).ids == model.generate(ids, max_tokens=8, temperature=0, seed=1).ids
+    with orcd.GGUF(parts[0]) as g: before, again = file_hash(g), file_hash(g)
+    data = bytearray(parts[-1].read_bytes())
+    data[-1] ^= 1
+    parts[-1].write_bytes(data)
+    with orcd.GGUF(parts[1]) as g: assert file_hash(g) != before == again

@@ -20,10 +20,10 @@ def write(folder, data, name='x.gguf'):
     return p
 
 
-def refused(path, *words):
-    "Opening fails with one line that says all of these words"
-    with pytest.raises(GGUFError) as e: GGUF(path)
-    text = str(e.value)
+def refused(file, *words, path=None):
+    "Opening fails with one line that says all of these words, and names the file, or another one"
+    with pytest.raises(GGUFError) as e: GGUF(file)
+    text, path = str(e.value), path or file
     assert '\n' not in text and all(w in text for w in words), text
     assert text.lstrip("'").startswith(str(path).replace('\0', '\\x00'))
     assert e.value.code == 'MODEL_LOAD_FAILED' and isinstance(e.value, OrcdError)
@@ -309,16 +309,156 @@ def test_not_a_regular_file(tmp_path):
     if os.geteuid(): refused(tmp_path / 'x.gguf', 'cannot be opened')
 
 
-def test_split(tmp_path):
-    part = lambda i: raw([pair('split.no', U16, i), pair('split.count', U16, 3)])
-    p = write(tmp_path, part(1), 'm-00002-of-00003.gguf')
-    refused(p, 'part 2 of 3', 'missing: m-00001-of-00003.gguf', 'llama-gguf-split --merge m-00001-of-00003.gguf m.gguf')
-    write(tmp_path, part(0), 'm-00001-of-00003.gguf')
-    refused(p, 'missing: m-00003-of-00003.gguf')
-    write(tmp_path, part(2), 'm-00003-of-00003.gguf')
-    refused(p, 'all parts are here', 'llama-gguf-split --merge')
-    assert GGUF(write(tmp_path, raw([pair('split.count', U16, 1)]))).metadata['split.count'] == 1
-    refused(write(tmp_path, part(1), 'm' * 250 + '.gguf'), 'missing: mmm')     # no file can have that name
+def cut(path, n=2, seed=0, first=True):
+    """A model in parts of `n` tensors, and the same one whole, by gguf's writer. Returns (paths of the parts, path of the whole). `first`:
+    is there a tensor in the first part?"""
+    w = [gguf.GGUFWriter(path / 'm.gguf', 'qwen2', split_max_tensors=n, small_first_shard=not first),
+        gguf.GGUFWriter(path / 'whole.gguf', 'qwen2')]
+    for x in w:
+        rng = np.random.default_rng(seed)
+        x.add_block_count(3); x.add_tokenizer_model('gpt2'); x.add_token_list([f'tok{i}' for i in range(2000)])
+        for i, t in enumerate(('F32', 'Q8_0', 'F16', 'Q4_0', 'BF16')):
+            data = rng.standard_normal((3 + i, 64)).astype(np.float32)
+            x.add_tensor(f't{i}', gguf.quants.quantize(data, gguf.GGMLQuantizationType[t]), raw_dtype=gguf.GGMLQuantizationType[t])
+        x.write_header_to_file(); x.write_kv_data_to_file(); x.write_tensors_to_file(); x.close()
+    return sorted(path.glob('m-*.gguf')), path / 'whole.gguf'
+
+
+@pytest.mark.parametrize('n, first', [(1, True), (2, True), (4, True), (2, False)])
+def test_parts_are_one_model(tmp_path, n, first):
+    "By whichever part it is opened"
+    parts, whole = cut(tmp_path, n, first=first)
+    assert len(parts) == -(-5 // n) + (not first)
+    with GGUF(whole) as want:
+        for p in parts:
+            with GGUF(p) as g:
+                assert g.path == str(parts[0]) and g.has_data and g.file_size == sum(q.stat().st_size for q in parts)
+                assert list(g.tensors) == list(want.tensors)
+                assert f'5 tensors, {len(g.metadata)} metadata' in repr(g) and f'in {len(parts)} files' in repr(g)
+                for name, t in want.tensors.items():
+                    mine = g.tensors[name]
+                    assert (mine.type, mine.dims) == (t.type, t.dims)
+                    assert np.array_equal(g.read(name), want.read(name)) and np.array_equal(g.blocks(name), want.read(name))
+                    assert np.array_equal(g.dequantize(name), want.dequantize(name))
+                    assert os.pread(g.filenos()[mine.part], mine.n_bytes, mine.offset) == want.read(name).tobytes()
+                assert {k: v for k, v in g.metadata.items() if not k.startswith('split.')} == dict(want.metadata.items())
+                g.check_unchanged()
+    descriptors = len(os.listdir('/proc/self/fd'))
+    for p in parts:
+        g = GGUF(p)
+        g.blocks('t0')
+        g.close()
+        assert len(os.listdir('/proc/self/fd')) == descriptors
+        with pytest.raises(GGUFError, match='is closed'): g.read('t4')
+
+
+def broken(case, parts, tmp_path):
+    "Break one thing; returns the file that the message names, and words of it"
+    a, b, c = (p.read_bytes() for p in parts)
+    def other(key, new, data):
+        at = data.index(key) + len(key) + 4
+        return data[:at] + new + data[at + len(new):]
+    match case:
+        case 'missing': parts[2].unlink(); return parts[0], 'missing beside it: m-00003-of-00003.gguf'
+        case 'two missing': parts[1].unlink(); parts[2].unlink(); return parts[0], 'm-00002-of-00003.gguf and 1 more'
+        case 'swapped': parts[1].write_bytes(c); parts[2].write_bytes(b); return parts[1], 'part 3 of 3', 'part 2 of 3 by its name'
+        case 'twice': parts[2].write_bytes(b); return parts[2], 'part 2 of 3', 'part 3 of 3 by its name'
+        case 'extra': (tmp_path / 'm-00004-of-00003.gguf').write_bytes(c); return parts[0], 'm-00004-of-00003.gguf lies beside it: remove'
+        case 'cut off': parts[1].write_bytes(b[:-40]); return parts[1], 'cut off, download it again'
+        case 'cut in the table': parts[2].write_bytes(c[:90]); return parts[2], 'cut off'
+        case 'cut to its header':
+            os.truncate(parts[1], GGUF(parts[0]).part_sizes()[1][1])
+            return parts[1], 'ends where its tensors should begin'
+        case 'empty': parts[1].write_bytes(b''); return parts[1], 'the magic needs 4 bytes'
+        case 'a folder': parts[1].unlink(); parts[1].mkdir(); return parts[1], 'directory'
+        case 'dangling link': parts[1].unlink(); parts[1].symlink_to('nowhere'); return parts[1], 'no such file'
+        case 'version 1': parts[1].write_bytes(b[:4] + u32(1) + b[8:]); return parts[1], 'version 1'
+        case 'other count':
+            parts[1].write_bytes(other(b'split.count', b'\4', b))
+            return parts[1], 'part 2 of 4', 'part 2 of 3 by its name'
+        case 'no such part': parts[1].write_bytes(other(b'split.no', b'\7', b)); return parts[1], 'split.no is 7'
+        case 'too many parts': parts[0].write_bytes(other(b'split.count', b'\xff\x7f', a)); return parts[0], 'at most 256'
+        case 'tensor count':
+            parts[1].write_bytes(other(b'split.tensors.count', b'\6', b))
+            return parts[1], 'split.tensors.count is not what'
+        case 'tensors too few':
+            for p, data in zip(parts, (a, b, c)): p.write_bytes(other(b'split.tensors.count', b'\6', data))
+            return parts[0], 'hold 5 tensors, split.tensors.count says 6'
+        case 'tensor in two parts': parts[1].write_bytes(b.replace(b't2', b't1')); return parts[1], 'the tensor t1 is in part 1 already'
+        case 'whole model': parts[1].write_bytes((tmp_path / 'whole.gguf').read_bytes()); return parts[1], 'a model by itself'
+        case 'other model':
+            keys = [pair('split.no', U16, 1), pair('split.count', U16, 3), pair('split.tensors.count', I32, 5)]
+            data = raw([*keys, pair('qwen2.block_count', U32, 4)], [F('t2'), F('t3', offset=128)], bytes(256))
+            parts[1].write_bytes(data)
+            return parts[1], 'qwen2.block_count is not what the first part says'
+        case 'other tokens':
+            keys = [pair('split.no', U16, 1), pair('split.count', U16, 3), pair('split.tensors.count', I32, 5)]
+            tokens = pair('tokenizer.ggml.tokens', ARR, array(STR, [f'tok{i}' for i in range(1999)] + ['tokX']))
+            parts[1].write_bytes(raw([*keys, tokens], [F('t2'), F('t3', offset=128)], bytes(256)))
+            return parts[1], 'tokenizer.ggml.tokens is not what the first part says'
+        case 'a key too much':
+            keys = [pair('split.no', U16, 1), pair('split.count', U16, 3), pair('split.tensors.count', I32, 5), pair('qwen2.x', U32, 1)]
+            parts[1].write_bytes(raw(keys, [F('t2'), F('t3', offset=128)], bytes(256)))
+            return parts[1], 'qwen2.x is not in the first part'
+
+
+@pytest.mark.parametrize('case', ['missing', 'two missing', 'swapped', 'twice', 'extra', 'cut off', 'cut in the table',
+    'cut to its header', 'empty', 'a folder', 'dangling link', 'version 1', 'other count', 'no such part', 'too many parts',
+    'tensor count', 'tensors too few', 'tensor in two parts', 'whole model', 'other model', 'other tokens', 'a key too much'])
+def test_broken_parts(tmp_path, case):
+    parts, _ = cut(tmp_path)
+    named, *words = broken(case, parts, tmp_path)
+    files = len(os.listdir('/proc/self/fd'))
+    refused(parts[0], *words, path=named)
+    assert len(os.listdir('/proc/self/fd')) == files, 'files stay open'
+
+
+def test_parts_that_repeat_the_metadata(tmp_path):
+    "Some programs write it into every part: it must be the same"
+    parts, whole = cut(tmp_path)
+    keys = [pair('split.count', U32, 3), pair('split.no', U32, 1), pair('split.tensors.count', U16, 5)]     # whatever integers they are
+    tokens = pair('tokenizer.ggml.tokens', ARR, array(STR, [f'tok{i}' for i in range(2000)]))
+    more = [pair('general.architecture', STR, 'qwen2'), pair('general.alignment', U32, 64), pair('qwen2.block_count', U32, 3), tokens]
+    parts[1].write_bytes(raw([*keys, *more], [F('t2', (64,)), F('t3', offset=256)], bytes(384), align=64))
+    assert GGUF(parts[2]).tensors['t2'].shape == (64,)
+
+
+def test_names_of_parts(tmp_path):
+    part = lambda i: raw([pair('split.no', U16, i), pair('split.count', U16, 3), pair('split.tensors.count', I32, 0)])
+    refused(write(tmp_path, part(1), 'm.gguf'), 'part 2 of 3', 'a name like model-00002-of-00003.gguf')
+    refused(write(tmp_path, part(1), 'm-2-of-3.gguf'), 'a name like')
+    refused(write(tmp_path, part(1), 'm' * 250 + '.gguf'), 'a name like')
+    odd = 'm-00001-of-00002\n[x]-%s'                         # what stands before is anybody's
+    for i in range(3): p = write(tmp_path, part(i), f'{odd}-{i + 1:05}-of-00003.gguf')
+    assert GGUF(p).tensors == {} and not GGUF(p).has_data
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try: assert GGUF(p.name).path == f'{odd}-00001-of-00003.gguf'
+    finally: os.chdir(here)
+    alone = raw([pair('split.count', U16, 1), pair('split.no', U16, 0)], [F()], DATA)      # joined, or never cut
+    assert GGUF(write(tmp_path, alone, 'x-00001-of-00001.gguf')).metadata['split.count'] == 1
+    assert not GGUF(write(tmp_path, raw([pair('split.count', U16, 0)], [F()], DATA), 'x-00001-of-00007.gguf')).dequantize('w').any()
+    for keys in ([pair('split.count', U16, 3)], [pair('split.count', U16, 3), pair('split.no', U16, 0)]):
+        refused(write(tmp_path, raw(keys), 'y-00001-of-00003.gguf'), 'is missing: split the model again')
+    refused(write(tmp_path, raw([pair('split.count', I32, -3)]), 'y-00001-of-00003.gguf'), 'split.count is -3')
+
+
+@pytest.mark.parametrize('how', ['shrunk', 'written', 'replaced', 'deleted'])
+def test_a_part_changed_while_open(tmp_path, how):
+    parts, _ = cut(tmp_path)
+    p, g = parts[1], GGUF(parts[0])
+    g.check_unchanged()
+    if how == 'shrunk': os.truncate(p, p.stat().st_size - 1)
+    elif how == 'written': p.write_bytes(p.read_bytes()); os.utime(p, ns=(1, 1))
+    elif how == 'replaced': os.replace(write(tmp_path, p.read_bytes(), 'y'), p)
+    else: p.unlink()
+    words = {'shrunk': 'shrank', 'written': 'written to'}.get(how, 'replaced or deleted')
+    with pytest.raises(GGUFError, match=words) as e: g.check_unchanged()
+    assert str(e.value).startswith(str(p))
+    if how in ('shrunk', 'written'):
+        with pytest.raises(GGUFError, match='m-00002-of-00003.gguf: '): g.read('t2')
+    else: g.read('t2')
+    g.read('t0')
 
 
 @pytest.mark.parametrize('how', ['shrunk', 'written', 'replaced', 'deleted'])
@@ -436,6 +576,7 @@ def test_fuzz(tmp_path):
     assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
     said = json.loads(r.stdout)
     assert said['files'] > 5000 and said['refused'] > 1000 and said['accepted'] > 100, said
+    assert said['parts_accepted'] > 500, said
     assert said['slowest'] < 20 and said['peak_mb'] < 300, said
 
 

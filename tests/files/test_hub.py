@@ -491,6 +491,61 @@ def test_command(fake, tmp_path):
     assert r.returncode == 1 and r.stderr.count('\n') == 1 and 'qwen2.5-0.5b' in r.stderr
 
 
+PARTS = [f'me/repo/sub/big-{i:05}-of-00003.gguf' for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize('name', PARTS)
+def test_all_parts_come(fake, name):
+    "By the name of any of them; what is here already is not fetched again"
+    here = hub.place(hub.remote(PARTS[1]))
+    here.parent.mkdir(parents=True)
+    here.write_bytes(DATA)
+    with pytest.raises(ModelError, match='not all of its parts: orcd pull'): hub.find(name)
+    path = hub.pull(name, progress=False, endpoint=fake.url)
+    assert path.name == 'big-00001-of-00003.gguf' and fake.gets == [0, 0]
+    assert sorted(p.name for p in path.parent.iterdir()) == [p.rpartition('/')[2] for p in PARTS]
+    assert all(p.read_bytes() == DATA for p in path.parent.iterdir()) and hub.find(name).name == name.rpartition('/')[2]
+    assert hub.pull(name, progress=False, endpoint='http://127.0.0.1:9') == path
+    listed, = hub.as_models(hub.pulled())
+    assert (listed.name, listed.path, listed.size, listed.whole) == (PARTS[0], path, 3*len(DATA), True)
+    for p in hub.pulled(): hub.remove(p)
+    assert not list(hub.models_dir().iterdir())
+
+
+def test_a_part_that_is_nowhere_is_missed_at_once(fake, monkeypatch):
+    known = Handler.known
+    def all_but_the_last(self):
+        if '00003-of' in self.path: self.path = '/nowhere'
+        return known(self)
+    monkeypatch.setattr(Handler, 'known', all_but_the_last)
+    with pytest.raises(HubError, match='big-00003-of-00003.gguf: ') as e: hub.pull(PARTS[0], progress=False, endpoint=fake.url)
+    assert not fake.gets and '\n' not in str(e.value)
+
+
+def test_parts_that_do_not_fit_together(fake, monkeypatch):
+    "Each would, all do not: nothing is fetched; what was fetched before counts"
+    free = [2*len(DATA)]
+    monkeypatch.setattr(hub.shutil, 'disk_usage', lambda p: __import__('types').SimpleNamespace(free=free[0]))
+    with pytest.raises(HubError, match='and its other parts has') as e: hub.pull(PARTS[0], progress=False, endpoint=fake.url)
+    assert not fake.gets and '\n' not in str(e.value)
+    part = hub.place(hub.remote(PARTS[0]))
+    part.parent.mkdir(parents=True)
+    part.with_name(f'{part.name}.{SHA[:16]}.part').write_bytes(DATA[:200_000])
+    free[0] = 3*len(DATA) - 200_000
+    assert hub.pull(PARTS[0], progress=False, endpoint=fake.url).read_bytes() == DATA and fake.gets == [200_000, 0, 0]
+
+
+def test_a_pull_of_parts_that_is_cut_goes_on(fake, monkeypatch):
+    monkeypatch.setattr(time, 'sleep', lambda s: None)
+    fake.cut_at, fake.cuts = 100_000, 99
+    with pytest.raises(HubError, match='big-00001-of-00003.gguf: .*Run the same command again'):
+        hub.pull(PARTS[2], progress=False, endpoint=fake.url)
+    listed, = hub.as_models(hub.pulled())
+    assert (listed.name, listed.whole) == (PARTS[0], False) and 0 < listed.size <= 100_000
+    fake.cuts = 0
+    assert hub.pull(PARTS[2], progress=False, endpoint=fake.url).read_bytes() == DATA
+
+
 def test_the_table_says_what_was_published(shared):
     for name in hub.MODELS:
         r = hub.MODELS[name]
