@@ -61,8 +61,8 @@ class Vocabulary:
         self.unended = np.packbits(allowed, bitorder='little').view('<u4')
 
     def __call__(self, text:bytes | str)->list[int]:
-        "How llguidance asks for the ids of a text"
-        return self.tokenizer.encode(text.decode() if isinstance(text, bytes) else text, add_special=False, parse_special=False)
+        "How llguidance asks for the ids of a text that something stands before: no space comes in front of it"
+        return self.tokenizer.backend.encode(text.decode() if isinstance(text, bytes) else text, first=False)
 
 _vocabularies: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
 _lock = threading.Lock()

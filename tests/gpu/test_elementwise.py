@@ -9,6 +9,7 @@ from orcd.kernels import elementwise as ke
 from orcd.files.blocks import GGMLType, dequantize
 from orcd.errors import KernelError
 from orcd.kernels.nvrtc import QTensor
+import orcd.kernels.weight_layout   # noqa: F401  QTensor.upload is defined there
 from orcd.files.quants import quantize
 
 SIZES = 1, 31, 33, 896, 2880, 4864
