@@ -119,6 +119,8 @@ def show(
 NOTHING = ('This cell needs a GPU, and the notebook holds no result for its text. A chapter as it was published has them all: '
     '`git checkout nbs` brings it back.')
 
+_card_here = card
+
 class GpuCells:
     """What the extension adds to a shell
 
@@ -143,7 +145,7 @@ class GpuCells:
     def __init__(self,
         ip:Any,                         # IPython's shell
         folder:Path=Path(),             # where the notebook lies
-        card:Callable[[], str]=card,    # the card's name; nothing where there is none
+        card:Callable[[], str]=_card_here,    # the card's name; nothing where there is none
     )->None:
         name = ip.user_ns.get('__vsc_ipynb_file__') or os.environ.get('JPY_SESSION_NAME', '')
         self.ip, self.card, self.kept, self.quiet, self.later = ip, card, kept_outputs(folder, name), set(), []
