@@ -938,7 +938,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'orcd.files.gguf._File.check_unchanged': ('1_files/gguf.html#_file.check_unchanged', 'orcd/files/gguf.py'),
                                  'orcd.files.gguf._File.close': ('1_files/gguf.html#_file.close', 'orcd/files/gguf.py'),
                                  'orcd.files.gguf._File.fileno': ('1_files/gguf.html#_file.fileno', 'orcd/files/gguf.py'),
-                                 'orcd.files.gguf._File.mapped': ('1_files/gguf.html#_file.mapped', 'orcd/files/gguf.py'),
+                                 'orcd.files.gguf._File.memory_map': ('1_files/gguf.html#_file.memory_map', 'orcd/files/gguf.py'),
                                  'orcd.files.gguf._File.read': ('1_files/gguf.html#_file.read', 'orcd/files/gguf.py'),
                                  'orcd.files.gguf._Lazy': ('1_files/gguf.html#_lazy', 'orcd/files/gguf.py'),
                                  'orcd.files.gguf._alignment': ('1_files/gguf.html#_alignment', 'orcd/files/gguf.py'),

@@ -668,7 +668,7 @@ class _File:
         self.check() # afterwards, for what was read might be another file's by now
         return data
 
-    def mapped(self)->mmap.mmap:
+    def memory_map(self)->mmap.mmap:
         self.check()
         try: self.map = self.map or mmap.mmap(self.fileno(), self.size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as e: raise GGUFError(f'mmap fails: {e}', self.path) from None
@@ -829,7 +829,7 @@ class GGUF:
             uint8 (rows, bytes per row), read-only
         """
         t, part = self._tensor(name)
-        return np.frombuffer(part.mapped(), np.uint8, t.n_bytes, t.offset).reshape(t.rows, t.row_bytes)
+        return np.frombuffer(part.memory_map(), np.uint8, t.n_bytes, t.offset).reshape(t.rows, t.row_bytes)
 
     def dequantize(self,
         name:str,       # of a tensor

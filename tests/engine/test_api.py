@@ -357,8 +357,8 @@ class Copying:
 def test_a_bad_tokenizer_is_refused_before_weights_are_copied(path, monkeypatch, change, message):
     import orcd.files.gguf
     class Changed(orcd.files.gguf.GGUF):
-        def _parse(self):
-            super()._parse()
+        def _parse(self, path):
+            super()._parse(path)
             for k, v in change.items():
                 self.metadata._values[k], self.metadata._types[k] = v, (None, None, None)
                 if v is None: del self.metadata._values[k]
