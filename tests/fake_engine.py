@@ -44,6 +44,7 @@ class FakeTokenizer:
     def encode(self, text, add_special=True, parse_special=True): return list(text.encode())
     def decode(self, ids, skip_special=False): return b''.join(_bytes[i] for i in ids).decode('utf-8', 'replace')
     harmony = False
+    backend = SimpleNamespace(encode=lambda text, first=True: list(text.encode()))
     special = {}
     special_by_id = {i: SimpleNamespace(text=t, control=True) for i, t in ((EOS, '<eos>'), (IM_START, '<start>'), (IM_END, '<end>'))}
     def token_bytes(self, i): return _bytes[i]
